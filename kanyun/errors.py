@@ -1,0 +1,22 @@
+"""Errors that a person can act on: one sentence, with the value, the limit and the way out."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user gave is wrong. Command lines print it as one sentence and exit with code 2."""
+
+
+class DatasetError(UserError):
+    """A packed dataset is missing, unfinished, damaged or does not fit."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a command line's `main`: a UserError becomes one sentence on stderr and exit code 2, without a traceback."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)

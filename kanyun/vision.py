@@ -1,0 +1,44 @@
+"""How many patches and tokens an image is to Qwen2.5-VL, from its width and height alone.
+
+Pipeline (token counts) and trainer (pixels) must agree to the pixel, and both with transformers, hence one copy here.
+Source: `smart_resize` in transformers 5.17, models/qwen2_vl/image_processing_qwen2_vl.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_ASPECT_RATIO = 200
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The (height, width) in pixels that an image is resized to: multiples of `factor`, area within the two limits.
+
+    round() is Python's, half to even; the JVM's is not, so lengths are never computed in Spark SQL.
+    Raises ValueError if one side is over 200 times the other.
+    """
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise ValueError(f"aspect ratio {ratio:.0f} is over {MAX_ASPECT_RATIO}")
+    resized_height, resized_width = round(height / factor) * factor, round(width / factor) * factor
+    if resized_height * resized_width > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        resized_height = max(factor, math.floor(height / shrink / factor) * factor)
+        resized_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif resized_height * resized_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        resized_height = math.ceil(height * grow / factor) * factor
+        resized_width = math.ceil(width * grow / factor) * factor
+    return resized_height, resized_width
+
+
+def grid_thw(width: int, height: int, processor: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(temporal, rows, columns) of patches of one image. `processor`: the settings in a Fingerprint or Manifest."""
+    patch, merge = processor["patch_size"], processor["merge_size"]
+    pixels = smart_resize(height, width, patch * merge, processor["min_pixels"], processor["max_pixels"])
+    return 1, pixels[0] // patch, pixels[1] // patch
+
+
+def image_tokens(grid: Sequence[int], merge_size: int) -> int:
+    """Token slots of one image: merge_size x merge_size patches become one token."""
+    return grid[0] * grid[1] * grid[2] // merge_size**2
