@@ -1,0 +1,88 @@
+# One entry for everything: `make help` lists the targets. Recipes are thin; the work is in the packages and in jobs/.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON := .venv/bin/python
+STAMP := .venv/installed
+# Every script under jobs/ finds the environment through this variable.
+export PYTHON
+
+$(STAMP): pyproject.toml constraints.txt jobs/setup.sh
+	@jobs/setup.sh
+	@touch $@
+
+.PHONY: help setup demo test test-gpu lint format clean \
+  spark-preprocess spark-filter spark-sample spark-build spark-pack train convert-megatron convert-hf
+
+help: ## this list
+	@awk -F ' ## ' '/^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "  %-17s %s\n", $$1, $$2 } \
+	  /^#example / { printf "  %-17s   %s\n", "", substr($$0, 10) }' Makefile
+
+setup: $(STAMP) ## install .venv (exact versions of constraints.txt) and Java 17; a second call does no work
+#example make setup
+
+demo: $(STAMP) ## raw scans and text -> packs -> training -> Hugging Face -> score, all below demo/
+#example make demo
+	@jobs/demo.sh
+
+test: $(STAMP) ## all tests that need no GPU
+#example make test
+	@$(PYTHON) -m pytest tests/unit tests/integration $(ARGS)
+
+test-gpu: $(STAMP) ## tests that need a CUDA machine
+#example make test-gpu
+	@$(PYTHON) -m pytest tests/gpu $(ARGS)
+
+lint: $(STAMP) ## ruff, mypy and the walls between the packages
+#example make lint
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+
+format: $(STAMP) ## let ruff rewrite what it can
+#example make format
+	@.venv/bin/ruff check --fix
+	@.venv/bin/ruff format
+
+# need-IN, need-OUT, ...: stop before anything else, with the target's example, unless the variable was given.
+need-%:
+	@[[ -n "$($*)" ]] || { sed -n '/^$(firstword $(MAKECMDGOALS)):/{n;s/^#example/$* is missing, usage:/p}' Makefile >&2; exit 2; }
+
+spark-preprocess: need-IN need-OUT need-DATASET $(STAMP) ## raw rows -> checked samples and image blobs
+#example make spark-preprocess IN=raw/digits OUT=work/preprocess DATASET=messages
+	@jobs/spark_preprocess.sh "$$IN" "$$OUT" --dataset "$$DATASET" $(ARGS)
+
+spark-filter: need-IN need-OUT $(STAMP) ## clean rows to data/, the others to quarantine/
+#example make spark-filter IN=work/preprocess OUT=work/filter/digits
+	@jobs/spark_filter.sh "$$IN" "$$OUT" $(ARGS)
+
+spark-sample: need-IN need-OUT $(STAMP) ## choose copies of each sample by the ratio of its data path
+#example make spark-sample IN=work/filter OUT=work/sample ARGS="--epoch 0"
+	@jobs/spark_sample.sh "$$IN" "$$OUT" $(ARGS)
+
+spark-build: need-IN need-OUT need-TOKENIZER need-LENGTH $(STAMP) ## tokens and loss mask
+#example make spark-build IN=work/sample OUT=work/build TOKENIZER=Qwen2.5-VL-3B-Instruct LENGTH=8192
+	@jobs/spark_build_dataset.sh "$$IN" "$$OUT" --tokenizer "$$TOKENIZER" --length "$$LENGTH" $(ARGS)
+
+spark-pack: need-IN need-OUT need-LENGTH $(STAMP) ## whole samples into packs of LENGTH tokens: the kanyun dataset
+#example make spark-pack IN=work/build OUT=packed LENGTH=8192
+	@jobs/spark_packing.sh "$$IN" "$$OUT" --length "$$LENGTH" $(ARGS)
+
+train: need-CONFIG $(STAMP) ## train on packs, on every GPU of this machine, or without one on its CPU
+#example make train CONFIG=jobs/recipes/qwen2_5_vl_3b.yaml ARGS="data=packed output=runs/vl"
+	@jobs/pretrain.sh "$$CONFIG" $(ARGS)
+
+convert-megatron: need-IN need-OUT $(STAMP) ## a Hugging Face folder -> a checkpoint to start training from
+#example make convert-megatron IN=Qwen2.5-VL-3B-Instruct OUT=checkpoints/qwen2_5_vl_3b
+	@jobs/convert_to_megatron.sh "$$IN" "$$OUT" $(ARGS)
+
+convert-hf: need-IN need-OUT $(STAMP) ## a checkpoint of ours -> a folder that transformers loads
+#example make convert-hf IN=runs/vl OUT=runs/vl_hf
+	@jobs/convert_to_huggingface.sh "$$IN" "$$OUT" $(ARGS)
+
+clean: ## remove what make made: .venv, demo/, caches
+#example make clean
+	rm -rf .venv demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

@@ -1,0 +1,34 @@
+# Sourced by the scripts beside it. They may be called from any folder: relative IN and OUT are the caller's.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-.venv/bin/python}
+[[ $python != .venv/* ]] || python=$root/$python
+
+# need N "$@": with fewer than N arguments, print the script's own usage line and stop.
+need() {
+  if (($# - 1 < $1)); then
+    grep -m1 '^# usage: ' "$0" | cut -c3- >&2
+    exit 2
+  fi
+}
+
+# spark_stage STAGE ARGS...: on this machine, or on the cluster that SPARK_MASTER names; where SPARK_SUBMIT_OPTIONS is set
+# (say "--master yarn --num-executors 40 --executor-memory 8g") through spark-submit. The same code, which the driver ships.
+spark_stage() {
+  if [[ -z ${SPARK_SUBMIT_OPTIONS:-} ]]; then
+    exec "$python" -m pipeline "$@"
+  fi
+  export PYSPARK_PYTHON=${PYSPARK_PYTHON:-$python} PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+  # shellcheck disable=SC2086  # the options are words
+  exec "${SPARK_HOME:+$SPARK_HOME/bin/}spark-submit" $SPARK_SUBMIT_OPTIONS "$root/jobs/spark_main.py" "$@"
+}
+
+# train CONFIG [key=value ...]: one process a GPU, or one on the CPU; NPROC says otherwise. On several nodes set NNODES,
+# NODE_RANK and MASTER_ADDR as your scheduler gives them.
+train() {
+  local processes=1 nodes=(--standalone)
+  ! nvidia-smi -L >/dev/null 2>&1 || processes=gpu
+  [[ ${NNODES:-1} == 1 ]] ||
+    nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+  exec "$python" -m torch.distributed.run "${nodes[@]}" --nproc-per-node "${NPROC:-$processes}" "$root/trainer/main.py" "$@"
+}

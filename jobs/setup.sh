@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Make .venv with the exact versions of constraints.txt, and see that Java 17 is there. `make setup` calls this once.
+# usage: jobs/setup.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Prints the first Python 3.12 or 3.13 that really runs (a pyenv shim may exist without its version).
+find_python() {
+  local candidate
+  for candidate in python3.12 python3.13 ~/.pyenv/versions/3.13*/bin/python3.13 ~/.pyenv/versions/3.12*/bin/python3.12; do
+    if "$candidate" -c 'import ensurepip, sys; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "no Python 3.12 or 3.13 with venv found: install one (Debian: apt-get install python3.12-venv; or pyenv install 3.12)" >&2
+  return 2
+}
+
+# Major version of the java that Spark will start, 0 if there is none.
+java_version() {
+  "${JAVA_HOME:+$JAVA_HOME/bin/}java" -version 2>&1 | sed -nE 's/.*version "([0-9]+).*/\1/p' | grep . || echo 0
+}
+
+if (($(java_version) < 17)); then
+  if [[ $(id -u) != 0 || -n ${JAVA_HOME:-} ]] || ! command -v apt-get >/dev/null; then
+    echo "Spark needs Java 17 or 21, found ${JAVA_HOME:-java} $(java_version): apt-get install openjdk-17-jre-headless" >&2
+    exit 2
+  fi
+  apt-get update
+  # Debian 12 has 17, Debian 13 only 21.
+  for jre in openjdk-17-jre-headless openjdk-21-jre-headless; do
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$jre" && break
+  done
+fi
+
+python=$(find_python)
+if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+  echo "making .venv with $("$python" --version)"
+  "$python" -m venv --clear .venv
+fi
+.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
