@@ -1,4 +1,4 @@
-"""python -m kanyun info | verify | preview: look at packed datasets."""
+"""python -m kanyun info | verify | preview | put | fetch: look at packed datasets, and copy them."""
 
 import argparse
 import sys
@@ -56,8 +56,19 @@ def _preview(args: argparse.Namespace) -> int:
     return 0
 
 
+def _copy(args: argparse.Namespace) -> int:
+    from kanyun.transfer import copy_folder
+
+    copied = copy_folder(Folder(args.source), Folder(args.target), title=args.title)
+    print(
+        f"{args.target}: {copied.files:,} files, {copied.bytes / 1e6:,.1f} MB, every byte verified "
+        f"({copied.skipped:,} were there already)"
+    )
+    return 0
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m kanyun", description="Look at packed datasets.")
+    parser = argparse.ArgumentParser(prog="python -m kanyun", description="Look at packed datasets, and copy them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run, text in (
         (_info, "print what a dataset is"),
@@ -69,6 +80,12 @@ def main() -> int:
         command.set_defaults(run=run)
     command.add_argument("out", help="the page to write, .html")
     command.add_argument("--packs", type=int, default=12, help="how many packs to draw (12)")
+    for title, source, target in (("put", "LOCAL", "URI"), ("fetch", "URI", "LOCAL")):
+        text = f"copy the files below {source} to below {target}, in parallel, verified; again to go on after a stop"
+        command = commands.add_parser(title, help=text, description=text)
+        command.add_argument("source", metavar=source, help="a folder: a packed dataset, a parent of several, or any")
+        command.add_argument("target", metavar=target, help="the folder that it becomes")
+        command.set_defaults(run=_copy, title=title)
     args = parser.parse_args()
     code: int = args.run(args)
     return code

@@ -1,0 +1,150 @@
+"""Copying folders between local disk and hdfs://: parallel, resumable after a kill, every byte verified.
+
+A file is written to a hidden neighbour, read back, and renamed only if its digest is right: that of the manifest for
+the files of a packed dataset, that of the bytes read from the source for others. manifest.json goes last, so that an
+unfinished copy of a dataset is no dataset. Copying again skips what is there with the right digest.
+"""
+
+import posixpath
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import xxhash
+from tqdm import tqdm
+
+from kanyun.errors import UserError
+from kanyun.layout import BATCHES, MANIFEST, lineage_name
+from kanyun.manifest import Manifest
+from kanyun.storage import Folder, retried
+
+# One thread reads or writes one file; 8 of them hold 8 x 8 MiB. On 2 cores 4 threads wrote 266 MB/s to HDFS.
+THREADS = 8
+_PIECE = 8 << 20
+_HIDDEN = ".copying"
+
+
+@dataclass(frozen=True)
+class Copied:
+    files: int
+    skipped: int  # of `files`, those that were there already
+    bytes: int  # of all files
+
+
+def copy_folder(source: Folder, target: Folder, title: str) -> Copied:
+    """Make every file below `source` one below `target`; other files of `target` stay as they are.
+
+    Raises UserError: nothing to copy, a file of a packed dataset that is missing or not the manifest's, a source that
+    changes, another dataset in the way, or storage that refuses.
+    """
+    files = [(name, size) for name, size in source.files() if not name.endswith(_HIDDEN)]
+    if not files:
+        raise UserError(f"{source.uri} has no files: give the folder to copy")
+    digests = _manifest_digests(source, [name for name, _ in files])
+    _refuse_other_datasets(source, target, files)
+    last = [file for file in files if posixpath.basename(file[0]) == MANIFEST]
+    first = [file for file in files if posixpath.basename(file[0]) != MANIFEST]
+    total = sum(size for _, size in files)
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, unit_divisor=1000, disable=None) as bar:
+        copy = _Copy(source, target, digests, bar)
+        skipped = copy.run(first) + copy.run(last)
+    return Copied(len(files), skipped, total)
+
+
+class _Copy:
+    """Threads over files; the first error stops them all within a piece."""
+
+    def __init__(self, source: Folder, target: Folder, digests: dict[str, str], bar: tqdm):
+        self._source, self._target, self._digests, self._bar = source, target, digests, bar
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+
+    def run(self, files: Sequence[tuple[str, int]]) -> int:
+        """Copy the files; how many of them were there already."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            try:
+                return sum(done.result() for done in as_completed([pool.submit(self._file, *file) for file in files]))
+            except BaseException:
+                self._stopped.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _file(self, name: str, size: int) -> bool:
+        if self._target.exists(name) and self._target.size(name) == size:
+            wanted = self._digests.get(name) or self._source.digest(name)
+            if self._target.digest(name) == wanted:
+                self._advance(size)
+                return True
+        hidden = posixpath.join(posixpath.dirname(name), f".{posixpath.basename(name)}{_HIDDEN}")
+        digest = retried(lambda: self._write(name, size, hidden))
+        if (found := self._target.digest(hidden)) != digest:
+            raise UserError(f"{self._target.uri}/{hidden} reads back as {found}, written was {digest}: copy again")
+        self._target.move_file(hidden, self._target, name)
+        return False
+
+    def _write(self, name: str, size: int, hidden: str) -> str:
+        """Copy the source file's bytes; their digest."""
+        total, done = xxhash.xxh3_128(), 0
+        try:
+            with self._target.create(hidden) as stream:
+                for piece in self._source.pieces(name, _PIECE):
+                    if self._stopped.is_set():
+                        raise UserError("stopped")  # another file's error is the one to tell
+                    stream.write(piece)
+                    total.update(piece)
+                    done += len(piece)
+                    self._advance(len(piece))
+            self._check(name, size, done, total.hexdigest())
+        except BaseException:
+            self._advance(-done)
+            raise
+        return total.hexdigest()
+
+    def _check(self, name: str, size: int, done: int, digest: str) -> None:
+        where = f"{self._source.uri}/{name}"
+        if done != size:
+            raise UserError(f"{where} had {size} bytes and then {done}: it changes; copy again when nothing writes it")
+        if digest != self._digests.get(name, digest):
+            raise UserError(
+                f"{where} has digest {digest}, its manifest says {self._digests[name]}: it is damaged; "
+                "fetch or pack the dataset again"
+            )
+
+    def _advance(self, count: int) -> None:
+        with self._lock:
+            self._bar.update(count)
+
+
+def _packed(names: Sequence[str]) -> list[str]:
+    """Paths ("" = the folder itself) of the packed datasets among files."""
+    there = set(names)
+    folders = [posixpath.dirname(name) for name in names if posixpath.basename(name) == MANIFEST]
+    return [folder for folder in folders if posixpath.join(folder, BATCHES) in there]
+
+
+def _manifest_digests(source: Folder, names: Sequence[str]) -> dict[str, str]:
+    """Name -> digest, as manifests below `source` state them. UserError if such a file is not there."""
+    digests: dict[str, str] = {}
+    for path in _packed(names):
+        manifest = Manifest.load(source / path if path else source)
+        facts = {BATCHES: manifest.batches_digest}
+        for number, shard in enumerate(manifest.shards):
+            facts |= {shard.name: shard.digest, lineage_name(number, len(manifest.shards)): shard.lineage_digest}
+        digests |= {posixpath.join(path, name): digest for name, digest in facts.items()}
+    if missing := sorted(digests.keys() - set(names)):
+        raise UserError(
+            f"{source.uri}/{missing[0]} is missing, its manifest names it: the dataset is damaged; pack it again"
+        )
+    return digests
+
+
+def _refuse_other_datasets(source: Folder, target: Folder, files: Sequence[tuple[str, int]]) -> None:
+    """Its manifest would vouch for files that are being replaced."""
+    for path in _packed([name for name, _ in files]):
+        name = posixpath.join(path, MANIFEST)
+        if target.exists(name) and target.read(name) != source.read(name):
+            raise UserError(
+                f"{target.uri}/{name} is of another dataset than {source.uri}/{name}: "
+                "choose another target, or delete it"
+            )
