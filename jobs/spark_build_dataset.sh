@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Build: chat template, tokens, loss mask; image tokens from width and height alone.
+# usage: jobs/spark_build_dataset.sh IN OUT --tokenizer HF_FOLDER --length N [--overflow drop|split] [--overwrite]
+source "$(dirname "$0")/common.sh"
+need 6 "$@"
+spark_stage build "$@"

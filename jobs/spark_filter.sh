@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Filter: clean rows to data/, the others with reason and evidence to quarantine/; exact duplicates too.
+# usage: jobs/spark_filter.sh IN OUT [--overwrite]
+source "$(dirname "$0")/common.sh"
+need 2 "$@"
+spark_stage filter "$@"

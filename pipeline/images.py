@@ -1,0 +1,170 @@
+"""Images of raw rows: found, decoded once under guard, and their bytes copied into large immutable blobs."""
+
+import errno
+import io
+import os
+import posixpath
+import struct
+import uuid
+import warnings
+import zlib
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+import xxhash
+from PIL import Image, ImageOps
+
+from kanyun.storage import Folder
+from pipeline.checks import Reason, RowError, check_size
+
+MAX_BYTES = 64 << 20  # of one encoded image: a record batch of packs is never larger
+BLOB_BYTES = 1 << 30  # a task starts another blob after this many
+_REMEMBERED = 4096  # images of a task, about 500 B each: rows that share an image often follow each other
+# What Pillow raises for bytes that are no image, or a truncated or damaged one.
+_DAMAGED = (OSError, SyntaxError, EOFError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class CopiedImage:
+    """An image in a blob: the fields of schema.IMAGE_REF, and a digest of its bytes."""
+
+    blob: str
+    offset: int
+    size: int
+    width: int
+    height: int
+    digest: bytes
+
+    def ref(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["digest"]
+        return values
+
+
+class ImageCopier:
+    """A task's images: each is checked, decoded to prove that it can be, and copied. Use with `with`.
+
+    Blobs are written below `folder`, under names no other task or attempt uses; refs say `uri`, where they will be.
+    """
+
+    def __init__(self, root: Folder, folder: Folder, uri: str):
+        self._root, self._folder, self._uri = root, folder, uri
+        self._real_root = os.path.realpath(root.path) if _is_local(root) else root.path
+        self._remembered: dict[str, CopiedImage] = {}
+        self._open = ExitStack()
+        self._stream: IO[bytes] | None = None
+        self._blob, self._offset = "", 0
+
+    def __enter__(self) -> "ImageCopier":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
+
+    def copy(self, image: str | bytes, file: str) -> CopiedImage:
+        """`image`: encoded bytes, or a path relative to the raw file `file`. Raises RowError with the reason."""
+        if isinstance(image, bytes):
+            return self._copy(image, "an image in the row")
+        path = self._resolve(image, file)
+        if path not in self._remembered:
+            if len(self._remembered) == _REMEMBERED:
+                self._remembered.clear()
+            self._remembered[path] = self._copy(self._read(path, image), image)
+        return self._remembered[path]
+
+    def _resolve(self, image: str, file: str) -> str:
+        """Full path of the image, which must lie in the raw folder."""
+        root = self._root.path
+        if image.startswith(f"{self._root.uri}/"):  # a URI into the raw folder is as good as a path
+            path = root + image.removeprefix(self._root.uri)
+        else:
+            path = posixpath.join(root, posixpath.dirname(file), image)
+            if "://" in image:
+                raise RowError(Reason.IMAGE_PATH_ESCAPES, f"{image!r} is a URL, a path in the raw folder is needed")
+        path = posixpath.normpath(path)
+        if not path.startswith(f"{root}/"):
+            raise RowError(Reason.IMAGE_PATH_ESCAPES, f"{image!r} is not in the raw folder {root}")
+        if _is_local(self._root) and "\0" not in path:
+            real = os.path.realpath(path)
+            if not real.startswith(f"{self._real_root}/"):
+                raise RowError(
+                    Reason.IMAGE_PATH_ESCAPES, f"{image!r} is a link to {real}, out of the raw folder {root}"
+                )
+        return path
+
+    def _read(self, path: str, image: str) -> bytes:
+        """Other errors of storage than these are not the row's fault: they fail the task, which Spark tries again."""
+        try:
+            info = self._root.fs.info(path)
+            if info["type"] != "file":
+                raise RowError(Reason.IMAGE_MISSING, f"{image!r} is a {info['type']} and no file")
+            _check_bytes(info["size"], image)
+            data: bytes = self._root.fs.cat_file(path)
+            return data
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RowError(Reason.IMAGE_MISSING, f"{image!r} does not exist: {path}") from error
+        except PermissionError as error:
+            raise RowError(Reason.IMAGE_UNREADABLE, f"{image!r} may not be read: {error}") from error
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise
+            raise RowError(Reason.IMAGE_MISSING, f"{image!r:.200} cannot be a path: {error}") from error
+
+    def _copy(self, data: bytes, name: str) -> CopiedImage:
+        _check_bytes(len(data), name)
+        width, height = probe(data, name)
+        if self._stream is None or self._offset + len(data) > BLOB_BYTES:
+            self._open.close()
+            self._blob, self._offset = f"{uuid.uuid4().hex}.blob", 0
+            self._stream = self._open.enter_context(self._folder.create(self._blob))
+        self._stream.write(data)
+        copied = CopiedImage(
+            blob=f"{self._uri}/{self._blob}",
+            offset=self._offset,
+            size=len(data),
+            width=width,
+            height=height,
+            digest=xxhash.xxh3_128_digest(data),
+        )
+        self._offset += len(data)
+        return copied
+
+
+def probe(data: bytes, name: str) -> tuple[int, int]:
+    """(width, height) in pixels as transformers' load_image would give them: after EXIF rotation.
+
+    Everything that load_image does is done here once, so that training cannot meet an image that fails: the header is
+    read, sizes are checked, and only then pixels are decoded. An animation is its first frame. Raises RowError.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image: Image.Image = Image.open(io.BytesIO(data))
+            check_size(*image.size)
+            image.load()
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise RowError(Reason.IMAGE_TOO_LARGE, f"{name!r}: {error}") from error
+        except RowError as error:
+            raise RowError(error.reason, f"{name!r}: {error.evidence}") from error
+        except _DAMAGED as error:
+            raise RowError(Reason.IMAGE_UNREADABLE, f"{name!r} ({len(data)} bytes): {error}") from error
+        except Exception as error:
+            raise RowError(Reason.PROCESSOR_FAILED, f"{name!r}: {type(error).__name__}: {error}") from error
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode != "RGB":
+                image.convert("RGB")
+        except Exception as error:
+            raise RowError(Reason.PROCESSOR_FAILED, f"{name!r}: {type(error).__name__}: {error}") from error
+        return image.size
+
+
+def _check_bytes(size: int, name: str) -> None:
+    if size > MAX_BYTES:
+        raise RowError(Reason.IMAGE_TOO_LARGE, f"{name!r} has {size} bytes, limit {MAX_BYTES}")
+
+
+def _is_local(folder: Folder) -> bool:
+    return "file" in folder.fs.protocol

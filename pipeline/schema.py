@@ -1,0 +1,57 @@
+"""The rows that go from stage to stage, as Arrow schemas. Image bytes are never in them, only refs."""
+
+import pyarrow as pa
+
+# Where an image's encoded bytes lie: a range of an immutable blob, copied there once by preprocess.
+IMAGE_REF = pa.struct(
+    [
+        ("blob", pa.string()),  # absolute URI
+        ("offset", pa.int64()),  # bytes
+        ("size", pa.int64()),  # bytes
+        ("width", pa.int32()),  # pixels, after EXIF rotation: as transformers sees it
+        ("height", pa.int32()),
+    ]
+)
+
+# {"type": "text", "text": ...} or {"type": "image", "text": null}; the n-th image part is images[n].
+PART = pa.struct([("type", pa.string()), ("text", pa.string())])
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.list_(PART))])
+
+# preprocess -> filter -> sample
+SAMPLE = pa.schema(
+    [
+        ("sample_id", pa.int64()),  # hash of (dataset class, file, position), top bit cleared: Spark has no u64
+        ("dataset", pa.string()),  # dataset class; from `sample` on the data path below its input, if a parent
+        ("file", pa.string()),  # path relative to the raw folder
+        ("position", pa.int64()),  # byte offset of the line (jsonl) or row index (parquet) in the file
+        ("messages", pa.list_(MESSAGE)),  # null for a text document
+        ("text", pa.string()),  # null for a conversation
+        ("images", pa.list_(IMAGE_REF)),
+        ("content_hash", pa.binary(16)),  # of messages or text and of the images' bytes: equal rows are duplicates
+        ("reason", pa.string()),  # null = clean; else a code of pipeline/checks.py
+        ("evidence", pa.string()),  # what was seen, which value, which limit
+        ("raw", pa.string()),  # the raw row as it came (inline image bytes replaced by their size)
+    ]
+)
+
+# sample -> build: the same and which copy of the sample this is (0, 1, ... over all epochs)
+SAMPLED = SAMPLE.append(pa.field("copy", pa.int32()))
+
+# build -> pack
+BUILT = pa.schema(
+    [
+        ("sample_id", pa.int64()),
+        ("dataset", pa.string()),
+        ("copy", pa.int32()),
+        ("piece", pa.int32()),  # 0, 1, ... where a long text document was split
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),  # true = this token is a trained target
+        ("image_grid_thw", pa.list_(pa.list_(pa.int32(), 3))),
+        ("images", pa.list_(IMAGE_REF)),
+        ("tokens", pa.int32()),  # len(input_ids)
+        ("patches", pa.int32()),  # sum of t * h * w over the images
+    ]
+)
+
+# every stage's quarantine/: a SAMPLE row, so nothing is lost; `reason` and `evidence` say why
+QUARANTINE = SAMPLE

@@ -1,0 +1,248 @@
+"""What all five stages share: read -> transform -> write -> report, built aside and renamed into place.
+
+A stage is a frozen dataclass; its fields are its settings. The whole of one:
+
+    @dataclass(frozen=True)
+    class Shorten(Stage):
+        name, after, schema = "shorten", "filter", SAMPLE      # what it is, whose output it reads, what it writes
+        quarantines = True                                     # rows with a `reason` go to quarantine/
+        distributions = {"characters": "length(text)"}         # drawn in report.html: title -> SQL over data/
+        limit: int = 1000                                      # a setting
+
+        def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
+            return map_rows(rows, partial(shorten, limit=self.limit), self.schema)   # pipeline.session
+
+    Shorten("IN", "OUT", limit=10).run(overwrite=False)
+
+- `transform` sees the rows of IN/data. Where the stage quarantines, it gives all rows back, with the columns of
+  `schema` and of QUARANTINE: those with a `reason` are written to quarantine/, the others to data/. A lost row is found
+  by the counts: override `added_and_dropped` if a row may become several or none.
+- Work in Python goes through `map_rows`; nothing may depend on how rows are partitioned.
+- Other inputs: override `inputs` (sample has several) and `read` (preprocess reads raw files).
+- Another output than parquet: override `write`; put files below `attempt.folder`; they will be below `attempt.target`.
+- `settings` is what makes finished work the same work: override it if a field is a path to something that may change.
+"""
+
+import json
+import re
+import time
+import uuid
+from dataclasses import dataclass, fields
+from functools import reduce
+from typing import Any, ClassVar
+
+import pyarrow as pa
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from kanyun.errors import UserError
+from kanyun.manifest import canonical, digest_of
+from kanyun.storage import Folder
+from pipeline.report import Counts, Histogram, Report
+from pipeline.schema import QUARANTINE
+from pipeline.session import progress, spark_schema, spark_session
+
+EXAMPLES = 3  # rows shown a reason
+SHUFFLE_ROWS = 50_000  # a partition, before Spark puts small ones together; its fixed 200 are too many or too few
+SHUFFLE_PARTITIONS = 4  # at least
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at making a stage's output: written to `folder`, which becomes `target` when all is there."""
+
+    folder: Folder
+    target: Folder
+    inputs: dict[str, Report]  # data path below the stage's source ("." = the source itself) -> its report
+
+    @property
+    def rows_in(self) -> int:
+        return sum(report.counts.rows_out for report in self.inputs.values())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the pipeline. See the top of this file."""
+
+    source: str
+    output: str
+
+    name: ClassVar[str]
+    after: ClassVar[str] = ""
+    schema: ClassVar[pa.Schema]
+    quarantines: ClassVar[bool] = False
+    distributions: ClassVar[dict[str, str]] = {}
+
+    def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values that, with the input, decide what comes out."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("source", "output")}
+
+    def inputs(self) -> dict[str, Report]:
+        """Reports of the outputs this stage reads. Raises UserError if they are not there or not finished."""
+        return {".": Report.load(Folder(self.source), self.after)}
+
+    def input_digest(self, inputs: dict[str, Report]) -> str:
+        """What the input is: redone input is other input, because image refs point into it."""
+        return digest_of(canonical({path: report.digest for path, report in inputs.items()}))
+
+    def read(self, spark: SparkSession, attempt: Attempt) -> DataFrame:
+        return spark.read.parquet((Folder(self.source) / "data").uri)
+
+    def write(self, rows: DataFrame, attempt: Attempt) -> Counts:
+        """Write data/ and quarantine/ and count what is written there."""
+        data, bad = attempt.folder / "data", attempt.folder / "quarantine"
+        if self.quarantines:
+            rows = rows.persist(StorageLevel.DISK_ONLY)  # two writes, one computation
+            marked = F.col("reason").isNotNull()
+            rows.where(~marked).select(*self.schema.names).write.parquet(data.uri)
+            rows.where(marked).select(*QUARANTINE.names).write.parquet(bad.uri)
+            rows.unpersist()
+        else:
+            rows.select(*self.schema.names).write.parquet(data.uri)
+        written = self._written(data)
+        rows_out = written.count()
+        quarantined = self._reasons(self._written(bad, QUARANTINE)) if self.quarantines else {}
+        rows_in = attempt.rows_in if attempt.inputs else rows_out + sum(quarantined.values())
+        added, dropped = self.added_and_dropped(written, rows_in)
+        return Counts(rows_in, rows_out, added, quarantined, dropped)
+
+    def added_and_dropped(self, written: DataFrame, rows_in: int) -> tuple[int, int]:
+        """How many rows `transform` made beyond one for each row in, and for how many rows in it made none."""
+        return 0, 0
+
+    def run(self, overwrite: bool = False) -> Report:
+        """Do the work, unless OUT has it already. Raises UserError: input missing, OUT is other work, not writable."""
+        target = Folder(self.output)
+        self._refuse_input_in(target)
+        inputs = self.inputs()
+        digest = self.input_digest(inputs)
+        if not overwrite and (done := self._finished(target, digest)):
+            print(f"{self.name}: already done, skipped: {target.path}")
+            return done
+        _delete_leftovers(target)
+        attempt = Attempt(_hidden_neighbour(target), target, inputs)
+        attempt.folder.make()
+        try:
+            started = time.time()
+            spark = spark_session()
+            spark.conf.set("spark.sql.shuffle.partitions", max(SHUFFLE_PARTITIONS, attempt.rows_in // SHUFFLE_ROWS))
+            with progress(spark, self.name):
+                counts = self.write(self.transform(self.read(spark, attempt), attempt), attempt)
+                counts.check(f"{self.name} of {self.source}")
+                report = self.report(attempt, digest, counts, time.time() - started)
+            report.save(attempt.folder)
+            _publish(attempt)
+        except BaseException:
+            attempt.folder.delete()
+            raise
+        print(f"{self.name}: {report.summary()} -> {target.path}")
+        return report
+
+    def report(self, attempt: Attempt, input_digest: str, counts: Counts, seconds: float) -> Report:
+        return Report(
+            stage=self.name,
+            settings=self.settings(),
+            input=input_digest,
+            run=uuid.uuid4().hex,
+            counts=counts,
+            since_raw=counts.after([report.since_raw for report in attempt.inputs.values()]),
+            seconds=round(seconds, 1),
+            **self.seen(attempt),
+        )
+
+    def seen(self, attempt: Attempt) -> dict[str, Any]:
+        """What the report shows of the written rows: reasons with examples, and distributions."""
+        data = self._written(attempt.folder / "data")
+        marked = self._written(attempt.folder / "quarantine", QUARANTINE) if self.quarantines else data
+        if "reason" not in marked.columns:
+            return {"distributions": _histograms(data, self.distributions)}
+        return {
+            "reasons": self._reasons(marked),
+            "examples": _examples(marked),
+            "distributions": _histograms(data, self.distributions),
+        }
+
+    def _written(self, folder: Folder, schema: pa.Schema | None = None) -> DataFrame:
+        return spark_session().read.schema(spark_schema(schema or self.schema)).parquet(folder.uri)
+
+    @staticmethod
+    def _reasons(rows: DataFrame) -> dict[str, int]:
+        counted = rows.where("reason is not null").groupBy("reason").count()
+        return {row["reason"]: row["count"] for row in counted.orderBy("reason").toLocalIterator()}
+
+    def _finished(self, target: Folder, digest: str) -> Report | None:
+        """The report of this very work if `target` holds it; None if nothing is there; else UserError."""
+        if not target.names():
+            return None
+        report = Report.load_if_there(target)
+        if report is None:
+            raise UserError(
+                f"{target.path} holds {', '.join(target.names()[:3])} and no output of the {self.name} stage: "
+                "choose another output, or give --overwrite to replace all of it"
+            )
+        there = {"stage": report.stage, "input": report.input} | report.settings
+        wanted = {"stage": self.name, "input": digest} | json.loads(canonical(self.settings()))
+        for key in wanted | there:
+            if there.get(key) != wanted.get(key):
+                raise UserError(
+                    f"{target.path} holds the output of other work: {key} is {there.get(key)} there and "
+                    f"{wanted.get(key)} here; choose another output, or give --overwrite to redo it"
+                )
+        return report
+
+    def _refuse_input_in(self, target: Folder) -> None:
+        source = Folder(self.source)
+        if f"{source.uri}/".startswith(f"{target.uri}/"):
+            raise UserError(f"the output {target.path} holds the input {source.path}: choose another output")
+
+
+def _hidden_neighbour(target: Folder) -> Folder:
+    return target.parent / f"_attempt-{target.name}-{uuid.uuid4().hex}"
+
+
+def _delete_leftovers(target: Folder) -> None:
+    """Remove what runs left that were killed."""
+    dead = re.compile(rf"_attempt-{re.escape(target.name)}-[0-9a-f]{{32}}")
+    for name in filter(dead.fullmatch, target.parent.names()):
+        target.parent.delete(name)
+
+
+def _publish(attempt: Attempt) -> None:
+    """Rename the attempt to its target: at every moment the target is old, absent or new, never a mixture."""
+    old = _hidden_neighbour(attempt.target)
+    if attempt.target.exists():
+        attempt.target.move_to(old)
+    attempt.folder.move_to(attempt.target)
+    old.delete()
+
+
+def _examples(marked: DataFrame) -> dict[str, list[dict[str, str]]]:
+    """The first few rows of every reason, by file and position."""
+    rank = F.row_number().over(Window.partitionBy("reason").orderBy("file", "position"))
+    rows = marked.where("reason is not null").withColumn("rank", rank).where(F.col("rank") <= EXAMPLES)
+    examples: dict[str, list[dict[str, str]]] = {}
+    shown = rows.select("reason", "file", "position", "evidence", F.substring("raw", 1, 300).alias("raw"))
+    for row in shown.orderBy("reason", "file", "position").toLocalIterator():
+        example = {"where": f"{row['file']} @ {row['position']}", "evidence": row["evidence"], "raw": row["raw"]}
+        examples.setdefault(row["reason"], []).append(example)
+    return examples
+
+
+def _histograms(data: DataFrame, expressions: dict[str, str]) -> list[Histogram]:
+    """How many rows have a value in [2^(b-1), 2^b), for each b: one pass over the columns that are named."""
+    if not expressions:
+        return []
+    bits = "if(x > 0, length(bin(cast(x as bigint))), 0)"
+    parts = [
+        data.selectExpr(f"{sql} as x").selectExpr(f"{number} as part", f"{bits} as bits", "x")
+        for number, sql in enumerate(expressions.values())
+    ]
+    counted = reduce(DataFrame.unionAll, parts).where("x is not null").groupBy("part", "bits")
+    bins: dict[int, dict[int, int]] = {}
+    for row in counted.count().toLocalIterator():
+        bins.setdefault(row["part"], {})[row["bits"]] = row["count"]
+    return [Histogram(title, bins.get(number, {})) for number, title in enumerate(expressions)]

@@ -1,0 +1,84 @@
+"""The five stages as people run them, on one raw folder: the same bytes for any parallelism and any order of files."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.qwen_assets import tiny_vl_folder
+
+ROWS_A_FILE, FILES = 40, 3
+# Spark reads these from the environment of a driver that it starts itself: other splits, other shuffles.
+OTHER_SETTINGS = "--conf spark.sql.files.maxPartitionBytes=30000 --conf spark.sql.shuffle.partitions=3 pyspark-shell"
+
+
+def raw_files(seed: int = 4) -> dict[str, str]:
+    """jsonl files by name: conversations with and without an image; a row of each file has an image that is missing."""
+    rng = random.Random(seed)
+    files = {}
+    for file in range(FILES):
+        lines = []
+        for number in range(ROWS_A_FILE):
+            words = " ".join(rng.choices(["what", "is", "naïve", "你好", "?"], k=rng.randint(3, 30)))
+            name = f"images/{rng.randrange(12)}.png" if number else "images/none.png"
+            marker, images = ("<image>\n", [name]) if number % 2 == 0 else ("", [])
+            answer = {"role": "assistant", "content": f"answer {file} {number}"}
+            lines.append({"messages": [{"role": "user", "content": marker + words}, answer], "images": images})
+        files[f"part-{file}.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines)
+    return files
+
+
+def write_raw(folder: Path, names: list[str]) -> None:
+    """The raw folder, its files created in the order of `names`."""
+    rng = random.Random(6)
+    (folder / "images").mkdir(parents=True)
+    pictures = {n: ((rng.randint(28, 150), rng.randint(28, 150)), tuple(rng.randbytes(3))) for n in range(12)}
+    for n in sorted(pictures, reverse=names != sorted(names)):
+        Image.new("RGB", *pictures[n]).save(folder / f"images/{n}.png")
+    files = raw_files()
+    for name in names:
+        (folder / name).write_text(files[name])
+
+
+def run_all(raw: Path, out: Path, model: Path, master: str, spark_settings: str | None = None) -> dict[str, object]:
+    """The manifest that the five commands leave."""
+    recipe = out / "recipe.yaml"
+    out.mkdir()
+    settings = {"output": str(out / "run"), "tokenizer": str(model), "length": 256, "seed": 3}
+    datasets = {"chat": {"raw": str(raw), "dataset": "messages", "ratio": 0.7}}
+    recipe.write_text(json.dumps(settings | {"datasets": datasets}))  # JSON is YAML
+    environment = os.environ | {"SPARK_MASTER": master}
+    if spark_settings:
+        environment["PYSPARK_SUBMIT_ARGS"] = spark_settings
+    command = [sys.executable, "-m", "pipeline", "run", str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    manifest = out / "run/packed/packed_length_256_0_epoch_0_v4/manifest.json"
+    result: dict[str, object] = json.loads(manifest.read_text())
+    return result
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_vl_folder(tmp_path_factory.mktemp("model") / "hf", max_pixels=32 * 28 * 28)
+
+
+def test_same_content_digest_however_it_is_run(model: Path, tmp_path: Path) -> None:
+    names = sorted(raw_files())
+    write_raw(tmp_path / "raw", names)
+    write_raw(tmp_path / "reshuffled", names[::-1])
+    one = run_all(tmp_path / "raw", tmp_path / "one", model, "local[1]")
+    four = run_all(tmp_path / "raw", tmp_path / "four", model, "local[4]", OTHER_SETTINGS)
+    other = run_all(tmp_path / "reshuffled", tmp_path / "other", model, "local[2]")
+    assert one["content_digest"] == four["content_digest"] == other["content_digest"]
+    assert one["shards"] == four["shards"] == other["shards"]
+    rows = ROWS_A_FILE * FILES
+    kept = int((rows - FILES) * 0.7)
+    assert one["counts"] == {
+        "rows_in": rows, "added": 0, "quarantined": FILES, "dropped": rows - FILES - kept, "packed": kept
+    }  # fmt: skip

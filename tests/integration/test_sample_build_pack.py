@@ -1,0 +1,340 @@
+"""sample, build and pack on real Spark, from a filter output made here."""
+
+import io
+import json
+import random
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from pyspark.sql import SparkSession
+from transformers import AutoProcessor
+
+from kanyun.errors import UserError
+from kanyun.reader import PackedDataset
+from kanyun.schema import Pack as StoredPack
+from kanyun.storage import Folder
+from kanyun.verify import verify
+from pipeline.build import Build
+from pipeline.pack import Pack
+from pipeline.report import Counts, Report
+from pipeline.sample import Sample, copies_before
+from pipeline.schema import SAMPLE
+from tests.qwen_assets import tiny_text_folder, tiny_vl_folder
+
+LENGTH = 256
+
+
+@dataclass(frozen=True)
+class SmallBuckets(Pack):
+    bucket_samples: ClassVar[int] = 40
+
+
+def picture(rng: random.Random) -> tuple[bytes, int, int]:
+    width, height = rng.randint(28, 200), rng.randint(28, 200)
+    data = io.BytesIO()
+    Image.new("RGB", (width, height), tuple(rng.randbytes(3))).save(data, "PNG")
+    return data.getvalue(), width, height
+
+
+def part(value: str | None) -> dict[str, str | None]:
+    return {"type": "text" if value is not None else "image", "text": value}
+
+
+class Raw:
+    """Clean rows as filter leaves them, with images in one blob: of four, two have an image, one is a document."""
+
+    def __init__(self, root: Path, count: int, seed: int = 0):
+        rng = random.Random(seed)
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.images: dict[int, list[bytes]] = {}
+        blob = root.parent / f"{root.name}-blob"
+        root.mkdir(parents=True)
+        offset, stored = 0, b""
+        for number in range(count):
+            sample_id = rng.getrandbits(63)
+            row: dict[str, Any] = dict.fromkeys(SAMPLE.names)
+            row |= {"sample_id": sample_id, "dataset": "made", "file": "a.jsonl", "position": number, "images": []}
+            row |= {"content_hash": rng.randbytes(16), "raw": f"raw {number}"}
+            words = " ".join(
+                rng.choices(["the", "import", "statement", "naïve", "你好", "\n", "x"], k=rng.randint(1, 40))
+            )
+            if number % 4 == 3:
+                row["text"] = words
+            else:
+                content = [part(words)]
+                if number % 4 < 2:
+                    data, width, height = picture(rng)
+                    ref = {"blob": blob.as_uri(), "offset": offset, "size": len(data)}
+                    row["images"] = [ref | {"width": width, "height": height}]
+                    stored, offset = stored + data, offset + len(data)
+                    self.images[sample_id] = [data]
+                    content.insert(rng.randint(0, 1), part(None))
+                answer = {"role": "assistant", "content": [part(f"answer {number}")]}
+                row["messages"] = [{"role": "user", "content": content}, answer]
+            self.rows[sample_id] = row
+        blob.write_bytes(stored)
+        save_filtered(root, list(self.rows.values()))
+
+
+def save_filtered(root: Path, rows: list[dict[str, Any]], files: int = 3) -> None:
+    for n in range(files):
+        path = root / "data" / f"part-{n}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows[n::files], SAMPLE), path)
+    counts = Counts(len(rows), len(rows))
+    Report("filter", {}, "none", f"{len(rows)}", counts, counts, 0.0).save(Folder(str(root)))
+
+
+def read(folder: Path, name: str = "data") -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(folder / name).to_pylist()
+    return rows
+
+
+def packs_of(folder: str) -> list[StoredPack]:
+    dataset = PackedDataset(Folder(folder))
+    return [pack for n in range(len(dataset)) for pack in dataset.read_batch(n)]
+
+
+@pytest.fixture(scope="module")
+def made(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Raw]:
+    """The three stages once: 300 rows, more than one bucket."""
+    root = tmp_path_factory.mktemp("made")
+    raw = Raw(root / "filtered", 300)
+    tiny_vl_folder(root / "hf", max_pixels=32 * 28 * 28)
+    Sample(str(root / "filtered"), str(root / "sampled"), seed=5).run()
+    Build(str(root / "sampled"), str(root / "built"), tokenizer=str(root / "hf"), length=LENGTH).run()
+    SmallBuckets.below(str(root / "built"), str(root / "packed"), LENGTH).run()
+    return root, raw
+
+
+def packed(root: Path) -> str:
+    return str(root / "packed" / f"packed_length_{LENGTH}_0_epoch_0_v4")
+
+
+def test_every_sample_is_packed_once_as_the_processor_makes_it(made: tuple[Path, Raw]) -> None:
+    root, raw = made
+    processor = AutoProcessor.from_pretrained(root / "hf")
+    seen: dict[int, int] = {}
+    for pack in packs_of(packed(root)):
+        images = iter(pack.images)
+        for n, sample_id in enumerate(pack.sample_ids.tolist()):
+            row = raw.rows[sample_id]
+            seen[sample_id] = seen.get(sample_id, 0) + 1
+            ids = pack.input_ids[pack.cu_seqlens[n] : pack.cu_seqlens[n + 1]]
+            mask = pack.loss_mask[pack.cu_seqlens[n] : pack.cu_seqlens[n + 1]]
+            encoded = [next(images) for _ in row["images"]]
+            assert encoded == raw.images.get(sample_id, [])
+            if row["text"] is not None:
+                assert ids.tolist() == [
+                    *processor.tokenizer(row["text"])["input_ids"],
+                    processor.tokenizer.pad_token_id,
+                ]
+                assert mask.all()
+                continue
+            text = processor.apply_chat_template(row["messages"])
+            pictures = [Image.open(io.BytesIO(data)) for data in encoded]
+            assert ids.tolist() == processor(text=[text], images=pictures or None)["input_ids"][0]
+            trained = processor.tokenizer.decode(ids[mask])
+            assert trained == row["messages"][1]["content"][0]["text"] + "<|im_end|>"
+        assert next(images, None) is None
+    quarantined = {row["sample_id"]: row["reason"] for row in read(root / "built", "quarantine")}
+    assert seen == dict.fromkeys(set(raw.rows) - set(quarantined), 1)
+    assert set(quarantined.values()) <= {"too_long"}
+
+
+def test_the_packed_dataset_is_sound_and_tells_its_facts(made: tuple[Path, Raw]) -> None:
+    root, _ = made
+    assert list(verify(Folder(packed(root)))) == []
+    manifest = PackedDataset(Folder(packed(root))).manifest
+    quarantined = len(read(root / "built", "quarantine"))
+    assert len(manifest.shards) == -(-(300 - quarantined) // 40)
+    assert manifest.counts.rows_in == 300
+    assert (manifest.counts.packed, manifest.counts.quarantined) == (300 - quarantined, quarantined)
+    assert (manifest.seed, manifest.epoch, manifest.ratios) == (5, 0, {".": "1"})
+    assert manifest.vision_budget % 64 == 0
+    assert manifest.packs_lower_bound <= manifest.packs
+    assert manifest.processor is not None
+    assert manifest.processor["max_pixels"] == 32 * 28 * 28
+    report = json.loads(Path(packed(root), "report.json").read_text())
+    assert report["facts"]["packs"] == manifest.packs
+    assert report["counts"]["rows_out"] == 300 - quarantined
+    assert Path(packed(root), "tokenizer", "tokenizer.json").read_bytes() == (root / "hf/tokenizer.json").read_bytes()
+
+
+def test_finished_work_is_skipped_and_other_work_is_refused(made: tuple[Path, Raw], capsys: Any) -> None:
+    root, _ = made
+    before = Path(packed(root), "manifest.json").stat().st_mtime_ns
+    SmallBuckets.below(str(root / "built"), str(root / "packed"), LENGTH).run()
+    assert "already done, skipped" in capsys.readouterr().out
+    assert Path(packed(root), "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"vision_budget.*--overwrite"):
+        SmallBuckets.below(str(root / "built"), str(root / "packed"), LENGTH, vision_budget=10**6).run()
+    with pytest.raises(UserError, match=r"--length is 512, but .* --length 256"):
+        Pack.below(str(root / "built"), str(root / "packed"), 512)
+    with pytest.raises(UserError, match=r"--epoch is 1, but .* --epoch 0"):
+        Pack.below(str(root / "built"), str(root / "packed"), LENGTH, epoch=1)
+    with pytest.raises(UserError, match=r"--vision-budget is 70 .* least that fills packs is \d+"):
+        Pack.below(str(root / "built"), str(root / "tight"), LENGTH, vision_budget=70).run()
+    assert list((root / "tight").iterdir()) == []  # nothing is left behind
+
+
+def test_same_bytes_for_other_files_and_partitions(made: tuple[Path, Raw], spark: SparkSession, tmp_path: Path) -> None:
+    root, raw = made
+    rows = list(raw.rows.values())
+    random.Random(9).shuffle(rows)
+    (tmp_path / "filtered").mkdir()
+    save_filtered(tmp_path / "filtered", rows, files=7)
+    settings = {"spark.sql.shuffle.partitions": "5", "spark.sql.files.maxPartitionBytes": "20000"}
+    usual = {key: spark.conf.get(key) for key in settings}
+    try:
+        for key, value in settings.items():
+            spark.conf.set(key, value)
+        Sample(str(tmp_path / "filtered"), str(tmp_path / "sampled"), seed=5).run()
+        Build(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(root / "hf"), length=LENGTH).run()
+        SmallBuckets.below(str(tmp_path / "built"), str(tmp_path / "packed"), LENGTH).run()
+    finally:
+        for key, before in usual.items():
+            spark.conf.set(key, before)
+    one, other = (PackedDataset(Folder(packed(p))).manifest for p in (root, tmp_path))
+    assert one.content_digest == other.content_digest
+    assert [s.digest for s in one.shards] == [s.digest for s in other.shards]
+
+
+def test_ten_epochs_of_two_data_paths_with_ratios(spark: SparkSession, tmp_path: Path) -> None:
+    paths = {"web/a": (Fraction("0.37"), 101), "b": (Fraction("2.5"), 40)}
+    for path, (_, count) in paths.items():
+        Raw(tmp_path / "all" / path, count, seed=count)
+    (tmp_path / "all" / "_attempt-b-dead" / "data").mkdir(parents=True)
+    table = tmp_path / "ratios.yaml"
+    table.write_text(yaml.safe_dump({path: float(ratio) for path, (ratio, _) in paths.items()}))
+    copies: dict[str, dict[int, list[int]]] = {path: {} for path in paths}
+    first = Sample(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(table))
+    sizes: dict[str, list[int]] = {path: [] for path in paths}
+    chosen = []
+    for epoch in range(10):
+        report = replace(first, epoch=epoch).run(overwrite=True)
+        assert report.settings["ratios"] == {"b": "5/2", "web/a": "37/100"}
+        rows = read(tmp_path / "out")
+        for row in rows:
+            copies[row["dataset"]].setdefault(row["sample_id"], []).append(row["copy"])
+        chosen.append(frozenset(row["sample_id"] for row in rows if row["dataset"] == "web/a"))
+        for path in paths:
+            sizes[path].append(sum(row["dataset"] == path for row in rows))
+    for path, (ratio, count) in paths.items():
+        for epochs in range(1, 11):  # in total, after any number of epochs
+            assert abs(sum(sizes[path][:epochs]) - count * epochs * ratio) < 1
+        used = copies[path]
+        assert len(used) == count  # nobody starves
+        for numbers in used.values():
+            assert sorted(numbers) == list(range(len(numbers)))  # copies are numbered on and on
+            assert abs(len(numbers) - 10 * ratio) < 1
+    assert len(set(chosen)) == 10  # epochs differ
+
+
+def test_an_epoch_is_as_the_formula_says(spark: SparkSession, tmp_path: Path) -> None:
+    raw = Raw(tmp_path / "filtered", 57)
+    table = tmp_path / "ratios.yaml"
+    table.write_text(".: 0.3\n")
+    stage = Sample(str(tmp_path / "filtered"), str(tmp_path / "out"), epoch=4, seed=1, ratios=str(table))
+    stage.run()
+    ratio = Fraction("0.3")
+    wanted = sum(copies_before(rank, 57, ratio, 5) - copies_before(rank, 57, ratio, 4) for rank in range(57))
+    one = {row["sample_id"] for row in read(tmp_path / "out")}
+    assert len(one) == wanted
+    assert one < set(raw.rows)
+    replace(stage, seed=2).run(overwrite=True)
+    assert {row["sample_id"] for row in read(tmp_path / "out")} != one
+
+
+def test_unknown_data_path_lists_what_is_known(spark: SparkSession, tmp_path: Path) -> None:
+    Raw(tmp_path / "all/a", 4)
+    Raw(tmp_path / "all/b", 4)
+    (tmp_path / "ratios.yaml").write_text("a: 1\nc: 2\n")
+    with pytest.raises(UserError, match=r"data path b; ratios are known for a: 1, c: 2"):
+        Sample(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(tmp_path / "ratios.yaml")).run()
+    (tmp_path / "ratios.yaml").write_text("a: 1\nb: -2\n")
+    with pytest.raises(UserError, match=r"ratio of b is -2"):
+        Sample(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(tmp_path / "ratios.yaml")).run()
+
+
+def test_long_documents_split_or_go_to_quarantine(spark: SparkSession, tmp_path: Path) -> None:
+    rows = []
+    for number, (text, messages) in enumerate(
+        [
+            ("import " * 200, None),
+            ("short text", None),
+            (
+                None,
+                [{"role": "user", "content": [part("import " * 200)]}, {"role": "assistant", "content": [part("yes")]}],
+            ),
+        ]
+    ):
+        row: dict[str, Any] = dict.fromkeys(SAMPLE.names)
+        row |= {
+            "sample_id": number,
+            "dataset": "d",
+            "file": "f",
+            "position": number,
+            "images": [],
+            "raw": f"raw {number}",
+        }
+        rows.append(row | {"text": text, "messages": messages, "content_hash": bytes(16)})
+    (tmp_path / "filtered").mkdir()
+    save_filtered(tmp_path / "filtered", rows)
+    tiny_text_folder(tmp_path / "hf")
+    Sample(str(tmp_path / "filtered"), str(tmp_path / "sampled")).run()
+    build = Build(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(tmp_path / "hf"), length=64)
+    build.run()
+    assert [row["sample_id"] for row in read(tmp_path / "built")] == [1]
+    bad = {row["sample_id"]: row for row in read(tmp_path / "built", "quarantine")}
+    assert {i: row["reason"] for i, row in bad.items()} == {0: "too_long", 2: "too_long"}
+    assert bad[0]["raw"] == "raw 0"
+    assert bad[2]["messages"] == rows[2]["messages"]
+    assert "tokens, the length is 64" in bad[0]["evidence"]
+    whole = AutoProcessor.from_pretrained(tmp_path / "hf")("import " * 200)["input_ids"]
+
+    report = replace(build, overflow="split").run(overwrite=True)
+    pieces = sorted((row for row in read(tmp_path / "built") if row["sample_id"] == 0), key=lambda row: row["piece"])
+    assert [row["piece"] for row in pieces] == list(range(-(-(len(whole) + 1) // 64)))
+    assert [token for row in pieces for token in row["input_ids"]][:-1] == whole
+    assert report.counts == Counts(3, len(pieces) + 1, len(pieces) - 1, {"too_long": 1}, 0)
+
+    Pack.below(str(tmp_path / "built"), str(tmp_path / "packed"), 64).run()
+    manifest = PackedDataset(Folder(str(tmp_path / "packed/packed_length_64_0_epoch_0_v4"))).manifest
+    assert (manifest.vision_budget, manifest.image_token_id, manifest.patches) == (0, None, 0)
+    assert manifest.tokens == len(whole) + 1 + sum(
+        row["tokens"] for row in read(tmp_path / "built") if row["sample_id"] == 1
+    )
+
+
+def test_nothing_to_pack_is_said_clearly(spark: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "filtered").mkdir()
+    save_filtered(tmp_path / "filtered", [])
+    tiny_text_folder(tmp_path / "hf")
+    Sample(str(tmp_path / "filtered"), str(tmp_path / "sampled")).run()
+    Build(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(tmp_path / "hf"), length=64).run()
+    with pytest.raises(UserError, match="has no samples"):
+        Pack.below(str(tmp_path / "built"), str(tmp_path / "packed"), 64).run()
+
+
+def test_a_blob_that_changed_is_found(made: tuple[Path, Raw], spark: SparkSession, tmp_path: Path) -> None:
+    _, raw = made
+    data = tmp_path / "blob"
+    data.write_bytes(b"short")
+    row = next(row for row in raw.rows.values() if row["images"])
+    ref = row["images"][0] | {"blob": data.as_uri(), "offset": 0, "size": 100}
+    (tmp_path / "filtered").mkdir()
+    save_filtered(tmp_path / "filtered", [row | {"images": [ref]}], files=1)
+    tiny_vl_folder(tmp_path / "hf", max_pixels=32 * 28 * 28)
+    Sample(str(tmp_path / "filtered"), str(tmp_path / "sampled")).run()
+    Build(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(tmp_path / "hf"), length=LENGTH).run()
+    with pytest.raises(Exception, match="ends at byte 5, but images are recorded up to 100"):
+        Pack.below(str(tmp_path / "built"), str(tmp_path / "packed"), LENGTH).run()
+    assert list((tmp_path / "packed").iterdir()) == []

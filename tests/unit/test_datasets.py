@@ -1,0 +1,205 @@
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kanyun.errors import UserError
+from kanyun.storage import Folder
+from pipeline.checks import RowError
+from pipeline.datasets import dataset
+from pipeline.datasets.base import Dataset, Row, Sample, field, message
+from pipeline.readers import plan, read
+
+IMAGE = {"type": "image", "text": None}
+
+
+def text(value: str) -> dict[str, str]:
+    return {"type": "text", "text": value}
+
+
+def evidence_of(name: str, row: Any) -> str:
+    with pytest.raises(RowError) as caught:
+        dataset(name).sample(row)
+    assert caught.value.reason == "malformed_row"
+    return caught.value.evidence
+
+
+def test_markers_are_replaced_in_place_and_nothing_else_changes() -> None:
+    row = {
+        "messages": [{"role": "user", "content": " a<image>\n\n<image><image> <Image> b "}],
+        "images": ["x", b"y", "z"],
+    }
+    sample = dataset("messages").sample(row)
+    assert sample.messages == [
+        {"role": "user", "content": [text(" a"), IMAGE, text("\n\n"), IMAGE, IMAGE, text(" <Image> b ")]}
+    ]
+    assert sample.images == ("x", b"y", "z")
+
+
+def test_a_marker_in_a_list_of_parts_is_text() -> None:
+    content = [{"type": "text", "text": "the <image> tag"}, {"type": "image"}]
+    sample = dataset("messages").sample({"messages": [{"role": "user", "content": content}], "images": ["a"]})
+    assert sample.messages == [{"role": "user", "content": [text("the <image> tag"), IMAGE]}]
+
+
+def test_images_come_as_paths_or_bytes() -> None:
+    row = {"messages": [], "images": [{"bytes": b"1", "path": "p"}, {"bytes": None, "path": "q"}, b"2", "r"]}
+    assert dataset("messages").sample(row).images == (b"1", "q", b"2", "r")
+    assert dataset("messages").sample({"messages": [], "images": None}).images == ()
+
+
+def test_llava_has_one_image_several_or_none() -> None:
+    turns = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "ho"}]
+    for given_image, expected in (("a", ("a",)), (["a", "b"], ("a", "b")), (None, ()), ({"bytes": b"1"}, (b"1",))):
+        sample = dataset("llava").sample({"image": given_image, "conversations": turns})
+        assert sample.images == expected
+    assert sample.messages is not None
+    assert [m["role"] for m in sample.messages] == ["user", "assistant"]
+    assert dataset("llava").sample({"conversations": turns}).images == ()
+
+
+def test_a_document_is_taken_as_it_is() -> None:
+    assert dataset("text").sample({"text": " <image> \n"}) == Sample(text=" <image> \n")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "says"),
+    [
+        ("messages", {}, "no field 'messages', it has none"),
+        ("messages", {"messages": None}, "messages is null, a list is needed"),
+        ("messages", {"messages": "hello"}, "messages is a string, a list is needed: 'hello'"),
+        ("messages", {"messages": {"role": "user"}}, "messages is an object"),
+        ("messages", {"messages": ["hello"]}, "a message is a string"),
+        ("messages", {"messages": [{"role": "user", "content": None}]}, "content is null"),
+        ("messages", {"messages": [{"role": "user", "content": 7}]}, "content is a number"),
+        ("messages", {"messages": [{"role": 3, "content": "x"}]}, "role is a number"),
+        ("messages", {"messages": [{"content": "x"}]}, "role is null"),
+        ("messages", {"messages": [{"role": "user", "content": ["x"]}]}, "a part of a message's content is a string"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "{'type': 'video'}"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "{'type': 'text'}"),
+        ("messages", {"messages": [], "images": "a.png"}, "images is a string, a list is needed: 'a.png'"),
+        ("messages", {"messages": [], "images": [None]}, "an image is None"),
+        ("messages", {"messages": [], "images": [{"bytes": None, "path": None}]}, "an image is {"),
+        ("llava", {"image": 5, "conversations": []}, "an image is 5"),
+        ("llava", {"image": "a"}, "no field 'conversations', it has 'image'"),
+        ("llava", {"conversations": [{"from": None, "value": "x"}]}, "'from' is null"),
+        ("llava", {"conversations": [{"from": "gpt", "value": None}]}, "content is null"),
+        ("text", {"text": None}, "text is null, a string is needed"),
+        ("text", {"text": True}, "text is a boolean"),
+        ("text", {"txt": "x"}, "no field 'text', it has 'txt'"),
+    ],
+)
+def test_malformed_rows_say_what_is_wrong(name: str, row: Any, says: str) -> None:
+    assert says in evidence_of(name, row)
+
+
+def test_a_further_dataset_is_one_class() -> None:
+    class Captions(Dataset):
+        name = "captions-of-a-test"
+        min_text = 1
+
+        def sample(self, row: Row) -> Sample:
+            turns = [message("user", "<image>"), message("assistant", field(row, "caption", str))]
+            return Sample(messages=turns, images=(field(row, "file", str),))
+
+    try:
+        assert dataset("captions-of-a-test").sample({"caption": "a", "file": "f"}).images == ("f",)
+    finally:
+        del Dataset.known["captions-of-a-test"]
+    with pytest.raises(UserError, match="unknown dataset 'captions-of-a-test', known are llava, messages, text"):
+        dataset("captions-of-a-test")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.sampled_from(["", "{}", '{"a": 1}', '{"text": "é"}\r', " ", "x" * 50]), max_size=20),
+    st.integers(1, 40),
+    st.booleans(),
+)
+def test_any_splits_of_a_file_give_the_rows_of_the_whole(lines: list[str], step: int, ends: bool) -> None:
+    data = ("\n".join(lines) + "\n" * ends).encode()
+    folder = Folder("memory://readers")
+    folder.fs.pipe_file(f"{folder.path}/a.jsonl", data)
+    expected, offset = [], 0
+    for line in io.BytesIO(data):
+        if line.strip():
+            expected.append((offset, line.strip().decode()))
+        offset += len(line)
+    found = [
+        (row.position, row.raw)
+        for task in plan([("a.jsonl", len(data))], step)
+        for split in task
+        for row in read(folder, split)
+    ]
+    assert found == expected
+
+
+def test_plan_splits_large_files_and_joins_small_ones() -> None:
+    tasks = plan([("a", 25), ("b", 3), ("c", 2), ("d", 0), ("e", 9)], 10)
+    ranges = [[(split.file, split.start, split.end) for split in task] for task in tasks]
+    assert ranges == [[("a", 0, 10)], [("a", 10, 20)], [("a", 20, 25), ("b", 0, 3), ("c", 0, 2)], [("e", 0, 9)]]
+
+
+def rows_of(path: Path, step: int = 1 << 20) -> list[Any]:
+    size = path.stat().st_size
+    tasks = plan([(path.name, size)], step)
+    return [row for task in tasks for split in task for row in read(Folder(str(path.parent)), split)]
+
+
+def test_parquet_row_groups_belong_to_one_split_each(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"row {n}" for n in range(100)]}), path, row_group_size=7)
+    for step in (10, 333, 1 << 20):
+        rows = rows_of(path, step)
+        assert [(row.position, row.fields["text"]) for row in rows] == [(n, f"row {n}") for n in range(100)]
+
+
+def test_bad_values_in_parquet_cost_their_row_alone(tmp_path: Path) -> None:
+    texts = pa.array([b"fine", b"\xff\xfe", b"fine too"]).view(pa.string())
+    pq.write_table(pa.table({"text": texts, "bin": [b"12", None, b"1"]}), tmp_path / "a.parquet")
+    first, bad, last = rows_of(tmp_path / "a.parquet")
+    assert json.loads(first.raw) == {"text": "fine", "bin": "<2 bytes>"}
+    assert first.fields["bin"] == b"12"
+    assert isinstance(bad.fields, RowError)
+    assert "utf-8" in bad.fields.evidence
+    assert (last.position, last.fields["text"]) == (2, "fine too")
+
+
+def test_damaged_parquet_is_told_row_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"text": [f"{n}" * 50 for n in range(20)]}),
+        path,
+        row_group_size=10,
+        compression="none",
+        use_dictionary=False,
+    )
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    rows = rows_of(path)
+    assert [row.position for row in rows] == list(range(20))
+    assert [isinstance(row.fields, RowError) for row in rows] == [False] * 10 + [True] * 10
+    (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
+    (lost,) = rows_of(tmp_path / "b.parquet")
+    assert "b.parquet is no parquet file" in lost.fields.evidence
+
+
+def test_json_that_is_none(tmp_path: Path) -> None:
+    lines = [b"{", b"[1]", b'"x"', b"\xff", b"[" * 100_000, b"1" * 5000, b'{"ok": 1}']
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    rows = rows_of(tmp_path / "a.jsonl")
+    assert rows[-1].fields == {"ok": 1}
+    evidence = [row.fields.evidence for row in rows[:-1]]
+    for found, says in zip(
+        evidence, ["no JSON", "an object is needed", "an object", "invalid UTF-8 at byte 0", "", ""]
+    ):
+        assert says in found
+    assert rows[3].raw == "\\xff"
