@@ -1,0 +1,56 @@
+"""Two processes that share a model make the same weights, logits, loss and gradients as one that has all of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+from tests.model_golden import Example, batch_of
+from tests.qwen_assets import tiny_text_folder
+from trainer.model import ModelConfig, build_model
+from trainer.runtime import Runtime
+
+
+def test_two_processes_are_one_model(tmp_path: Path) -> None:
+    tiny_text_folder(tmp_path, tied=False)
+    for world in (1, 2):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+        worker = ["-m", "tests.integration.test_tensor_parallel", str(tmp_path), str(world)]
+        subprocess.run([*torchrun, *worker], cwd=Path(__file__).parents[2], check=True, timeout=300)
+    one, two = (json.loads((tmp_path / f"{world}.json").read_text()) for world in (1, 2))
+    assert one["logits"] > 1
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-4), name
+
+
+def report(folder: Path, tensor_parallel: int) -> None:
+    """What the model makes of a batch, in sums of squares over the whole model, however it is split."""
+    with Runtime.start(tensor_parallel=tensor_parallel, seed=7) as runtime:
+        config = ModelConfig.from_hf(str(folder))
+        model = build_model(config, runtime)
+        ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+        ids = torch.randint(0, config.vocab_size, (250,), generator=torch.Generator().manual_seed(0))
+        batch = batch_of(config, [[Example(ids[:150], ids[:150] > 9), Example(ids[150:], ids[150:] > 9)]], length=256)
+        numbers: dict[str, Any] = {"logits": model.logits(batch).square().sum().item()}
+        loss = (ddp(batch) * batch.loss_mask).sum()
+        loss.backward()
+        finalize_model_grads([ddp], batch.loss_mask.sum())
+        numbers["loss"] = loss.item()
+        for name, parameter in model.named_parameters():
+            for what, tensor in (("weight", parameter.detach()), ("gradient", parameter.main_grad)):
+                total = tensor.square().sum()
+                if getattr(parameter, "tensor_model_parallel", False):
+                    torch.distributed.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+                numbers[f"{name} {what}"] = total.item()
+        if runtime.rank == 0:
+            (folder / f"{tensor_parallel}.json").write_text(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    report(Path(sys.argv[1]), int(sys.argv[2]))

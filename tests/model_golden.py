@@ -1,0 +1,137 @@
+"""For golden tests of the model: transformers' weights under our names, samples as packs, transformers' answers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kanyun.schema import Pack
+from trainer.data.batch import Batch, BatchFormat, make_batch
+from trainer.data.images import PatchGeometry
+from trainer.model import ModelConfig, Qwen2_5
+
+
+@dataclass
+class Example:
+    """One sample: its tokens, which of them are trained, its images."""
+
+    input_ids: Tensor  # [n]
+    trained: Tensor  # [n] bool
+    processed: Mapping[str, Tensor] = field(default_factory=dict)  # what transformers' processor made of the images
+    images: list[bytes] = field(default_factory=list)
+    grids: list[list[int]] = field(default_factory=list)
+
+
+def batch_of(config: ModelConfig, packs: Sequence[Sequence[Example]], length: int) -> Batch:
+    """Packs as the loader would hand them to the model."""
+    form = (
+        BatchFormat(PatchGeometry(), config.image_token_id) if config.image_token_id is not None else BatchFormat(None)
+    )
+    return make_batch([_pack(examples, length) for examples in packs], form)
+
+
+def _pack(examples: Sequence[Example], length: int) -> Pack:
+    sizes = [len(example.input_ids) for example in examples]
+    tail = length - sum(sizes)
+    grids = [grid for example in examples for grid in example.grids]
+    return Pack(
+        pack_id=0,
+        input_ids=np.concatenate([*(e.input_ids.numpy() for e in examples), np.zeros(tail)]).astype(np.int32),
+        loss_mask=np.concatenate([*(e.trained.numpy() for e in examples), np.zeros(tail, bool)]),
+        cu_seqlens=np.cumsum([0, *sizes, *([tail] if tail else [])]).astype(np.int32),
+        sample_ids=np.arange(len(examples), dtype=np.uint64),
+        dataset=["golden"] * len(examples),
+        image_grid_thw=np.array(grids, np.int32).reshape(-1, 3),
+        images=[image for example in examples for image in example.images],
+    )
+
+
+def transformers_answer(reference: Any, example: Example) -> tuple[Tensor, Tensor]:
+    """Logits [n, vocabulary] of the sample alone, and the summed loss of its trained tokens."""
+    labels = torch.where(example.trained, example.input_ids, -100)
+    out = reference(input_ids=example.input_ids[None], labels=labels[None], **example.processed)
+    return out.logits[0], out.loss * example.trained[1:].sum() if example.trained[1:].any() else out.logits.sum() * 0
+
+
+def ours(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """transformers' weights, or their gradients, under our names and in our shapes. `tensors`: name -> tensor."""
+    found: dict[str, Tensor] = {}
+    get: Callable[[str], Tensor] = lambda name: tensors[name]  # noqa: E731
+    root = "model.language_model." if config.vision else "model."
+    found["language.embedding.word_embeddings.weight"] = get(f"{root}embed_tokens.weight")
+    found["language.decoder.final_layernorm.weight"] = get(f"{root}norm.weight")
+    if not config.tied:
+        found["language.output_layer.weight"] = get("lm_head.weight")
+    for n in range(config.num_layers):
+        theirs, mine = f"{root}layers.{n}", f"language.decoder.layers.{n}"
+        for kind in ("weight", "bias"):
+            # One group after the other: its query heads, its key head, its value head.
+            parts = [get(f"{theirs}.self_attn.{x}_proj.{kind}").unflatten(0, (config.num_kv_heads, -1)) for x in "qkv"]
+            found[f"{mine}.self_attention.linear_qkv.{kind}"] = torch.cat(parts, dim=1).flatten(0, 1)
+        found[f"{mine}.self_attention.linear_proj.weight"] = get(f"{theirs}.self_attn.o_proj.weight")
+        gate_up = [get(f"{theirs}.mlp.{x}_proj.weight") for x in ("gate", "up")]
+        found[f"{mine}.mlp.linear_fc1.weight"] = torch.cat(gate_up)
+        found[f"{mine}.mlp.linear_fc2.weight"] = get(f"{theirs}.mlp.down_proj.weight")
+        found[f"{mine}.input_layernorm.weight"] = get(f"{theirs}.input_layernorm.weight")
+        found[f"{mine}.pre_mlp_layernorm.weight"] = get(f"{theirs}.post_attention_layernorm.weight")
+    if config.vision:
+        found |= _vision(get, config.vision.depth)
+    return found
+
+
+def _vision(get: Callable[[str], Tensor], depth: int) -> dict[str, Tensor]:
+    found = {"vision.patch_embed.weight": get("model.visual.patch_embed.proj.weight").flatten(1)}
+    merger = {"norm.weight": "ln_q.weight"} | {
+        f"fc{i + 1}.{kind}": f"mlp.{2 * i}.{kind}" for i in range(2) for kind in ("weight", "bias")
+    }
+    found |= {f"vision.merger.{mine}": get(f"model.visual.merger.{theirs}") for mine, theirs in merger.items()}
+    for n in range(depth):
+        block = f"blocks.{n}"
+        for kind in ("weight", "bias"):
+            for layer in ("attn.qkv", "attn.proj"):
+                found[f"vision.{block}.{layer}.{kind}"] = get(f"model.visual.{block}.{layer}.{kind}")
+            gate_up = [get(f"model.visual.{block}.mlp.{x}_proj.{kind}") for x in ("gate", "up")]
+            found[f"vision.{block}.mlp.gate_up.{kind}"] = torch.cat(gate_up)
+            found[f"vision.{block}.mlp.down.{kind}"] = get(f"model.visual.{block}.mlp.down_proj.{kind}")
+        for norm in ("norm1.weight", "norm2.weight"):
+            found[f"vision.{block}.{norm}"] = get(f"model.visual.{block}.{norm}")
+    return found
+
+
+def expected_tensors(model: Qwen2_5, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`ours`, where Transformer Engine's layers (on CUDA) hold the norms before them."""
+    fused = {
+        "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+        "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    }
+    found = ours(tensors, model.model_config)
+    if "language.decoder.layers.0.input_layernorm.weight" in dict(model.named_parameters()):
+        return found
+    for theirs, mine in fused.items():
+        found = {name.replace(theirs, mine): tensor for name, tensor in found.items()}
+    return found
+
+
+@torch.no_grad()
+def load(model: Qwen2_5, reference: Any) -> None:
+    """Fill our model with transformers' weights: every parameter, none left over."""
+    weights = expected_tensors(model, dict(reference.named_parameters()))
+    parameters = dict(model.named_parameters())
+    assert weights.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+
+
+def gradient_errors(model: Qwen2_5, reference: Any) -> dict[str, float]:
+    """Difference of each parameter's gradient from transformers', relative to the gradient's own norm."""
+    theirs = {name: weight.grad for name, weight in reference.named_parameters()}
+    errors = {}
+    for name, expected in expected_tensors(model, theirs).items():
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None, name
+        assert expected.norm() > 1e-3, f"{name}: a gradient of {expected.norm():.1e} proves nothing"
+        errors[name] = ((gradient - expected).norm() / expected.norm()).item()
+    return errors

@@ -1,0 +1,160 @@
+"""Qwen2.5-VL on packs against transformers on each sample alone, in float32 on a CPU, from encoded images on."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from kanyun.errors import UserError
+from tests.model_golden import Example, batch_of, gradient_errors, load, transformers_answer
+from tests.qwen_assets import tiny_vl_folder
+from trainer.model import ModelConfig, Qwen2_5VL, build_model, freeze
+from trainer.runtime import Runtime
+
+LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    with Runtime.start() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> tuple[Any, Any, Any]:
+    """Our model and transformers', with the same weights, and transformers' processor."""
+    folder = tiny_vl_folder(tmp_path_factory.mktemp("vl"), layers=2)
+    reference = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = build_model(ModelConfig.from_hf(str(folder)), runtime)
+    load(model, reference)
+    return model, reference, transformers.AutoProcessor.from_pretrained(folder)
+
+
+def picture(width: int, height: int) -> bytes:
+    rng = np.random.default_rng(width * height)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    stream = io.BytesIO()
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def example(processor: Any, text: str, *sizes: tuple[int, int]) -> Example:
+    """A sample with one image of each size (width, height), after and before text; its last half is trained."""
+    images = [picture(*size) for size in sizes]
+    prompt = "".join(f"Picture {n}: <|vision_start|><|image_pad|><|vision_end|>\n" for n in range(len(sizes))) + text
+    opened = [Image.open(io.BytesIO(image)) for image in images]
+    processed = dict(processor(text=[prompt], images=opened or None, return_tensors="pt"))
+    input_ids = processed.pop("input_ids")[0]
+    del processed["attention_mask"]
+    grids = processed["image_grid_thw"].tolist() if sizes else []
+    trained = torch.arange(len(input_ids)) >= len(input_ids) // 2
+    return Example(input_ids, trained, processed, images, grids)
+
+
+# Sizes: the smallest, odd ones, thin ones, one window exactly, windows cut off at the borders.
+PACKS = {
+    "no image": [[("The quick brown fox.",), ("jumps over the lazy dog, again and again.",)]],
+    "one image": [[("What is this?", (112, 112))]],
+    "odd sizes": [[("Compare.", (56, 56), (301, 117)), ("Only text here.",), ("And?", (29, 411), (173, 90), (60, 61))]],
+    "image first and last": [[("", (200, 140)), ("x", (140, 200))]],
+    "two packs": [[("One.", (150, 260))], [("Nothing.",), ("Two.", (260, 150))]],
+}
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_each_sample_is_as_if_alone(trio: tuple[Any, Any, Any], name: str) -> None:
+    model, reference, processor = trio
+    packs = [[example(processor, *sample) for sample in pack] for pack in PACKS[name]]
+    logits = model.logits(batch_of(model.model_config, packs, LENGTH))
+    for row, pack in enumerate(packs):
+        start = row * LENGTH
+        for sample in pack:
+            expected, _ = transformers_answer(reference, sample)
+            torch.testing.assert_close(logits[start : start + len(expected)], expected, rtol=0, atol=5e-5)
+            start += len(expected)
+
+
+def test_loss_and_every_gradient(trio: tuple[Any, Any, Any]) -> None:
+    model, reference, processor = trio
+    freeze(model, "all")
+    pack = [example(processor, *sample) for sample in PACKS["odd sizes"][0]]
+    batch = batch_of(model.model_config, [pack], LENGTH)
+    total = (model(batch) * batch.loss_mask).sum()
+    expected = sum(transformers_answer(reference, sample)[1] for sample in pack)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+
+    model.zero_grad()
+    reference.zero_grad()
+    total.backward()
+    expected.backward()
+    errors = gradient_errors(model, reference)
+    assert max(errors.values()) < 5e-5, errors
+
+
+def test_pixels_reach_only_their_own_sample(trio: tuple[Any, Any, Any]) -> None:
+    model, _, processor = trio
+    pack = [example(processor, "a", (112, 112)), example(processor, "b", (84, 140)), example(processor, "c")]
+    batch = batch_of(model.model_config, [pack], LENGTH)
+    assert batch.vision is not None
+    patches = batch.vision.patches.clone()
+    patches[:64] = 255 - patches[:64]  # the first image
+    changed = model.logits(replace(batch, vision=replace(batch.vision, patches=patches))) - model.logits(batch)
+    first = len(pack[0].input_ids)
+    assert changed[:first].abs().max() > 0.1
+    assert torch.equal(changed[first:], torch.zeros_like(changed[first:]))
+
+
+def test_text_only_pack_still_runs_the_tower(trio: tuple[Any, Any, Any]) -> None:
+    """Every rank reduces the tower's gradients in every step: here they are there, and zero."""
+    model, _, processor = trio
+    freeze(model, "all")
+    batch = batch_of(model.model_config, [[example(processor, "No image at all.")]], LENGTH)
+    model.zero_grad()
+    model(batch).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad.abs().sum().item() == 0) is name.startswith("vision."), name
+
+
+@pytest.mark.parametrize(
+    ("trainable", "prefixes"),
+    [
+        ("all", ("language.", "vision.")),
+        ("language", ("language.",)),
+        ("vision", ("vision.patch_embed.", "vision.blocks.")),
+        ("merger", ("vision.merger.",)),
+        ("language+merger", ("language.", "vision.merger.")),
+    ],
+)
+def test_trainable_parts(trio: tuple[Any, Any, Any], trainable: str, prefixes: tuple[str, ...]) -> None:
+    model, _, processor = trio
+    batch = batch_of(model.model_config, [[example(processor, "What is this?", (112, 84))]], LENGTH)
+    freeze(model, trainable)
+    model.zero_grad()
+    model(batch).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) is name.startswith(prefixes), name
+    freeze(model, "all")
+
+
+def test_unknown_part(trio: tuple[Any, Any, Any]) -> None:
+    with pytest.raises(UserError, match=r"'viison' is no part of this model: all, or some of language\+vision\+merger"):
+        freeze(trio[0], "language+viison")
+
+
+def test_initial_weights(trio: tuple[Any, Any, Any], runtime: Runtime) -> None:
+    config = trio[0].model_config
+    config = replace(config, vision=replace(config.vision, initializer_range=0.07))
+    model = build_model(config, runtime)
+    assert isinstance(model, Qwen2_5VL)
+    assert model.vision.patch_embed.weight.std().item() == pytest.approx(0.07, rel=0.02)
+    assert model.vision.merger.fc2.weight.std().item() == pytest.approx(0.07, rel=0.05)
+    assert model.language.decoder.layers[0].mlp.linear_fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(model.vision.merger.norm.weight, torch.ones(64))
+    assert torch.equal(model.vision.blocks[0].attn.qkv.bias, torch.zeros(192))

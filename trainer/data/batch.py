@@ -1,0 +1,185 @@
+"""One micro-batch: a pack (or several end to end) as the tensors the model reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kanyun.errors import DatasetError
+from kanyun.schema import Pack
+from trainer.data.images import PatchGeometry, write_patches
+from trainer.data.mrope import mrope_positions
+
+# Padding patches form images of this many: large enough to add few segments, small enough that full attention over
+# them costs little (it grows with the square; a 784 x 784 picture has 3,136).
+_PADDING_IMAGE = 1024
+
+
+@dataclass(frozen=True)
+class VisionBatch:
+    """The images of a micro-batch, as patches in *window order* (the order Qwen2.5-VL's tower works in).
+
+    P patches of C x 14 x 14 pixels; 4 neighbouring patches (2 x 2) are merged into one of M = P / 4 visual tokens.
+    Reordering is done here, by index, in the loader: the tower itself never permutes.
+    """
+
+    patches: Tensor  # [P, 3 * 14 * 14] uint8, channel major; normalised on the device
+    positions: Tensor  # [P, 2] int32: row and column of the patch in its image
+    cu_windows: Tensor  # [windows + 1] int32: attention windows; last entry P
+    cu_images: Tensor  # [images + 1] int32: whole images (one entry a grid's temporal step); last entry P
+    token_index: Tensor  # [M] int64: where visual token j goes in the pack; T (one past the end) for padding
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T = micro-batch x length token slots, one long sequence; segments never see one another."""
+
+    input_ids: Tensor  # [T] int64
+    labels: Tensor  # [T] int64: the next token of the same segment (0 where there is none)
+    loss_mask: Tensor  # [T] float32: 1 where the label is a trained token
+    position_ids: (
+        Tensor  # [3, T] int64: temporal, height, width; they restart in each segment; text has three equal rows
+    )
+    cu_seqlens: Tensor  # [segments + 1] int32: the masked tail of a pack is its own segment; last entry T
+    vision: VisionBatch | None  # None only for a text model
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on `device`; from pinned memory it does not block the host."""
+        vision = None
+        if self.vision is not None:
+            moved = {f.name: getattr(self.vision, f.name).to(device, non_blocking=True) for f in fields(VisionBatch)}
+            vision = VisionBatch(**moved)
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(Batch) if f.name != "vision"
+        }
+        return replace(self, **moved, vision=vision)
+
+
+@dataclass(frozen=True)
+class StaticShape:
+    """Sizes that every micro-batch is padded to, so that a CUDA graph can be replayed on it.
+
+    Patches are filled up with images of their own; cumulative lengths repeat their last entry (segments of length 0).
+    """
+
+    segments: int
+    patches: int
+    windows: int
+    images: int
+
+
+@dataclass(frozen=True)
+class BatchFormat:
+    """What the tensors of a batch depend on besides the packs."""
+
+    geometry: PatchGeometry | None  # None: a text model
+    image_token_id: int = -1
+    static: StaticShape | None = None  # None: as large as the packs need
+    pinned: bool = False  # in page-locked memory, for copies that do not block
+
+
+def make_batch(packs: Sequence[Pack], form: BatchFormat) -> Batch:
+    """Decode and lay out packs end to end.
+
+    A model with a vision tower always gets at least the 4 patches of one visual token, so that the tower runs, and its
+    gradients are reduced, on every rank in every step. Raises DatasetError naming the pack (and image) at fault.
+    """
+    input_ids = np.concatenate([pack.input_ids for pack in packs]).astype(np.int64)
+    trained = np.concatenate([pack.loss_mask for pack in packs])
+    length = len(packs[0].input_ids)
+    cu_seqlens = np.concatenate([[0], *(i * length + pack.cu_seqlens[1:] for i, pack in enumerate(packs))])
+
+    labels, loss_mask = np.zeros_like(input_ids), np.zeros(len(input_ids), np.float32)
+    labels[:-1], loss_mask[:-1] = input_ids[1:], trained[1:]
+    last = cu_seqlens[1:] - 1  # nothing follows the last token of a segment
+    labels[last], loss_mask[last] = 0, 0
+
+    arrays: dict[str, np.ndarray] = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "loss_mask": loss_mask,
+        "position_ids": np.concatenate([_positions(pack, form) for pack in packs], axis=1),
+        "cu_seqlens": _cumulative(cu_seqlens, form, "segments"),
+    }
+    vision = _vision(packs, input_ids, form.geometry, form) if form.geometry else None
+    return Batch(**{name: _tensor(array, form) for name, array in arrays.items()}, vision=vision)
+
+
+def _positions(pack: Pack, form: BatchFormat) -> np.ndarray:
+    merge = form.geometry.merge if form.geometry else 1
+    try:
+        return mrope_positions(
+            pack.input_ids, pack.cu_seqlens, pack.image_grid_thw[:, 1:] // merge, form.image_token_id
+        )
+    except ValueError as error:
+        raise DatasetError(
+            f"pack {pack.pack_id} does not fit the model ({error}): pack the data with the model's own tokenizer folder"
+        ) from error
+
+
+def _vision(packs: Sequence[Pack], input_ids: np.ndarray, geometry: PatchGeometry, form: BatchFormat) -> VisionBatch:
+    unit = geometry.merge**2  # patches a visual token
+    used = sum(pack.patches for pack in packs)
+    total = form.static.patches if form.static else max(used, unit)
+    if used > total:
+        raise DatasetError(f"{used} patches in packs {_names(packs)}, but the layout has room for {total}")
+    patches = torch.empty(total, geometry.pixels, dtype=torch.uint8, pin_memory=form.pinned)
+    patches[used:] = 0
+    positions = np.zeros((total, 2), np.int32)
+    token_index = np.full(total // unit, len(input_ids), np.int64)
+    slots = np.flatnonzero(input_ids == form.image_token_id)  # of visual tokens in the text, images in order
+    windows, images, start = [np.zeros(1, np.int32)], [0], 0
+    for pack in packs:
+        for number, (data, (_, height, width)) in enumerate(
+            zip(pack.images, pack.image_grid_thw.tolist(), strict=True)
+        ):
+            end = start + height * width
+            try:
+                order = write_patches(patches[start:end].numpy(), data, (height, width), geometry)
+            except Exception as error:  # Pillow's plugins raise whatever they meet
+                raise DatasetError(
+                    f"image {number} of pack {pack.pack_id} ({len(data)} bytes) cannot be decoded ({error!r}): find "
+                    "its sample in the dataset's lineage/, take it out and pack again"
+                ) from error
+            positions[start:end] = order.positions
+            token_index[start // unit : end // unit] = slots[start // unit + order.tokens]
+            windows.append(order.windows)
+            images.append(height * width)
+            start = end
+    windows.append(_pieces(total - used, (geometry.window // geometry.patch) ** 2))
+    padding_images = _pieces(total - used, _PADDING_IMAGE)
+    cu_windows = np.cumsum(np.concatenate(windows))
+    cu_images = np.cumsum([*images, *padding_images])
+    return VisionBatch(
+        patches=patches,
+        positions=_tensor(positions, form),
+        cu_windows=_tensor(_cumulative(cu_windows, form, "windows"), form),
+        cu_images=_tensor(_cumulative(cu_images, form, "images"), form),
+        token_index=_tensor(token_index, form),
+    )
+
+
+def _pieces(total: int, size: int) -> np.ndarray:
+    """`total` cut into pieces of `size` and a rest."""
+    return np.diff(np.append(np.arange(0, total, size), total)).astype(np.int32) if total else np.empty(0, np.int32)
+
+
+def _cumulative(ends: np.ndarray, form: BatchFormat, what: str) -> np.ndarray:
+    """Cumulative lengths as int32; for a static shape the last entry is repeated. `what`: a field of StaticShape."""
+    if form.static is None:
+        return ends.astype(np.int32)
+    count = getattr(form.static, what)
+    if len(ends) - 1 > count:
+        raise DatasetError(f"{len(ends) - 1} {what} in one micro-batch, but the layout has room for {count}")
+    return np.pad(ends, (0, count + 1 - len(ends)), mode="edge").astype(np.int32)
+
+
+def _tensor(array: np.ndarray, form: BatchFormat) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if form.pinned else tensor
+
+
+def _names(packs: Sequence[Pack]) -> str:
+    return ", ".join(str(pack.pack_id) for pack in packs)

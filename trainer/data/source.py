@@ -1,0 +1,109 @@
+"""The packed datasets that a run trains on: found, checked against model and config, and put together by epoch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from kanyun.errors import DatasetError
+from kanyun.fingerprint import Fingerprint
+from kanyun.layout import discover
+from kanyun.manifest import digest_of
+from kanyun.reader import PackedDataset
+from kanyun.schema import Pack
+
+
+@dataclass(frozen=True)
+class PackCost:
+    """What a pack costs beyond what every pack costs, in any unit, say FLOPs."""
+
+    pair: float  # a unit of the sum of squared segment lengths: causal attention of two tokens
+    patch: float  # one vision patch; 0 where patches are padded to a static shape
+
+
+class Packs:
+    """Several packed datasets laid end to end: record batches, and packs, are numbered through all of them."""
+
+    def __init__(self, datasets: Sequence[PackedDataset]):
+        self.datasets = tuple(datasets)
+        self.digest = digest_of("".join(dataset.manifest.content_digest for dataset in self.datasets).encode())
+        self.packs_per_batch = np.concatenate([dataset.packs_per_batch for dataset in self.datasets])
+        self._first_batch = np.cumsum([0] + [len(dataset) for dataset in self.datasets])
+
+    @property
+    def epoch(self) -> int:
+        """Sampled epoch of the first one."""
+        return self.datasets[0].manifest.epoch
+
+    def __len__(self) -> int:
+        """Packs."""
+        return int(self.packs_per_batch.sum())
+
+    def costs(self, cost: PackCost) -> np.ndarray:
+        """[packs] float64."""
+        attention = np.concatenate([dataset.pack_attention for dataset in self.datasets])
+        patches = np.concatenate([dataset.pack_patches for dataset in self.datasets])
+        return cost.pair * attention + cost.patch * patches
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(record batch, row in it) of pack `index` in stored order."""
+        batch = int(np.searchsorted(self._ends, index, side="right"))
+        return batch, index - int(self._ends[batch] - self.packs_per_batch[batch])
+
+    def read_batch(self, number: int) -> list[Pack]:
+        """The packs of one record batch. Raises DatasetError if it is damaged."""
+        part = int(np.searchsorted(self._first_batch, number, side="right")) - 1
+        return self.datasets[part].read_batch(number - int(self._first_batch[part]))
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.packs_per_batch)
+
+
+class PackedData:
+    """All packed datasets below `parent`, each checked: packed to `length`, with the model's tokenizer and processor.
+
+    Raises DatasetError naming both values where they differ.
+    """
+
+    def __init__(self, parent: str, length: int, model: Fingerprint):
+        self.parent = parent
+        self.length = length
+        self.datasets = [PackedDataset(folder) for folder in discover(parent)]
+        for dataset in self.datasets:
+            self._check(dataset, model)
+
+    @cached_property
+    def all(self) -> Packs:
+        """Every pack, in stored order."""
+        return Packs(self.datasets)
+
+    @cached_property
+    def epochs(self) -> list[Packs]:
+        """One a sampled epoch: its parts, concatenated."""
+        numbers = sorted({dataset.manifest.epoch for dataset in self.datasets})
+        return [Packs([d for d in self.datasets if d.manifest.epoch == number]) for number in numbers]
+
+    @property
+    def digest(self) -> str:
+        """Of everything that training can see."""
+        return self.all.digest
+
+    @property
+    def vision_budget(self) -> int:
+        """The most patches any pack has; 0 = text only."""
+        return max(dataset.manifest.vision_budget for dataset in self.datasets)
+
+    def _check(self, dataset: PackedDataset, model: Fingerprint) -> None:
+        manifest, uri = dataset.manifest, dataset.folder.uri
+        if manifest.length != self.length:
+            raise DatasetError(
+                f"{uri} is packed to length {manifest.length}, but the config has length: {self.length}: "
+                f"set length: {manifest.length}, or pack the data with --length {self.length}"
+            )
+        if manifest.tokenizer != model.digest:
+            raise DatasetError(
+                f"{uri} was built with tokenizer and processor {manifest.tokenizer}, but the model folder has "
+                f"{model.digest}: build and pack the data with the model folder as --tokenizer, or train its own model"
+            )

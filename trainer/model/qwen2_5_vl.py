@@ -1,0 +1,33 @@
+"""Qwen2.5-VL: the language model, with visual tokens in place of its image tokens."""
+
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from torch import Tensor
+from torch.nn.functional import pad
+
+from trainer.data.batch import Batch
+from trainer.model.config import ModelConfig
+from trainer.model.qwen2_5 import Qwen2_5
+from trainer.model.vision import VisionTower
+from trainer.runtime import Runtime
+
+
+class Qwen2_5VL(Qwen2_5):  # noqa: N801 - the model's name
+    """A batch always has patches, dummies if there is no image: every step of every rank does the same work."""
+
+    def __init__(self, model_config: ModelConfig, runtime: Runtime) -> None:
+        super().__init__(model_config, runtime)
+        assert model_config.vision is not None
+        self.vision = VisionTower(
+            model_config.vision, runtime.device, runtime.dtype
+        )  # whole on every tensor parallel rank
+
+    def _embed(self, batch: Batch) -> Tensor:
+        assert batch.vision is not None, "a batch for an image model carries patches, even if they are dummies"
+        text = self.language.embedding(input_ids=batch.input_ids[None], position_ids=None)  # [T, 1, hidden]
+        images = self.vision(batch.vision)[:, None]  # [M, 1, hidden]
+        # One row more, where padding goes: no shape and no branch depends on how many visual tokens are real.
+        rows = pad(text, (0, 0, 0, 0, 0, 1)).index_copy(0, batch.vision.token_index, images)
+        embeddings = rows[: len(text)]
+        if self.config.sequence_parallel:
+            embeddings = scatter_to_sequence_parallel_region(embeddings)
+        return embeddings

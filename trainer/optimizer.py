@@ -1,0 +1,63 @@
+"""AdamW, sharded over the data-parallel ranks by megatron.core, and its learning rate."""
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from trainer.config import TrainConfig
+from trainer.runtime import Runtime
+
+
+def build_optimizer(config: TrainConfig, ddp: DistributedDataParallel, runtime: Runtime) -> ChainedOptimizer:
+    """Over the parameters that require a gradient; master weights and moments in float32."""
+    settings = OptimizerConfig(
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        params_dtype=runtime.dtype,
+        bf16=runtime.dtype == torch.bfloat16,
+        use_distributed_optimizer=True,
+    )
+    optimizer: ChainedOptimizer = get_megatron_optimizer(settings, [ddp])
+    if not runtime.cuda:
+        # torch's AdamW makes its state in its first step. megatron.core cannot save or load it before that, and the
+        # first step is after loading, and may be skipped.
+        for parameter in optimizer.get_parameters():
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+    return optimizer
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Of step 0 .. steps - 1: rises in a line during the warm-up, then falls from lr along half a cosine to min_lr,
+    which would be that of step `steps`: the last one still learns.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_rates(optimizer: ChainedOptimizer, config: TrainConfig, lr: float) -> None:
+    """For the next step. megatron.core puts biases and norms into a group of their own (wd_mult 0), but leaves it to
+    the learning-rate schedule to act on it: without this they would decay too.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+
+
+def take_step(optimizer: ChainedOptimizer, clip_grad: float) -> float:
+    """Clip the gradient and step. Returns its norm before clipping; if that is not finite, weights stay as they are."""
+    optimizer.prepare_grads()
+    (only,) = optimizer.chained_optimizers  # a second one would be of experts
+    norm = float(only.clip_grad_norm(clip_grad))
+    if math.isfinite(norm):
+        optimizer.step_with_ready_grads()
+    return norm

@@ -1,0 +1,192 @@
+"""Where a process runs: on a GPU with NCCL, or on a CPU with gloo.
+
+megatron.core makes tensors on "cuda" and asks for CUDA streams in many places. On a CPU, `_CpuAsCuda` answers them: the
+only place where anything is emulated.
+"""
+
+import os
+import queue
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of a training job: its device, and its place among the others."""
+
+    device: torch.device
+    dtype: torch.dtype  # of parameters and activations: float32 on CPU (the reference), bfloat16 on CUDA
+    rank: int
+    world: int
+    tensor_parallel: int
+    seed: int
+    _open: ExitStack = field(repr=False)
+
+    @classmethod
+    def start(cls, *, tensor_parallel: int = 1, seed: int = 0) -> "Runtime":
+        """Join the job that torchrun's environment variables describe; without them this process is the whole job.
+
+        Use it as a context manager, or call `shutdown` at the end. One runtime a process at a time.
+        """
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cuda = torch.cuda.is_available()
+        with ExitStack() as stack:
+            if cuda:
+                device = torch.device("cuda", local_rank)
+                torch.cuda.set_device(device)
+            else:
+                device = torch.device("cpu")
+                stack.enter_context(_CpuAsCuda())
+                # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when there are fewer processes than cores.
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+
+            store = None if "RANK" in os.environ else dist.HashStore()
+            # gloo beside NCCL: objects of the host (checkpoint plans, metrics) need no trip over the GPU.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+            stack.callback(dist.destroy_process_group)
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+            stack.callback(parallel_state.destroy_model_parallel)
+
+            # There is no dropout, so nothing draws from the tracker while training; on CPU it need not work at all.
+            initialize_rng_tracker(use_te_rng_tracker=cuda, inference_rng_tracker=not cuda, force_reset=True)
+            torch.manual_seed(seed)
+            model_parallel_cuda_manual_seed(seed)
+            dtype = torch.bfloat16 if cuda else torch.float32
+            return cls(device, dtype, rank, world, tensor_parallel, seed, stack.pop_all())
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def data_rank(self) -> int:
+        """This process's place among the `data_world` that read different packs."""
+        return int(parallel_state.get_data_parallel_rank())
+
+    @property
+    def data_world(self) -> int:
+        return self.world // self.tensor_parallel
+
+    @property
+    def tensor_rank(self) -> int:
+        """This process's place among the `tensor_parallel` that share a model."""
+        return self.rank % self.tensor_parallel
+
+    def shutdown(self) -> None:
+        """Leave the job and undo the emulation. A second call does nothing."""
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.shutdown()
+
+
+class _CpuAsCuda(TorchFunctionMode):
+    """While entered, every "cuda" device is the CPU, and streams and events do nothing. Costs 1.6 us a torch call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stubs: list[tuple[Any, str, Any]] = [
+            (torch.cuda, "current_device", lambda: "cpu"),
+            (torch.cuda, "synchronize", _nothing),
+            (torch.cuda, "current_stream", _Stream),
+            (torch.cuda, "stream", _Stream),
+            (torch.cuda, "Stream", _Stream),
+            (torch.cuda, "Event", _Stream),
+            # Checkpoints are written in this process. megatron.core starts another one to pass it the writer's results,
+            # which takes 4 s and outlives a kill -9.
+            (filesystem_async, "_results_queue", queue.SimpleQueue()),
+            (DistributedOptimizer, _SET_STATE, _with_steps(getattr(DistributedOptimizer, _SET_STATE))),
+        ]
+        self._saved: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> Self:
+        for owner, name, stub in self._stubs:
+            self._saved.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, stub)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for owner, name, original in self._saved:
+            setattr(owner, name, original)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")  # DistributedOptimizer compares the names of types
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _cpu(kwargs["device"])}
+        if func is torch.Tensor.to:
+            args = tuple(_cpu(arg) for arg in args)
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A CUDA stream, event, or context of one, where all work is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def wait(self, *args: Any) -> None:
+        pass
+
+    def record(self, *args: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+_SET_STATE = "_set_main_param_and_optimizer_states"
+
+
+def _with_steps(set_state: Callable[..., None]) -> Callable[..., None]:
+    """Let DistributedOptimizer load a checkpoint into torch's AdamW, which counts steps in a tensor a parameter.
+
+    megatron.core 0.19.2 was made for Transformer Engine's, which counts in one number: it gives all parameters the same
+    tensor (which each then increments: wrong bias correction), and misses "step" among what it loads (KeyError).
+    """
+
+    def set_state_with_step(self: DistributedOptimizer, parameter: torch.Tensor, tensors: dict[str, Any]) -> None:
+        group, index = self.model_param_group_index_map[parameter]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+        state["step"] = state["step"].clone()
+        set_state(self, parameter, {**tensors, "step": state["step"]})
+
+    return set_state_with_step
+
+
+def _nothing(*args: Any) -> None:
+    pass
+
+
+def _cpu(device: Any) -> Any:
+    return "cpu" if isinstance(device, str | torch.device) and str(device).startswith("cuda") else device
