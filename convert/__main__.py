@@ -1,0 +1,67 @@
+"""python -m convert to-megatron | to-hf | verify: between Hugging Face folders and megatron checkpoints."""
+
+import argparse
+import os
+
+from kanyun.errors import run_cli
+
+# Before torch starts: conversion copies bits, verification wants float32, and a model may be larger than a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"  # folders only, nothing is downloaded
+
+
+def _to_megatron(args: argparse.Namespace) -> int:
+    from convert.output import local_path
+    from convert.to_megatron import to_megatron
+
+    to_megatron(local_path(args.source), local_path(args.out), args.overwrite)
+    print(f"{args.out} is a checkpoint of step 0: give it to the trainer as `init: {args.out}`")
+    return 0
+
+
+def _to_hf(args: argparse.Namespace) -> int:
+    from convert.output import local_path
+    from convert.to_hf import to_hf
+
+    local_path(args.source)
+    to_hf(args.source, local_path(args.out), args.overwrite)
+    print(f"{args.out} is a Hugging Face folder")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from convert.output import local_path
+    from convert.verify import compare, report
+
+    first, second = local_path(args.a), local_path(args.b)
+    return 0 if report(first, second, *compare(first, second), tolerance=args.tolerance) else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert", description="Convert Qwen2.5 and Qwen2.5-VL between Hugging Face and megatron."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    checkpoint = "a run's output folder, its checkpoints folder, or one step_... folder"
+    for name, run, source, text in (
+        ("to-megatron", _to_megatron, "Hugging Face folder", "make a checkpoint that the trainer takes as `init`"),
+        ("to-hf", _to_hf, checkpoint, "make a Hugging Face folder of a checkpoint"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("source", help=source)
+        command.add_argument("out", help="folder to write")
+        command.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+        command.set_defaults(run=run)
+    text = "run two models on the same input; exit code 1 if their logits differ"
+    command = commands.add_parser("verify", help=text, description=text)
+    for name in ("a", "b"):
+        command.add_argument(name, help=f"Hugging Face folder, or {checkpoint}")
+    command.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (1e-4)")
+    command.set_defaults(run=_verify)
+    args = parser.parse_args()
+    code: int = args.run(args)
+    return code
+
+
+if __name__ == "__main__":
+    run_cli(main)

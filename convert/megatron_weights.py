@@ -1,0 +1,69 @@
+"""The model's weights in a megatron checkpoint, read and written without a model.
+
+Tensors are whole to a reader, in whatever pieces the ranks that trained wrote them.
+"""
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
+
+from convert.names import require_same
+from kanyun.errors import UserError
+from trainer.checkpoint import _PlainMetadata
+
+PARTS = ("language.", "vision.")  # what else is in a checkpoint is the optimizer's
+
+
+class MegatronWeights:
+    """The tensors of one step folder, read one at a time; no process group, whatever world size saved them."""
+
+    def __init__(self, step: Path) -> None:
+        self._step = step
+        self._reader = _Reader(step)
+        stored = self._reader.read_metadata().state_dict_metadata
+        self._stored: dict[str, Any] = {name: facts for name, facts in stored.items() if name.startswith(PARTS)}
+
+    def require(self, names: list[str]) -> None:
+        """UserError unless the checkpoint has exactly these tensors."""
+        require_same(self._stored, names, str(self._step))
+
+    def __getitem__(self, name: str) -> Tensor:
+        facts = self._stored[name]
+        tensor = torch.empty(facts.size, dtype=facts.properties.dtype)
+        try:
+            checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        except CheckpointException as error:  # whose text is a traceback
+            raise UserError(f"{self._step} is damaged, {name} cannot be read: use another checkpoint") from error
+        return tensor
+
+
+class _Reader(FileSystemReader):
+    """Reads the table of contents once, not once a tensor, and runs no code that a pickle may hold."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            try:
+                self._metadata = _PlainMetadata(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
+            except (pickle.UnpicklingError, EOFError, OSError) as error:
+                raise UserError(f"{self.path} is no checkpoint ({error}): use another one") from error
+        return self._metadata
+
+
+class WholeTensors:
+    """Weights as trainer.checkpoint.save asks a model for them, each in one piece."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, ShardedTensor]:
+        return {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in self._weights.items()}

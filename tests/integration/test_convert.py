@@ -1,0 +1,285 @@
+"""Conversion there and back, bit for bit; both programs' logits; what stops it. Real models, made tiny."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from convert.hf_weights import HFWeights, HFWriter
+from convert.megatron_weights import MegatronWeights
+from convert.names import table
+from convert.to_hf import to_hf
+from convert.to_megatron import to_megatron
+from convert.verify import compare
+from kanyun.errors import UserError
+from kanyun.storage import Folder
+from tests.qwen_assets import tiny_text_folder, tiny_vl_folder
+from tests.training_job import train, write_job
+from trainer import checkpoint
+from trainer.model import ModelConfig, build_model
+from trainer.runtime import Runtime
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = "model.safetensors"
+
+
+def hf_model(folder: Path, *, vision: bool, tied: bool = True, dtype: str = "float32", nested: bool = False) -> Path:
+    """A tiny Hugging Face folder; `nested`: with the names that some 4.x versions of transformers wrote."""
+    (tiny_vl_folder if vision else tiny_text_folder)(folder, tied=tied)
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(folder / WEIGHTS).items()}
+    if nested:
+        moved = {name: name.replace("model.", "model.language_model.", 1) for name in tensors if name[:6] == "model."}
+        moved |= {name: f"model.{name}" for name in tensors if name.startswith("visual.")}
+        assert len(moved) > 60
+        tensors = {moved.get(name, name): tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    edit_config(folder, dtype=dtype)
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def convert(*arguments: Any) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "convert", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.dtype == b[name].dtype, name
+        assert torch.equal(tensor, b[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vision", [True, False])
+def test_there_and_back_is_bit_exact(tmp_path: Path, vision: bool, tied: bool, dtype: str) -> None:
+    source = hf_model(tmp_path / "hf", vision=vision, tied=tied, dtype=dtype)
+    to_megatron(source, tmp_path / "megatron")
+    to_hf(str(tmp_path / "megatron"), tmp_path / "back")
+    same(load_file(source / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS))
+    names = sorted(path.name for path in source.iterdir())
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == names
+    for name in names:
+        if name != WEIGHTS:
+            assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
+
+
+def test_the_nested_layout_is_read_and_the_layout_of_transformers_written(tmp_path: Path) -> None:
+    plain = hf_model(tmp_path / "plain", vision=True, tied=False)
+    nested = hf_model(tmp_path / "nested", vision=True, tied=False, nested=True)
+    to_megatron(nested, tmp_path / "megatron")
+    to_hf(str(tmp_path / "megatron" / "checkpoints" / "step_00000000"), tmp_path / "back")
+    same(load_file(plain / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS))
+
+
+def test_weights_keep_their_dtype_when_config_json_names_another(tmp_path: Path) -> None:
+    source = hf_model(tmp_path / "hf", vision=False)
+    edit_config(source, dtype="bfloat16")
+    to_megatron(source, tmp_path / "megatron")
+    to_hf(str(tmp_path / "megatron"), tmp_path / "back")
+    same(load_file(source / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS))
+
+
+@pytest.mark.parametrize("vision", [True, False])
+def test_transformers_loads_all_of_it(tmp_path: Path, vision: bool) -> None:
+    source = hf_model(tmp_path / "hf", vision=vision, nested=vision)
+    to_megatron(source, tmp_path / "megatron")
+    to_hf(str(tmp_path / "megatron"), tmp_path / "back")
+    loader: Any = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    model, info = loader.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    original = loader.from_pretrained(source)
+    same(original.state_dict(), model.state_dict())
+    processor: Any = transformers.AutoProcessor if vision else transformers.AutoTokenizer
+    text = "<|im_start|>user\nHello<|im_end|>"
+    mine, theirs = (processor.from_pretrained(folder) for folder in (tmp_path / "back", source))
+    assert type(mine) is type(theirs)
+    assert mine(text=[text])["input_ids"] == theirs(text=[text])["input_ids"]
+    assert mine.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).endswith("Hi<|im_end|>\n")
+
+
+@pytest.mark.parametrize(("vision", "tied"), [(True, False), (False, True)])
+def test_our_model_and_transformers_have_the_same_logits(tmp_path: Path, vision: bool, tied: bool) -> None:
+    source = hf_model(tmp_path / "hf", vision=vision, tied=tied)
+    to_megatron(source, tmp_path / "megatron")
+    sample, found = compare(source, tmp_path / "megatron")
+    assert len(sample.images) == vision
+    assert found.first.std() > 0.5  # logits that say something
+    assert found.difference.max() <= 1e-4
+    assert found.agreement == 1
+
+
+def test_a_trained_checkpoint_is_rounded_to_the_configs_dtype(tmp_path: Path) -> None:
+    values = write_job(tmp_path, images=True)
+    edit_config(Path(values["model"]), dtype="bfloat16")
+    train(values | {"steps": 2, "save_every": 1})
+    to_hf(values["output"], tmp_path / "back")
+    written, config = load_file(tmp_path / "back" / WEIGHTS), ModelConfig.from_hf(values["model"])
+    trained = MegatronWeights(Path(checkpoint.resolve(values["output"]).path))
+    for row in table(config):
+        assert trained[row.megatron].dtype == torch.float32
+        parts = row.transform.to_hf(trained[row.megatron], config)
+        same({name: part.bfloat16() for name, part in zip(row.hf, parts)}, {name: written[name] for name in row.hf})
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "back")
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_converted_model_starts_training_and_a_run_of_two_processes_converts(tmp_path: Path) -> None:
+    """Weights that tensor parallel ranks saved in pieces are the ones that were loaded."""
+    source = hf_model(tmp_path / "hf", vision=True, tied=False)
+    to_megatron(source, tmp_path / "megatron")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    worker = ["-m", "tests.integration.test_convert", str(tmp_path / "megatron"), str(tmp_path / "split")]
+    subprocess.run([*torchrun, *worker], cwd=ROOT, check=True, timeout=300)
+    assert len(list((tmp_path / "split/checkpoints/step_00000000").glob("*.distcp"))) == 2
+    to_hf(str(tmp_path / "split"), tmp_path / "back")
+    same(load_file(source / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS))
+
+
+def load_and_save_in_two_pieces(source: str, output: str) -> None:
+    with Runtime.start(tensor_parallel=2, seed=3) as runtime:
+        step = checkpoint.resolve(source)
+        model = build_model(ModelConfig.from_hf((step / "hf").path), runtime)
+        checkpoint.load(step, model)
+        checkpoint.save(Folder(output), checkpoint.read_state(step), model, None, step / "hf")
+
+
+def test_missing_and_left_over_tensors_are_named(tmp_path: Path) -> None:
+    source = hf_model(tmp_path / "hf", vision=False)
+    tensors = load_file(source / WEIGHTS)
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    save_file({name: tensor for name, tensor in tensors.items() if name != norm}, source / WEIGHTS)
+    with pytest.raises(UserError, match=rf"{norm} is missing"):
+        to_megatron(source, tmp_path / "megatron")
+    save_file(tensors | {"model.layers.2.extra.weight": torch.zeros(1)}, source / WEIGHTS)
+    with pytest.raises(UserError, match=r"model\.layers\.2\.extra\.weight is left over"):
+        to_megatron(source, tmp_path / "megatron")
+    save_file(tensors | {"model.layers.0.self_attn.k_proj.weight": torch.zeros(64, 64)}, source / WEIGHTS)
+    with pytest.raises(UserError, match=r"k_proj\.weight \[64, 64\].* do not fit config\.json"):
+        to_megatron(source, tmp_path / "megatron")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]  # nothing half-written
+
+    save_file(tensors, source / WEIGHTS)
+    to_megatron(source, tmp_path / "megatron")
+    stored = tmp_path / "megatron/checkpoints/step_00000000/hf"
+    edit_config(stored, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"language\.output_layer\.weight is missing"):
+        to_hf(str(tmp_path / "megatron"), tmp_path / "back")
+    edit_config(stored, tie_word_embeddings=True, num_hidden_layers=1)
+    with pytest.raises(UserError, match=r"language\.decoder\.layers\.1\.[\w.]+ .*is left over"):
+        to_hf(str(tmp_path / "megatron"), tmp_path / "back")
+
+
+def test_large_models_are_written_in_files_with_an_index(tmp_path: Path) -> None:
+    source = hf_model(tmp_path / "hf", vision=False)
+    tensors = load_file(source / WEIGHTS)
+    split = tmp_path / "split"
+    shutil.copytree(source, split)
+    (split / WEIGHTS).unlink()
+    with HFWriter(split, shard_bytes=100_000) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    files = sorted(split.glob("*.safetensors"))
+    assert len(files) > 3
+    assert [path.name for path in files][-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    assert all(sum(t.nbytes for t in load_file(path).values()) <= max(largest, 100_000) for path in files)
+    index = json.loads((split / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    same(transformers.AutoModelForCausalLM.from_pretrained(split).state_dict(), reference_state(source))
+    read = HFWeights(split)
+    read.require(list(tensors))
+    same({name: read[name] for name in tensors}, tensors)
+
+
+def reference_state(folder: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return state
+
+
+def test_command_line(tmp_path: Path) -> None:
+    source, megatron, back = hf_model(tmp_path / "hf", vision=True), tmp_path / "megatron", tmp_path / "back"
+    for arguments in (("to-megatron", source, megatron), ("to-hf", megatron, back), ("verify", source, megatron)):
+        done = convert(*arguments)
+        assert done.returncode == 0, done.stderr
+    assert "same most likely token at 100.00% of the positions" in done.stdout
+
+    refused = convert("to-hf", megatron, back)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--overwrite" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+    weights = load_file(back / WEIGHTS)
+    weights["model.layers.1.self_attn.o_proj.weight"] *= 1.01
+    save_file(weights, back / WEIGHTS, metadata={"format": "pt"})
+    differs = convert("verify", megatron, back)
+    assert differs.returncode == 1
+    assert "OVER the tolerance of 0.0001" in differs.stdout
+
+
+def test_an_output_is_replaced_only_when_told_to(tmp_path: Path) -> None:
+    source, out = hf_model(tmp_path / "hf", vision=False), tmp_path / "megatron"
+    out.mkdir()  # an empty folder is as good as none
+    to_megatron(source, out)
+    (out / "leftover").write_text("of the first conversion")
+    with pytest.raises(UserError, match=r"megatron exists: .* --overwrite"):
+        to_megatron(source, out)
+    to_megatron(source, out, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["checkpoints"]
+    with pytest.raises(UserError, match="holds the input"):
+        to_megatron(source, tmp_path, overwrite=True)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    to_megatron(hf_model(tmp_path / "hf", vision=False), tmp_path / "megatron")
+    step = tmp_path / "megatron/checkpoints/step_00000000"
+    for name, sentence in (("__0_0.distcp", "is damaged, language"), (".metadata", "is no checkpoint")):
+        (step / name).write_bytes((step / name).read_bytes()[:5000])
+        with pytest.raises(UserError, match=sentence):
+            to_hf(str(step), tmp_path / "back")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
+    source = hf_model(tmp_path / "hf", vision=False)
+    edit_config(source, model_type="llama")
+    refused = {
+        "config.json": (tmp_path, tmp_path / "out"),
+        "'llama' model: give one of qwen2 (Qwen2.5) or qwen2_5_vl": (source, tmp_path / "out"),
+    }
+    for sentence, (given, out) in refused.items():
+        with pytest.raises(UserError) as error:
+            to_megatron(given, out)
+        assert sentence in str(error.value)
+    edit_config(source, model_type="qwen2")
+    (source / WEIGHTS).write_bytes(b"not a model")
+    with pytest.raises(UserError, match="cannot be read"):
+        to_megatron(source, tmp_path / "out")
+    (source / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
+        to_megatron(source, tmp_path / "out")
+    with pytest.raises(UserError, match="is no checkpoint"):
+        to_hf(str(source), tmp_path / "out")
+    text, vision = (hf_model(tmp_path / name, vision=name == "b") for name in "ab")
+    with pytest.raises(UserError, match=r"a text model .* a vision model"):
+        compare(text, vision)
+
+
+if __name__ == "__main__":
+    load_and_save_in_two_pieces(*sys.argv[1:])
