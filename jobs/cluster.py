@@ -1,0 +1,371 @@
+"""A small but real cluster on this machine: python -m jobs.cluster up | down | status.
+
+HDFS (a NameNode, two DataNodes) and Spark standalone (a Master, two Workers) as processes on loopback. All that it
+knows and writes is in one folder: cluster.json (settings, pids), conf/ (HADOOP_CONF_DIR of clients), logs/, and HDFS's
+data, which outlives `down`. Tests use the class Cluster, and its methods that break things.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+
+from jobs.hadoop import CACHE, HEAP, JAVA_OPTIONS, SPARK_HOME, hadoop_command, run, write_conf
+from kanyun.errors import UserError, run_cli
+
+HOST = "127.0.0.1"
+DATANODES = ("datanode-1", "datanode-2")
+WORKERS = ("worker-1", "worker-2")
+DAEMONS = ("namenode", *DATANODES, "master", *WORKERS)
+_PATIENCE = 120  # seconds for daemons to come up: 10 s on two idle cores, more when they are busy
+
+
+@dataclass(frozen=True)
+class Settings:
+    hdfs_port: int = 9820
+    hdfs_web_port: int = 9870
+    spark_port: int = 7077
+    spark_web_port: int = 8081
+    worker_cores: int = 1
+    worker_memory: str = "2g"
+    block_mib: int = 128  # HDFS block; while a block is written, a space quota counts all of it
+
+    @property
+    def ports(self) -> dict[str, int]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_port")}
+
+
+class Cluster:
+    """The daemons of one state folder, each found by its pid, and only if its command line names this folder.
+
+    `settings`: those of a cluster that is to start; None takes the ones it was started with.
+    `tied`: the daemons end with the process that started them, however it ends (Linux).
+    """
+
+    def __init__(self, state: Path, settings: Settings | None = None, tied: bool = False):
+        self.state = state.expanduser().resolve()
+        self._file = self.state / "cluster.json"
+        saved = json.loads(self._file.read_text()) if self._file.exists() else {"settings": {}, "pids": {}}
+        self._pids: dict[str, int] = saved["pids"]
+        self._started_with = Settings(**saved["settings"])
+        self.settings = settings or self._started_with
+        self._tied = tied
+
+    @property
+    def hdfs(self) -> str:
+        return f"hdfs://{HOST}:{self.settings.hdfs_port}"
+
+    @property
+    def spark(self) -> str:
+        return f"spark://{HOST}:{self.settings.spark_port}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What clients should have in their environment."""
+        conf = str(self.state / "conf")
+        return {"SPARK_MASTER": self.spark, "HADOOP_CONF_DIR": conf, "SPARK_LOCAL_IP": HOST}
+
+    def up(self) -> None:
+        """Start what is not running, and wait until all of it is ready. If that fails, nothing is left running.
+
+        Raises UserError: Java or Maven missing, a port taken, running already with other settings, or a daemon died
+        (with the end of its log).
+        """
+        running = self.running()
+        if not running:
+            self._refuse_taken_ports()
+        elif self._started_with != self.settings:
+            raise UserError(
+                f"{self.state} is running with {self._started_with}, not {self.settings}: take it down first"
+            )
+        self._pids = {name: process.pid for name, process in running.items()}
+        try:
+            self._start_all(set(DAEMONS) - running.keys())
+        except BaseException:
+            self.down()
+            raise
+
+    def down(self) -> None:
+        """End every daemon, and the executors below the workers, by pid."""
+        _end([*self.running().values(), *self.executors()])
+        self._pids = {}
+        if self._file.exists():
+            self._save()
+
+    def running(self) -> dict[str, psutil.Process]:
+        """Name -> process of the daemons that are alive; a pid that is another program's by now is not one."""
+        found = {}
+        for name, pid in self._pids.items():
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE and f"{self.state}/" in " ".join(process.cmdline()):
+                    found[name] = process
+        return found
+
+    def executors(self) -> list[psutil.Process]:
+        """JVMs of Spark applications, on all workers."""
+        found: list[psutil.Process] = []
+        for name, process in self.running().items():
+            with suppress(psutil.NoSuchProcess):
+                found += process.children() if name in WORKERS else []
+        return found
+
+    def status(self) -> dict[str, str]:
+        """Daemon or service -> how it is, for people."""
+        running = self.running()
+        lines = {name: f"running, pid {running[name].pid}" if name in running else "down" for name in DAEMONS}
+        hdfs, spark = self._hdfs_state(), self._spark_state()
+        if hdfs and "namenode" in running:
+            live, used = hdfs["NumLiveDataNodes"], hdfs["CapacityUsed"] / 1e6
+            lines["HDFS"] = f"{self.hdfs}, {hdfs['FSState']}, {live} DataNodes, {used:,.1f} MB used"
+        if spark and "master" in running:
+            lines["Spark"] = f"{self.spark}, {spark['aliveworkers']} workers, {spark['coresused']} cores busy"
+        return lines
+
+    # --- for those who want to break things
+
+    def kill(self, name: str) -> None:
+        """kill -9 of one of DAEMONS; `start` brings it back."""
+        self._end_one(name, signal.SIGKILL)
+
+    def stop(self, name: str) -> None:
+        """An orderly end of one of DAEMONS; `start` brings it back."""
+        self._end_one(name, signal.SIGTERM)
+
+    def start(self, name: str) -> None:
+        """Start one of DAEMONS, with the data it had; see wait_for_hdfs and wait_for_spark."""
+        settings = self.settings
+        if name == "master":
+            self._start_spark(name, "--port", settings.spark_port, "--webui-port", settings.spark_web_port)
+        elif name in WORKERS:
+            options = ("-c", settings.worker_cores, "-m", settings.worker_memory, "--webui-port", 0)
+            self._start_spark(name, self.spark, *options)
+        else:
+            kind = "namenode.NameNode" if name == "namenode" else "datanode.DataNode"
+            self._start(name, hadoop_command(self.state / f"conf-{name}", f"hdfs.server.{kind}"), {})
+
+    def wait_for_hdfs(self, datanodes: int = len(DATANODES)) -> None:
+        """Until the NameNode counts so many live DataNodes (it misses a dead one after 12 s), out of safe mode."""
+
+        def ready() -> bool:
+            state = self._hdfs_state()
+            return bool(state and state["NumLiveDataNodes"] == datanodes and state["FSState"] == "Operational")
+
+        self._wait(f"HDFS with {datanodes} DataNodes", ready)
+
+    def wait_for_spark(self, workers: int = len(WORKERS)) -> None:
+        """Until the Master counts so many workers."""
+        self._wait(
+            f"{workers} Spark workers", lambda: bool((s := self._spark_state()) and s["aliveworkers"] == workers)
+        )
+
+    def dfsadmin(self, *args: str) -> str:
+        """Hadoop's admin command: ("-safemode", "enter"), ("-setSpaceQuota", "10m", "/x") ... Takes 1 s."""
+        return self._hadoop("hdfs.tools.DFSAdmin", *args)
+
+    def shell(self, *args: str) -> str:
+        """Hadoop's file shell: ("-chmod", "700", "/x"), ("-ls", "-R", "/") ... Takes 1 s."""
+        return self._hadoop("fs.FsShell", *args)
+
+    # --- how
+
+    def _start_all(self, missing: set[str]) -> None:
+        if "master" in missing:
+            self._configure()
+            self.start("master")
+        if not (self.state / "namenode" / "current").exists():
+            format = hadoop_command(self.state / "conf-namenode", "hdfs.server.namenode.NameNode", "-format", "-force")
+            run(format, "HDFS could not be formatted")
+        for name in ("namenode", *DATANODES):
+            if name in missing:
+                self.start(name)
+        # A worker that finds no master tries again only after 5 to 15 s.
+        self._wait("Spark master", lambda: self._spark_state() is not None)
+        for name in WORKERS:
+            if name in missing:
+                self.start(name)
+        self.wait_for_hdfs()
+        self.wait_for_spark()
+
+    def _configure(self) -> None:
+        core = {"fs.defaultFS": self.hdfs}
+        client = {"dfs.replication": len(DATANODES)}
+        server = client | {
+            "dfs.blocksize": self.settings.block_mib << 20,
+            "dfs.namenode.name.dir": (self.state / "namenode").as_uri(),
+            "dfs.namenode.rpc-address": f"{HOST}:{self.settings.hdfs_port}",
+            "dfs.namenode.http-address": f"{HOST}:{self.settings.hdfs_web_port}",
+            "dfs.namenode.safemode.extension": 0,
+            # A dead DataNode is missed after 12 s (10 heartbeats + 2 rechecks), not after 10.5 minutes.
+            "dfs.heartbeat.interval": 1,
+            "dfs.namenode.heartbeat.recheck-interval": 1000,
+            **{f"dfs.datanode.{part}address": f"{HOST}:0" for part in ("", "http.", "ipc.")},
+        }
+        write_conf(self.state / "conf", core, client)
+        write_conf(self.state / "conf-namenode", core, server)
+        for name in DATANODES:  # -D is no option of a daemon, and each has a folder of its own
+            write_conf(
+                self.state / f"conf-{name}", core, server | {"dfs.datanode.data.dir": (self.state / name).as_uri()}
+            )
+        (self.state / "conf" / "spark-daemons.conf").write_text("spark.worker.cleanup.enabled true\n")
+        (self.state / "logs").mkdir(exist_ok=True)
+
+    def _start_spark(self, name: str, *args: str | int) -> None:
+        kind = "master.Master" if name == "master" else "worker.Worker"
+        conf = self.state / "conf" / "spark-daemons.conf"  # its path also marks the process as ours
+        options = ["--host", HOST, "--properties-file", conf, *args]
+        command = [SPARK_HOME / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", *options]
+        env = {
+            "SPARK_HOME": str(SPARK_HOME),
+            "SPARK_DAEMON_JAVA_OPTS": " ".join(JAVA_OPTIONS),
+            "SPARK_DAEMON_MEMORY": HEAP,
+            "SPARK_WORKER_DIR": str(self.state / name),
+            "SPARK_LOCAL_DIRS": str(self.state / "spark-local"),
+            # Executors are the worker's children: the same Python and libraries as here, our own code by the job.
+            "PYSPARK_PYTHON": sys.executable,
+            "PYTHONPATH": "",
+        }
+        self._start(name, [str(part) for part in command], env)
+
+    def _start(self, name: str, command: list[str], env: dict[str, str]) -> None:
+        if self._tied and shutil.which("setpriv"):
+            command = ["setpriv", "--pdeathsig", "TERM", *command]
+        with self._log(name).open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | self.env | env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal is not for the daemons
+            )
+        self._pids[name] = process.pid
+        self._save()
+
+    def _end_one(self, name: str, number: signal.Signals) -> None:
+        _end([self.running()[name]], number)
+        del self._pids[name]
+        self._save()
+
+    def _hadoop(self, main: str, *args: str) -> str:
+        return run(hadoop_command(self.state / "conf", main, *args), f"hadoop {' '.join(args)} failed")
+
+    def _log(self, name: str) -> Path:
+        return self.state / "logs" / f"{name}.log"
+
+    def _save(self) -> None:
+        self._file.write_text(json.dumps({"settings": asdict(self.settings), "pids": self._pids}, indent=2))
+
+    def _refuse_taken_ports(self) -> None:
+        for name, port in self.settings.ports.items():
+            with socket.socket() as s:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    s.bind((HOST, port))
+                except OSError as error:
+                    option = f"--{name.replace('_', '-')}"
+                    raise UserError(f"port {port} is taken{_holder(port)}: choose another with {option}") from error
+
+    def _wait(self, what: str, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while not ready():
+            for name in self._pids.keys() - self.running().keys():
+                end = "\n".join(self._log(name).read_text(errors="replace").splitlines()[-15:])
+                raise UserError(f"{name} died; the end of {self._log(name)}:\n{end}")
+            if time.monotonic() > deadline:
+                raise UserError(f"no {what} after {_PATIENCE} s: see the logs in {self.state / 'logs'}")
+            time.sleep(0.1)
+
+    def _hdfs_state(self) -> dict[str, Any] | None:
+        query = "/jmx?qry=Hadoop:service=NameNode,name=FSNamesystemState"
+        answer = _get_json(self.settings.hdfs_web_port, query)
+        return answer["beans"][0] if answer and answer["beans"] else None
+
+    def _spark_state(self) -> dict[str, Any] | None:
+        return _get_json(self.settings.spark_web_port, "/json/")
+
+
+@contextmanager
+def temporary_cluster(state: Path, **settings: Any) -> Iterator[Cluster]:
+    """A cluster on free ports for a `with` block. It ends with the block, and with this process however that ends."""
+    sockets = {name: socket.socket() for name in Settings().ports}
+    for s in sockets.values():
+        s.bind((HOST, 0))
+    ports = {name: s.getsockname()[1] for name, s in sockets.items()}
+    for s in sockets.values():
+        s.close()
+    cluster = Cluster(state, Settings(**ports | settings), tied=True)
+    cluster.up()
+    try:
+        yield cluster
+    finally:
+        cluster.down()
+
+
+def _get_json(port: int, path: str) -> dict[str, Any] | None:
+    connection = http.client.HTTPConnection(HOST, port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return cast(dict[str, Any], json.loads(connection.getresponse().read()))
+    except (OSError, http.client.HTTPException, ValueError):  # not up yet
+        return None
+    finally:
+        connection.close()
+
+
+def _holder(port: int) -> str:
+    with suppress(psutil.Error):  # other people's connections may be secret
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f" by pid {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return ""
+
+
+def _end(processes: list[psutil.Process], number: signal.Signals = signal.SIGTERM) -> None:
+    """Signal them all, wait 10 s, then kill."""
+    alive = processes
+    for step in (number, signal.SIGKILL):
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(step)
+        _, alive = psutil.wait_procs(alive, timeout=10)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m jobs.cluster", description="HDFS and Spark on this machine.")
+    parser.add_argument("command", choices=["up", "down", "status"])
+    parser.add_argument("--state", type=Path, default=CACHE / "cluster", help="folder of the cluster (%(default)s)")
+    for f in fields(Settings):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f"for up; default {f.default}")
+    args = parser.parse_args()
+    given = {f.name: value for f in fields(Settings) if (value := getattr(args, f.name)) is not None}
+    if args.command == "up":
+        cluster = Cluster(args.state, Settings(**given))
+        print("starting HDFS (1 NameNode, 2 DataNodes) and Spark (1 Master, 2 Workers) ...", file=sys.stderr)
+        cluster.up()
+        print(f"{cluster.hdfs} and {cluster.spark} are up; for clients:")
+        print("export " + " ".join(f"{name}={value}" for name, value in cluster.env.items()))
+        return 0
+    cluster = Cluster(args.state)
+    if args.command == "down":
+        cluster.down()
+    for name, value in cluster.status().items():
+        print(f"{name:12} {value}")
+    return 0 if args.command == "down" or cluster.running().keys() == set(DAEMONS) else 1
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The whole way on one laptop, in a few minutes, all of it below demo/: raw scans and text -> five Spark stages -> packs
+# -> training -> Hugging Face -> held-out scans, answered by transformers alone. `make demo` calls it.
+# usage: jobs/demo.sh
+source "$(dirname "$0")/common.sh"
+cd "$root"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+step() { printf '\n\033[1m== %s\033[0m (%d s)\n' "$1" "$SECONDS"; }
+
+rm -rf demo
+step "raw data, and a tiny model's config and tokenizer"
+"$python" jobs/demo/make_raw.py demo
+"$python" jobs/demo/make_model.py demo/raw demo/model
+
+step "five Spark stages: raw rows -> packs"
+"$python" -m pipeline run jobs/recipes/demo.yaml
+"$python" -m pipeline run jobs/recipes/demo_validation.yaml
+
+step "every checksum and every count; a page that shows the packs"
+"$python" -m kanyun verify demo/pipeline/packed
+"$python" -m kanyun info demo/pipeline/packed
+"$python" -m kanyun preview demo/pipeline/packed demo/preview.html
+
+step "training"
+jobs/train_vision.sh jobs/recipes/demo_train.yaml
+
+step "to Hugging Face"
+"$python" -m convert to-hf demo/train demo/hf
+
+step "held-out scans, by transformers alone"
+"$python" jobs/demo/score.py demo/hf demo/heldout/digits demo/score.json
+
+step "result"
+"$python" jobs/demo/result.py demo
