@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 # Prints the first Python 3.12 or 3.13 that really runs (a pyenv shim may exist without its version).
 find_python() {
   local candidate
-  for candidate in python3.12 python3.13 ~/.pyenv/versions/3.13*/bin/python3.13 ~/.pyenv/versions/3.12*/bin/python3.12; do
+  for candidate in python3.12 python3.13 ~/.pyenv/versions/3.12*/bin/python3.12 ~/.pyenv/versions/3.13*/bin/python3.13; do
     if "$candidate" -c 'import ensurepip, sys; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
       echo "$candidate"
       return

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import IO, Any, cast
 
 import fsspec
@@ -41,6 +42,10 @@ def retried[T](action: Callable[[], T]) -> T:
 class _Hdfs(HdfsFileSystem):
     """hdfs-native's driver takes paths for URLs: it would cut a file's name at # or ?, and lower-case a nameservice."""
 
+    # fsspec empties its cache of file systems in a forked child; to drop a client there is to wait for its threads,
+    # which no fork has: the child, and whoever waits for it (Spark's launcher), would hang. So _hdfs keeps them.
+    cachable = False
+
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return "/" + path.partition("://")[2].partition("/")[2] if path.startswith("hdfs://") else path
@@ -51,6 +56,12 @@ class _Hdfs(HdfsFileSystem):
         return {"host": host or None, "port": int(port) if port else None}
 
 
+@cache
+def _hdfs(host: str | None, port: int | None) -> _Hdfs:
+    """One client a NameNode, for as long as the process lives."""
+    return _Hdfs(host=host, port=port)
+
+
 class Folder:
     """A folder on any storage. Names given to its methods are relative to it, with forward slashes."""
 
@@ -58,7 +69,7 @@ class Folder:
         uri = str(uri)
         with _refused(f"cannot use {uri}", "give a local path or hdfs://HOST:PORT/PATH"):
             if uri.startswith("hdfs://"):
-                self.fs, path = _Hdfs(**_Hdfs._get_kwargs_from_urls(uri)), _Hdfs._strip_protocol(uri)
+                self.fs, path = _hdfs(**_Hdfs._get_kwargs_from_urls(uri)), _Hdfs._strip_protocol(uri)
             else:
                 self.fs, path = fsspec.core.url_to_fs(uri)
         self.path: str = str(path).rstrip("/") or "/"

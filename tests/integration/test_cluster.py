@@ -111,6 +111,14 @@ def test_missing_files_are_file_not_found(root: Folder) -> None:
         (root / "nothing").move_to(root / "new")
 
 
+def test_a_process_that_used_hdfs_may_fork(hdfs: Folder) -> None:
+    """As Spark's launcher does, by preexec_fn; fsspec's hook in the child must not close the client."""
+    hdfs.write("file", b"x")
+    done = subprocess.run(["true"], preexec_fn=lambda: None, timeout=20)
+    assert done.returncode == 0
+    assert hdfs.read("file") == b"x"
+
+
 # --- HDFS says no: one sentence
 
 
