@@ -8,10 +8,9 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pipeline.checks import Reason, RowError
+from pipeline.checks import DECODE_SECONDS, Reason, RowError
 from pipeline.decoding import REPLY, REQUEST
 
-CPU_SECONDS = 60.0  # for an image; the slowest that is sound, JPEG 2000 of 89 million pixels, takes about 30
 TRIES = 2  # a process that dies may have been killed for what others did
 
 
@@ -25,7 +24,7 @@ class Decoded:
 class Decoder:
     """One process that decodes one image after the other; another one after it died. Not for several threads."""
 
-    def __init__(self, cpu_seconds: float = CPU_SECONDS):
+    def __init__(self, cpu_seconds: float = DECODE_SECONDS):
         self._cpu_seconds = cpu_seconds
         self._process: subprocess.Popen[bytes] | None = None
 

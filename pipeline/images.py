@@ -11,29 +11,27 @@ from typing import IO, Any
 import xxhash
 
 from kanyun.storage import Folder
-from pipeline.checks import Reason, RowError
+from pipeline.checks import MAX_IMAGE_BYTES, Reason, RowError
 from pipeline.guard import decoder
 
-MAX_BYTES = 64 << 20  # of one encoded image: a record batch of packs is never larger
 BLOB_BYTES = 1 << 30  # a task starts another blob after this many
 _REMEMBERED = 4096  # images of a task, about 500 B each: rows that share an image often follow each other
 
 
 @dataclass(frozen=True)
 class CopiedImage:
-    """An image in a blob: the fields of schema.IMAGE_REF, and a digest of its bytes."""
+    """An image in a blob: the fields of schema.IMAGE_REF."""
 
     blob: str
     offset: int
     size: int
     width: int
     height: int
-    digest: bytes
+    digest: bytes  # 16
+    looks: int
 
     def ref(self) -> dict[str, Any]:
-        values = asdict(self)
-        del values["digest"]
-        return values
+        return asdict(self) | {"digest": int.from_bytes(self.digest[:8], "big", signed=True)}
 
 
 class ImageCopier:
@@ -120,6 +118,7 @@ class ImageCopier:
             width=decoded.width,
             height=decoded.height,
             digest=xxhash.xxh3_128_digest(data),
+            looks=decoded.looks,
         )
         self._offset += len(data)
         return copied
@@ -131,8 +130,8 @@ def thumbnail(data: bytes, side: int) -> bytes | None:
 
 
 def _check_bytes(size: int, name: str) -> None:
-    if size > MAX_BYTES:
-        raise RowError(Reason.IMAGE_TOO_LARGE, f"{name!r} has {size} bytes, limit {MAX_BYTES}")
+    if size > MAX_IMAGE_BYTES:
+        raise RowError(Reason.IMAGE_TOO_LARGE, f"{name!r} has {size} bytes, limit {MAX_IMAGE_BYTES}")
 
 
 def _is_local(folder: Folder) -> bool:
