@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from kanyun.errors import UserError
 from kanyun.storage import Folder
 from pipeline.checks import RowError, malformed
 
@@ -63,8 +64,16 @@ class Bytes(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        count = min(len(buffer), self._size - self._position)
-        data = self._root.read(self._name, self._position, count) if count > 0 else b""
+        count = max(min(len(buffer), self._size - self._position), 0)
+        try:
+            data = self._root.read(self._name, self._position, count) if count else b""
+        except FileNotFoundError:
+            data = b""
+        if count and not data:
+            where = f"{self._root.uri}/{self._name}"
+            raise UserError(
+                f"{where} has changed since it was listed: run the stage again when the raw data is at rest"
+            )
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

@@ -11,6 +11,7 @@ from pipeline.checks import MAX_ROW, malformed, too_large
 from pipeline.readers.base import SHOWN, STEP, Bytes, RawRow, Reader, Split, parse
 
 _BOM = b"\xef\xbb\xbf"
+_PIECE = 64 << 10  # bytes decompressed at a time: at damage, what has been read of the piece is lost
 _SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 
 
@@ -57,7 +58,7 @@ class _Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            data = self._source.read(len(buffer))
+            data = self._source.read(min(len(buffer), _PIECE))
         except (pa.ArrowException, OSError) as error:
             self.error, data = error, b""
         buffer[: len(data)] = data

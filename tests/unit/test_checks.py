@@ -15,7 +15,8 @@ from pipeline.datasets.base import message
 
 # The names are in users' scripts and in the documentation.
 CODES = """malformed_row image_missing image_unreadable image_too_small image_aspect_ratio image_too_large
-image_path_escapes image_count_mismatch processor_failed text_too_short too_long duplicate near_duplicate row_too_large video"""
+image_path_escapes image_count_mismatch processor_failed text_too_short too_long duplicate
+near_duplicate row_too_large video"""
 
 
 def reason_of(check: object, *args: object) -> str:
