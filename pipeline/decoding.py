@@ -26,7 +26,7 @@ REPLY = struct.Struct("<I")  # bytes that follow: a thumbnail, or of JSON the ar
 MEMORY_BYTES = (
     4 << 30
 )  # of this process: the largest image takes 0.4 GB as RGBA, a decoder and a conversion as much each
-WALL_SECONDS = 10  # times the limit in CPU seconds: for a decoder that waits and does not compute
+WALL_SECONDS = 10  # a second of the limit in CPU time: for a decoder that waits and does not compute
 # What Pillow raises for bytes that are no image, or a truncated or damaged one.
 _DAMAGED = (OSError, SyntaxError, EOFError, struct.error, zlib.error)
 _NOT_DECODED = {"EPS"}  # a program for Ghostscript, which Pillow would start

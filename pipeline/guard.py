@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.checks import DECODE_SECONDS, Reason, RowError
-from pipeline.decoding import REPLY, REQUEST
+from pipeline.decoding import REPLY, REQUEST, WALL_SECONDS
 
 TRIES = 2  # a process that dies may have been killed for what others did
 
@@ -67,8 +67,10 @@ class Decoder:
                 return process.stdout.read(*REPLY.unpack(header))
             process.communicate()  # closes the pipes
             code = process.returncode
-            if -code in (signal.SIGPROF, signal.SIGALRM):
+            if -code == signal.SIGPROF:
                 raise ChildProcessError(f"decoding it takes over {self._cpu_seconds:g} s of CPU time")
+            if -code == signal.SIGALRM:
+                raise ChildProcessError(f"decoding it takes over {self._cpu_seconds * WALL_SECONDS:g} s")
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise ChildProcessError(f"decoding it ended the decoder's process, {TRIES} times ({how})")
 
