@@ -49,9 +49,9 @@ class Filter(Stage):
 
     def seen(self, attempt: Attempt) -> dict[str, Any]:
         rows = alike(self._written(attempt.folder / "data")).cache()
-        groups = rows.select("first").distinct().count()
-        facts: dict[str, Any] = {"rows with an image that looks like one of an earlier row": rows.count()}
-        facts["such earlier rows"] = groups
+        counted = rows.agg(F.count("*").alias("rows"), F.countDistinct("first").alias("firsts")).head()
+        facts: dict[str, Any] = {"rows with an image that looks like one of an earlier row": counted["rows"]}
+        facts["such earlier rows"] = counted["firsts"]
         for number, row in enumerate(rows.orderBy("place").limit(EXAMPLES).toLocalIterator(), start=1):
             pair = (f"{place.file} @ {place.position}" for place in (row["first"], row["place"]))
             facts[f"images that look alike, {number}"] = " and ".join(pair)

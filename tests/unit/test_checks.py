@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from pipeline.checks import (
+    CHECKS,
     MAX_EVIDENCE,
     Message,
     Reason,
@@ -31,6 +34,13 @@ def chat(*turns: tuple[str, str]) -> list[Message]:
 
 def test_reason_codes_have_the_agreed_names() -> None:
     assert {str(reason) for reason in Reason} == set(CODES.split())
+
+
+def test_the_table_of_reasons_is_whole_and_in_readme() -> None:
+    assert [check.reason for check in CHECKS] == list(Reason)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for check in CHECKS:
+        assert f"| `{check.reason}` | {check.row} | {check.limit} |\n" in readme
 
 
 @pytest.mark.parametrize(
