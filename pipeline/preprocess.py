@@ -12,7 +12,15 @@ from pyspark.sql import DataFrame, SparkSession
 from kanyun.errors import UserError
 from kanyun.manifest import canonical
 from kanyun.storage import Folder
-from pipeline.checks import RowError, check_image_count, check_messages, check_text, malformed, text_after_images
+from pipeline.checks import (
+    RowError,
+    check_image_count,
+    check_messages,
+    check_no_video,
+    check_text,
+    malformed,
+    text_after_images,
+)
 from pipeline.datasets import dataset
 from pipeline.datasets.base import Row, Sample
 from pipeline.images import ImageCopier
@@ -22,6 +30,7 @@ from pipeline.schema import SAMPLE
 from pipeline.session import BATCH_ROWS, arrow_schema, map_rows
 from pipeline.stage import Attempt, Stage
 
+HIDDEN = (".", "_", "cache-")  # how files and folders start that are no data; the last is what datasets.map leaves
 BATCH_BYTES = 8 << 20  # of raw rows in an Arrow batch, unless a single row is longer
 
 
@@ -65,14 +74,14 @@ class Preprocess(Stage):
 
     @cached_property
     def _files(self) -> tuple[list[tuple[str, int]], str]:
-        """((path below RAW, bytes) of every file of rows, digest of all files); hidden ones (. or _) are left out."""
+        """((path below RAW, bytes) of every file of rows, digest of all files); those of HIDDEN are left out."""
         source, root = Folder(self.source), self._root
         found: dict[str, Any] = source.fs.find(source.path, detail=True)
         digest = xxhash.xxh3_128()
         files = []
         for path, info in sorted(found.items()):
             name = path[len(root.path) :].lstrip("/")
-            if any(part.startswith((".", "_")) for part in name.split("/")):
+            if any(part.startswith(HIDDEN) for part in name.split("/")):
                 continue
             digest.update(canonical([name, info["size"], info.get("mtime", info.get("modification_time"))]))
             if name.lower().endswith(SUFFIXES):
@@ -170,6 +179,7 @@ class SampleMaker:
         }
 
     def _sample(self, fields: Row) -> Sample:
+        check_no_video(fields)
         try:
             sample = self._dataset.sample(fields)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

@@ -6,7 +6,7 @@ length: 8192
 datasets:
   charts: {raw: /raw/charts, dataset: llava, ratio: 0.5}
   wiki: {raw: hdfs://host:port/raw/wiki, dataset: text}
-overflow: split                       # optional, as are epoch, seed, part, and a dataset's ratio (1)
+overflow: split                       # optional, as are epoch, seed, part, near_duplicates, and a dataset's ratio (1)
 """
 
 import difflib
@@ -40,6 +40,7 @@ class Recipe:
     length: int
     datasets: dict[str, RecipeDataset]
     overflow: str = "drop"
+    near_duplicates: str = "keep"
     epoch: int = 0
     seed: int = 0
     part: int = 0
@@ -67,7 +68,7 @@ class Recipe:
         for name, one in self.datasets.items():
             checked = f"{at['preprocess']}/{name}"
             Preprocess(one.raw, checked, one.dataset).run(overwrite)
-            Filter(checked, f"{at['filter']}/{name}").run(overwrite)
+            Filter(checked, f"{at['filter']}/{name}", self.near_duplicates).run(overwrite)
         ratios = {name: one.ratio for name, one in self.datasets.items()}
         out.write(RATIOS, yaml.safe_dump(ratios).encode())
         Sample(at["filter"], at["sample"], self.epoch, self.seed, (out / RATIOS).uri).run(overwrite)
