@@ -111,7 +111,7 @@ class Cluster:
         for name, pid in self._pids.items():
             with suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
-                if process.status() != psutil.STATUS_ZOMBIE and f"{self.state}/" in " ".join(process.cmdline()):
+                if _lives(process) and f"{self.state}/" in " ".join(process.cmdline()):
                     found[name] = process
         return found
 
@@ -120,7 +120,7 @@ class Cluster:
         found: list[psutil.Process] = []
         for name, process in self.running().items():
             with suppress(psutil.NoSuchProcess):
-                found += process.children() if name in WORKERS else []
+                found += filter(_lives, process.children() if name in WORKERS else [])
         return found
 
     def status(self) -> dict[str, str]:
@@ -340,6 +340,11 @@ def _holder(port: int) -> str:
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
                 return f" by pid {connection.pid} ({psutil.Process(connection.pid).name()})"
     return ""
+
+
+def _lives(process: psutil.Process) -> bool:
+    """False for one that ended and whose parent has not asked how: a worker keeps some of its executors so."""
+    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
 
 
 def _end(processes: list[psutil.Process], number: signal.Signals = signal.SIGTERM) -> None:

@@ -8,6 +8,7 @@ IMAGE_REF = pa.struct(
         ("blob", pa.string()),  # absolute URI
         ("offset", pa.int64()),  # bytes
         ("size", pa.int64()),  # bytes
+        ("checksum", pa.int64()),  # of the bytes: images.checksum
         ("width", pa.int32()),  # pixels, after EXIF rotation: as transformers sees it
         ("height", pa.int32()),
     ]

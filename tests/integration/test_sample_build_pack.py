@@ -22,6 +22,7 @@ from kanyun.schema import Pack as StoredPack
 from kanyun.storage import Folder
 from kanyun.verify import verify
 from pipeline.build import Build
+from pipeline.images import checksum
 from pipeline.pack import Pack
 from pipeline.report import Counts, Report
 from pipeline.sample import Sample, copies_before
@@ -71,7 +72,7 @@ class Raw:
                 content = [part(words)]
                 if number % 4 < 2:
                     data, width, height = picture(rng)
-                    ref = {"blob": blob.as_uri(), "offset": offset, "size": len(data)}
+                    ref = {"blob": blob.as_uri(), "offset": offset, "size": len(data), "checksum": checksum(data)}
                     row["images"] = [ref | {"width": width, "height": height}]
                     stored, offset = stored + data, offset + len(data)
                     self.images[sample_id] = [data]
