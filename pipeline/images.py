@@ -31,7 +31,7 @@ class CopiedImage:
     looks: int
 
     def ref(self) -> dict[str, Any]:
-        return asdict(self) | {"digest": int.from_bytes(self.digest[:8], "big", signed=True)}
+        return asdict(self) | {"digest": short_digest(self.digest)}
 
 
 class ImageCopier:
@@ -127,6 +127,11 @@ class ImageCopier:
 def thumbnail(data: bytes, side: int) -> bytes | None:
     """A JPEG of at most side x side pixels of an encoded image, None if it cannot be decoded. Guarded as well."""
     return decoder().thumbnail(data, side)
+
+
+def short_digest(digest: bytes) -> int:
+    """The part of an image's xxh3-128 that its ref keeps, as Spark has no wider number."""
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def _check_bytes(size: int, name: str) -> None:

@@ -10,7 +10,7 @@ IMAGE_REF = pa.struct(
         ("size", pa.int64()),  # bytes
         ("width", pa.int32()),  # pixels, after EXIF rotation: as transformers sees it
         ("height", pa.int32()),
-        ("digest", pa.int64()),  # of the encoded bytes: equal images have equal ones
+        ("digest", pa.int64()),  # of the encoded bytes: proves them when they are read, and tells equal images
         ("looks", pa.int64()),  # dHash of the pixels: similar images have equal or nearly equal ones
     ]
 )

@@ -24,7 +24,6 @@ A stage is a frozen dataclass; its fields are its settings. The whole of one:
 """
 
 import json
-import re
 import time
 import uuid
 from dataclasses import dataclass, fields
@@ -39,26 +38,14 @@ from pyspark.sql import functions as F
 from kanyun.errors import UserError
 from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
+from pipeline.attempt import Attempt
 from pipeline.report import Counts, Histogram, Report
 from pipeline.schema import QUARANTINE
-from pipeline.session import progress, spark_schema, spark_session
+from pipeline.session import plain_errors, progress, spark_schema, spark_session
 
 EXAMPLES = 3  # rows shown a reason
 SHUFFLE_ROWS = 50_000  # a partition, before Spark puts small ones together; its fixed 200 are too many or too few
 SHUFFLE_PARTITIONS = 4  # at least
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One try at making a stage's output: written to `folder`, which becomes `target` when all is there."""
-
-    folder: Folder
-    target: Folder
-    inputs: dict[str, Report]  # data path below the stage's source ("." = the source itself) -> its report
-
-    @property
-    def rows_in(self) -> int:
-        return sum(report.counts.rows_out for report in self.inputs.values())
 
 
 @dataclass(frozen=True)
@@ -121,12 +108,10 @@ class Stage:
         inputs = self.inputs()
         digest = self.input_digest(inputs)
         if not overwrite and (done := self._finished(target, digest)):
-            print(f"{self.name}: already done, skipped: {target.path}")
             return done
-        _delete_leftovers(target)
-        attempt = Attempt(_hidden_neighbour(target), target, inputs)
-        attempt.folder.make()
-        try:
+        with Attempt.begin(target, inputs) as attempt, plain_errors():
+            if not overwrite and (done := self._finished(target, digest)):
+                return done  # by a driver that published between the look and the claim
             started = time.time()
             spark = spark_session()
             spark.conf.set("spark.sql.shuffle.partitions", max(SHUFFLE_PARTITIONS, attempt.rows_in // SHUFFLE_ROWS))
@@ -135,10 +120,7 @@ class Stage:
                 counts.check(f"{self.name} of {self.source}")
                 report = self.report(attempt, digest, counts, time.time() - started)
             report.save(attempt.folder)
-            _publish(attempt)
-        except BaseException:
-            attempt.folder.delete()
-            raise
+            attempt.publish()
         print(f"{self.name}: {report.summary()} -> {target.path}")
         return report
 
@@ -175,7 +157,7 @@ class Stage:
         return {row["reason"]: row["count"] for row in counted.orderBy("reason").toLocalIterator()}
 
     def _finished(self, target: Folder, digest: str) -> Report | None:
-        """The report of this very work if `target` holds it; None if nothing is there; else UserError."""
+        """The report of this very work if `target` holds it, and says so; None if nothing is there; else UserError."""
         if not target.names():
             return None
         report = Report.load_if_there(target)
@@ -192,32 +174,13 @@ class Stage:
                     f"{target.path} holds the output of other work: {key} is {there.get(key)} there and "
                     f"{wanted.get(key)} here; choose another output, or give --overwrite to redo it"
                 )
+        print(f"{self.name}: already done, skipped: {target.path}")
         return report
 
     def _refuse_input_in(self, target: Folder) -> None:
         source = Folder(self.source)
         if f"{source.uri}/".startswith(f"{target.uri}/"):
             raise UserError(f"the output {target.path} holds the input {source.path}: choose another output")
-
-
-def _hidden_neighbour(target: Folder) -> Folder:
-    return target.parent / f"_attempt-{target.name}-{uuid.uuid4().hex}"
-
-
-def _delete_leftovers(target: Folder) -> None:
-    """Remove what runs left that were killed."""
-    dead = re.compile(rf"_attempt-{re.escape(target.name)}-[0-9a-f]{{32}}")
-    for name in filter(dead.fullmatch, target.parent.names()):
-        target.parent.delete(name)
-
-
-def _publish(attempt: Attempt) -> None:
-    """Rename the attempt to its target: at every moment the target is old, absent or new, never a mixture."""
-    old = _hidden_neighbour(attempt.target)
-    if attempt.target.exists():
-        attempt.target.move_to(old)
-    attempt.folder.move_to(attempt.target)
-    old.delete()
 
 
 def _examples(marked: DataFrame) -> dict[str, list[dict[str, str]]]:

@@ -293,7 +293,9 @@ def test_taken_port_is_named_with_its_holder(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"port {port} is taken by pid {os.getpid()} .*--spark-port"):
+        with pytest.raises(
+            UserError, match=rf"port {port} is taken by pid {os.getpid()} .*--spark-port N, or SPARK_PORT=N"
+        ):
             Cluster(tmp_path, Settings(spark_port=port, hdfs_port=0, hdfs_web_port=0, spark_web_port=0)).up()
     assert list(tmp_path.iterdir()) == []
 
