@@ -1,28 +1,22 @@
 """Images of raw rows: found, decoded once under guard, and their bytes copied into large immutable blobs."""
 
 import errno
-import io
 import os
 import posixpath
-import struct
 import uuid
-import warnings
-import zlib
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 import xxhash
-from PIL import Image, ImageOps
 
 from kanyun.storage import Folder
-from pipeline.checks import Reason, RowError, check_size
+from pipeline.checks import Reason, RowError
+from pipeline.guard import decoder
 
 MAX_BYTES = 64 << 20  # of one encoded image: a record batch of packs is never larger
 BLOB_BYTES = 1 << 30  # a task starts another blob after this many
 _REMEMBERED = 4096  # images of a task, about 500 B each: rows that share an image often follow each other
-# What Pillow raises for bytes that are no image, or a truncated or damaged one.
-_DAMAGED = (OSError, SyntaxError, EOFError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ class ImageCopier:
 
     def _copy(self, data: bytes, name: str) -> CopiedImage:
         _check_bytes(len(data), name)
-        width, height = probe(data, name)
+        decoded = decoder().probe(data, name)
         if self._stream is None or self._offset + len(data) > BLOB_BYTES:
             self._open.close()
             self._blob, self._offset = f"{uuid.uuid4().hex}.blob", 0
@@ -123,42 +117,17 @@ class ImageCopier:
             blob=f"{self._uri}/{self._blob}",
             offset=self._offset,
             size=len(data),
-            width=width,
-            height=height,
+            width=decoded.width,
+            height=decoded.height,
             digest=xxhash.xxh3_128_digest(data),
         )
         self._offset += len(data)
         return copied
 
 
-def probe(data: bytes, name: str) -> tuple[int, int]:
-    """(width, height) in pixels as transformers' load_image would give them: after EXIF rotation.
-
-    Everything that load_image does is done here once, so that training cannot meet an image that fails: the header is
-    read, sizes are checked, and only then pixels are decoded. An animation is its first frame. Raises RowError.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image: Image.Image = Image.open(io.BytesIO(data))
-            check_size(*image.size)
-            image.load()
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise RowError(Reason.IMAGE_TOO_LARGE, f"{name!r}: {error}") from error
-        except RowError as error:
-            raise RowError(error.reason, f"{name!r}: {error.evidence}") from error
-        except _DAMAGED as error:
-            raise RowError(Reason.IMAGE_UNREADABLE, f"{name!r} ({len(data)} bytes): {error}") from error
-        except Exception as error:
-            raise RowError(Reason.PROCESSOR_FAILED, f"{name!r}: {type(error).__name__}: {error}") from error
-        try:
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode != "RGB":
-                image.convert("RGB")
-        except Exception as error:
-            raise RowError(Reason.PROCESSOR_FAILED, f"{name!r}: {type(error).__name__}: {error}") from error
-        return image.size
+def thumbnail(data: bytes, side: int) -> bytes | None:
+    """A JPEG of at most side x side pixels of an encoded image, None if it cannot be decoded. Guarded as well."""
+    return decoder().thumbnail(data, side)
 
 
 def _check_bytes(size: int, name: str) -> None:

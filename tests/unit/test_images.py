@@ -13,7 +13,8 @@ from transformers.image_utils import load_image
 from kanyun.storage import Folder
 from pipeline import images
 from pipeline.checks import RowError
-from pipeline.images import CopiedImage, ImageCopier, probe
+from pipeline.guard import decoder
+from pipeline.images import CopiedImage, ImageCopier, thumbnail
 
 
 def encoded(width: int, height: int, kind: str = "PNG", mode: str = "RGB", **options: object) -> bytes:
@@ -42,7 +43,7 @@ def wordy_png() -> bytes:
 
 def rejected(data: bytes) -> tuple[str, str]:
     with pytest.raises(RowError) as caught:
-        probe(data, "a.png")
+        decoder().probe(data, "a.png")
     return str(caught.value.reason), caught.value.evidence
 
 
@@ -86,8 +87,18 @@ def test_sizes_are_those_transformers_sees(kind: str, mode: str, orientation: in
     exif[0x0112] = orientation
     data = encoded(90, 40, kind, mode, exif=exif)
     (tmp_path / "image").write_bytes(data)
-    assert probe(data, "a") == load_image(str(tmp_path / "image")).size
-    assert probe(data, "a") == ((40, 90) if orientation in (6, 8) else (90, 40))
+    found = decoder().probe(data, "a")
+    assert (found.width, found.height) == load_image(str(tmp_path / "image")).size
+    assert (found.width, found.height) == ((40, 90) if orientation in (6, 8) else (90, 40))
+
+
+def test_thumbnails_are_upright_and_small() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    small = thumbnail(encoded(900, 400, "JPEG", exif=exif), 90)
+    assert small is not None
+    assert Image.open(io.BytesIO(small)).size == (40, 90)
+    assert thumbnail(b"GIF89a no picture", 90) is None
 
 
 @pytest.fixture
