@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from html import escape
 from itertools import groupby
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from kanyun.errors import DatasetError
@@ -14,19 +15,27 @@ from kanyun.schema import Pack
 from kanyun.storage import Folder
 
 _STYLE = """
-body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse }
+:root { --page: #fbfbfa; --ink: #1c1f23; --soft: #5b626b; --line: #e3e4e6; --trained: #d6efd8; --edge: #1f7a4d }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #14171a; --ink: #e8eaed; --soft: #a0a7b0; --line: #30353b; --trained: #1d4a31; --edge: #5cc492 } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1.5rem clamp(1rem, 3vw, 2.5rem);
+  background: var(--page); color: var(--ink); overflow-wrap: anywhere }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .2rem 0 1rem }
+h2 { font-size: 1.05rem; margin: 2.4rem 0 .6rem }
 td { padding: .1rem 1rem .1rem 0; vertical-align: top }
-td:first-child { color: #777 }
-.bar { display: flex; height: 1.6rem; border-radius: 4px; overflow: hidden; background: #ddd }
-.bar div { border-right: 1px solid #fff; font-size: 10px; color: #fff; padding: .2rem }
-.bar div { overflow: hidden; white-space: nowrap }
-.bar .tail { color: #777 }
-details { margin: .3rem 0; border-left: 5px solid; padding-left: .7rem } summary { cursor: pointer; color: #555 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 12px/1.6 ui-monospace, monospace; color: #555 }
-mark { background: #d9f2d9; color: #000; border-bottom: 2px solid #2a8a2a }
-img { max-height: 9rem; max-width: 100%; margin: .2rem; border: 1px solid #ccc; vertical-align: middle }
+td:first-child { color: var(--soft); min-width: 6rem }
+.bar { display: flex; gap: 1px; height: 1.5rem; border-radius: 4px; overflow: hidden; background: var(--line) }
+.bar div { font-size: 11px; line-height: 1.5rem; color: #fff; text-indent: .3rem; overflow: clip; white-space: nowrap }
+details { margin: .3rem 0; border-left: 4px solid; padding-left: .7rem; font-size: 13px }
+summary { cursor: pointer; color: var(--soft); display: flex; flex-wrap: wrap; gap: 0 1rem }
+summary span { min-width: 16rem }
+summary q { color: var(--ink); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; quotes: none }
+pre { white-space: pre-wrap; font: 12.5px/1.6 ui-monospace, Menlo, Consolas, monospace; margin: .5rem 0 }
+pre, .bar .tail { color: var(--soft) }
+mark { background: var(--trained); color: var(--ink); border-bottom: 2px solid var(--edge) }
+img { max-height: 9rem; max-width: 100%; margin: .2rem; border: 1px solid var(--line); vertical-align: middle }
 """
+_SAID = 80  # characters of what is trained, shown before a segment is opened
 
 
 def preview(folder: Folder, packs: int) -> str:
@@ -41,7 +50,8 @@ def preview(folder: Folder, packs: int) -> str:
     tokenizer = Tokenizer.from_str(tokenizer_folder.read("tokenizer.json").decode())
     body = "".join(_pack(pack, dataset.manifest, tokenizer) for pack in _first(dataset, packs))
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=color-scheme content='light dark'>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{escape(folder.name)}</title><style>{_STYLE}</style><h1>{escape(folder.name)}</h1>"
         f"{_facts(dataset.manifest)}<p>Open a segment to read it. <mark>Marked</mark> tokens are trained.</p>{body}"
     )
@@ -75,20 +85,27 @@ def _pack(pack: Pack, manifest: Manifest, tokenizer: Tokenizer) -> str:
     bar, details, images = [], [], iter(pack.images)
     for i, name in enumerate(pack.dataset):
         start, end = int(pack.cu_seqlens[i]), int(pack.cu_seqlens[i + 1])
-        colour = f"hsl({(names.index(name) * 137 + 210) % 360} 55% {48 - 12 * (i % 2)}%)"
+        colour = f"hsl({(names.index(name) * 137 + 210) % 360} 50% {44 - 9 * (i % 2)}%)"
         trained = int(pack.loss_mask[start:end].sum())
         label = f"{escape(name)}, {end - start} tokens, {trained} trained"
+        said = _said(pack.input_ids[start:end], pack.loss_mask[start:end], tokenizer)
         style = f"width:{(end - start) / manifest.length:.4%};background:{colour}"
-        bar.append(f"<div style='{style}' title='{label}'>{label}</div>")
+        bar.append(f"<div style='{style}' title='{label}'>{escape(name)}</div>")
         text = "".join(_text(pack, start, end, manifest, tokenizer, images))
         details.append(
-            f"<details style='border-color:{colour}'><summary>{label}, sample {pack.sample_ids[i]}</summary>"
-            f"<pre>{text}</pre></details>"
+            f"<details style='border-color:{colour}'><summary><span>{label}</span><q>{escape(said)}</q></summary>"
+            f"<pre>{text}</pre>sample {pack.sample_ids[i]}</details>"
         )
     if pack.tokens < manifest.length:
         bar.append(f"<div class=tail title='{manifest.length - pack.tokens} padding'>padding</div>")
-    title = f"pack {pack.pack_id}: {pack.tokens} tokens, {len(pack.images)} images, {pack.patches} patches"
-    return f"<h3>{title}</h3><div class=bar>{''.join(bar)}</div>{''.join(details)}"
+    title = f"pack {pack.pack_id}: {pack.tokens:,} tokens, {len(pack.images)} images, {pack.patches:,} patches"
+    return f"<h2>{title}</h2><div class=bar>{''.join(bar)}</div>{''.join(details)}"
+
+
+def _said(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The beginning of what is trained: the answers of a conversation."""
+    runs = np.split(ids, np.flatnonzero(np.diff(trained)) + 1)[int(not trained[0]) :: 2]
+    return " · ".join(tokenizer.decode_batch([run[:_SAID].tolist() for run in runs]))[:_SAID]
 
 
 def _text(

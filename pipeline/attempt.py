@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from kanyun.errors import UserError
@@ -37,6 +37,7 @@ class Attempt:
     folder: Folder
     target: Folder
     inputs: dict[str, Report]  # data path below the stage's source ("." = the source itself) -> its report
+    phases: dict[str, float] = field(default_factory=dict)  # what is done -> seconds of wall time
 
     @property
     def rows_in(self) -> int:
@@ -59,6 +60,13 @@ class Attempt:
         finally:
             with suppress(UserError):  # storage that refuses now is another error's cause; the next run removes it
                 attempt.folder.delete()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the time of a `with` block to a phase, for the report."""
+        started = time.monotonic()
+        yield
+        self.phases[phase] = round(self.phases.get(phase, 0) + time.monotonic() - started, 2)
 
     def publish(self) -> None:
         """Rename to the target: at every moment it is old, absent or new, never a mixture."""

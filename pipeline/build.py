@@ -34,7 +34,7 @@ class Build(Stage):
     be split into pieces of `length` instead (overflow="split"), a conversation not."""
 
     name, after, schema, quarantines = "build", "sample", BUILT, True
-    distributions = {"tokens": "tokens", "patches": "patches", "images": "size(images)"}  # noqa: RUF012
+    distributions = {"tokens a row": "tokens", "patches a row": "patches", "images a row": "size(images)"}  # noqa: RUF012
 
     tokenizer: str  # Hugging Face folder
     length: int

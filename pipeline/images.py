@@ -65,6 +65,10 @@ class ImageCopier:
             self._remembered[path] = self._copy(self._read(path, image), image)
         return self._remembered[path]
 
+    def read(self, image: str | bytes, file: str) -> bytes:
+        """Encoded bytes of an image, as `copy` takes it, unchecked. Raises RowError if it cannot be read."""
+        return image if isinstance(image, bytes) else self._read(self._resolve(image, file), image)
+
     def _resolve(self, image: str, file: str) -> str:
         """Full path of the image, which must lie in the raw folder."""
         root = self._root.path

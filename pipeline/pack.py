@@ -18,12 +18,13 @@ from kanyun import manifest
 from kanyun.errors import UserError
 from kanyun.fingerprint import copy_tokenizer, fingerprint
 from kanyun.layout import dataset_name
+from kanyun.reader import PackedDataset
 from kanyun.storage import Folder
 from kanyun.writer import ShardResult, publish
 from pipeline import packing
 from pipeline.build import TOKENIZER
 from pipeline.qwen import END_OF_DOCUMENT, IMAGE_TOKENS
-from pipeline.report import Counts, Report
+from pipeline.report import Counts, Histogram, Report
 from pipeline.schema import BUILT
 from pipeline.session import map_rows
 from pipeline.shard import TASK_ROW, Job, write_shard
@@ -75,7 +76,8 @@ class Pack(Stage):
     def write(self, rows: DataFrame, attempt: Attempt) -> Counts:
         built, tokenizer = attempt.inputs["."], Folder(self.source) / TOKENIZER
         seed, facts = built.settings["seed"], fingerprint(tokenizer)
-        totals = _Totals.of(rows)
+        with attempt.timed("add up sizes"):
+            totals = _Totals.of(rows)
         if not totals.samples:
             raise UserError(f"{self.source} has no samples: all rows were quarantined or dropped; see its report.html")
         mean_demand = totals.sum_patches / totals.sum_tokens * self.length
@@ -83,7 +85,8 @@ class Pack(Stage):
         buckets, pad = self._buckets(totals), facts.token_ids[END_OF_DOCUMENT]
         bucket = F.pmod(F.xxhash64("sample_id", "copy", "piece", F.lit(seed)), F.lit(buckets)).cast("int")
         job = Job(attempt.folder.uri, buckets, self.length, budget, seed, pad)
-        written = map_rows(rows.repartitionById(buckets, bucket), partial(write_shard, job=job), TASK_ROW).collect()
+        with attempt.timed("shuffle, plan and write shards"):
+            written = map_rows(rows.repartitionById(buckets, bucket), partial(write_shard, job=job), TASK_ROW).collect()
         counts = Counts(attempt.rows_in, sum(row["samples"] for row in written))
         copy_tokenizer(tokenizer, attempt.folder / TOKENIZER)
         publish(
@@ -117,7 +120,9 @@ class Pack(Stage):
             "vision budget": packed.vision_budget,
             "content digest": packed.content_digest,
         }
-        return {"facts": facts}
+        patches = PackedDataset(attempt.folder).pack_patches
+        filled = [Histogram.of("patches a pack", patches)] if packed.patches else []
+        return {"facts": facts, "distributions": filled}
 
     def _buckets(self, totals: "_Totals") -> int:
         return max(

@@ -1,6 +1,8 @@
 """preprocess RAW OUT --dataset NAME: raw rows to samples, each checked, its images copied to blobs."""
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -8,6 +10,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import xxhash
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Row as SparkRow
 
 from kanyun.errors import UserError
 from kanyun.manifest import canonical
@@ -32,6 +35,8 @@ from pipeline.stage import Attempt, Stage
 
 HIDDEN = (".", "_", "cache-")  # how files and folders start that are no data; the last is what datasets.map leaves
 BATCH_BYTES = 8 << 20  # of raw rows in an Arrow batch, unless a single row is longer
+# What a dataset class may raise, besides RowError, for a row that is not what it expects.
+WRONG_FIELDS = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,9 @@ class Preprocess(Stage):
         "bytes a raw row": "octet_length(raw)",
         "messages a row": "size(messages)",
         "images a row": "size(images)",
-        "image sides, long (pixels)": "greatest(get(images, 0).width, get(images, 0).height)",
-        "image bytes": "get(images, 0).size",
+        "long side of an image, pixels": "transform(images, image -> greatest(image.width, image.height))",
+        "short side of an image, pixels": "transform(images, image -> least(image.width, image.height))",
+        "bytes an image": "images.size",
     }
     # Bytes of raw files a task reads. Fewer than the upper end where that would leave cores idle: rows that name images
     # are short, and 1 MB of them can be an hour of decoding.
@@ -117,6 +123,17 @@ class Preprocess(Stage):
             raise UserError(f"{self.source} has no rows: its files hold blank lines or empty tables only")
         return counts
 
+    def images_of(self, rejected: SparkRow) -> Iterator[bytes]:
+        """From the raw folder: no blob has them."""
+        copier = ImageCopier(self._root, self._root, "")  # to read, not to copy
+        try:
+            images = dataset(self.dataset).sample(json.loads(rejected["raw"])).images
+        except (RowError, *WRONG_FIELDS):
+            return
+        for image in images:
+            with suppress(RowError, OSError, UserError):
+                yield copier.read(image, rejected["file"])
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -182,7 +199,7 @@ class SampleMaker:
         check_no_video(fields)
         try:
             sample = self._dataset.sample(fields)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except WRONG_FIELDS as error:
             raise malformed(f"{type(error).__name__}: {error}") from error
         if sample.messages is None:
             check_text(sample.text or "", self._dataset.min_text)

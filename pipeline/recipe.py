@@ -19,9 +19,11 @@ from kanyun.errors import UserError
 from kanyun.storage import Folder
 from pipeline.build import Build
 from pipeline.filter import Filter
+from pipeline.flow import INDEX, Done, write_index
 from pipeline.pack import Pack
 from pipeline.preprocess import Preprocess
 from pipeline.sample import Sample
+from pipeline.stage import Stage
 
 RATIOS = "ratios.yaml"  # in the output: the recipe's ratios, as `sample --ratios` takes them
 
@@ -64,16 +66,24 @@ class Recipe:
     def run(self, overwrite: bool) -> None:
         """Raises what the stages raise; what was finished before is skipped."""
         out = Folder(self.output)
+        done: list[Done] = []
+
+        def run(stage: Stage, folder: str, name: str = "") -> None:
+            done.append(Done(folder, stage.run(overwrite), name))
+
         at = {stage: (out / stage).uri for stage in ("preprocess", "filter", "sample", "build", "packed")}
         for name, one in self.datasets.items():
             checked = f"{at['preprocess']}/{name}"
-            Preprocess(one.raw, checked, one.dataset).run(overwrite)
-            Filter(checked, f"{at['filter']}/{name}", self.near_duplicates).run(overwrite)
+            run(Preprocess(one.raw, checked, one.dataset), f"preprocess/{name}", name)
+            run(Filter(checked, f"{at['filter']}/{name}", self.near_duplicates), f"filter/{name}", name)
         ratios = {name: one.ratio for name, one in self.datasets.items()}
         out.write(RATIOS, yaml.safe_dump(ratios).encode())
-        Sample(at["filter"], at["sample"], self.epoch, self.seed, (out / RATIOS).uri).run(overwrite)
-        Build(at["sample"], at["build"], self.tokenizer, self.length, self.overflow).run(overwrite)
-        Pack.below(at["build"], at["packed"], self.length, self.part, self.epoch).run(overwrite)
+        run(Sample(at["filter"], at["sample"], self.epoch, self.seed, (out / RATIOS).uri), "sample")
+        run(Build(at["sample"], at["build"], self.tokenizer, self.length, self.overflow), "build")
+        pack = Pack.below(at["build"], at["packed"], self.length, self.part, self.epoch)
+        run(pack, f"packed/{Folder(pack.output).name}")
+        write_index(out, done)
+        print(f"the way of the rows, with all reports: {out.path}/{INDEX}")
 
 
 def _checked[T: (Recipe, RecipeDataset)](kind: type[T], values: Any, where: str) -> T:

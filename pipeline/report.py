@@ -1,14 +1,16 @@
 """What a stage leaves beside its rows: report.json (the mark of finished work) and report.html (for people)."""
 
-import html
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from kanyun.errors import DatasetError, UserError
 from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
+from pipeline.page import render
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -24,12 +26,16 @@ class Counts:
     quarantined: dict[str, int] = field(default_factory=dict)  # reason -> rows
     dropped: int = 0
 
+    @property
+    def lost(self) -> int:
+        """Rows in quarantine."""
+        return sum(self.quarantined.values())
+
     def check(self, what: str) -> None:
         """Raises DatasetError if a row is unaccounted for."""
-        quarantined = sum(self.quarantined.values())
-        if self.rows_in + self.added != self.rows_out + quarantined + self.dropped:
+        if self.rows_in + self.added != self.rows_out + self.lost + self.dropped:
             raise DatasetError(
-                f"{what}: {self.rows_in} rows in + {self.added} added is not {self.rows_out} out + {quarantined} "
+                f"{what}: {self.rows_in} rows in + {self.added} added is not {self.rows_out} out + {self.lost} "
                 f"quarantined + {self.dropped} dropped: a row was lost or its input changed; run the stages again"
             )
 
@@ -52,10 +58,59 @@ class Counts:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Rows by size of a value: bins[b] rows have a value in [2^(b-1), 2^b), bins[0] have zero."""
+    """How many values have which size, in eighths of an octave.
+
+    Bin 0 is of the value 0, bin 1 + 8 k + i of those in [2^k (1 + i / 8), 2^k (1 + (i + 1) / 8)).
+    """
 
     title: str
-    bins: dict[int, int]
+    bins: dict[int, int]  # bin -> values in it
+    least: int
+    most: int
+    mean: float
+
+    # Spark SQL and numpy, in whole numbers: the bin of x >= 0.
+    BIN_SQL = "if(x = 0, 0, 8 * length(bin(x)) + cast(shiftright(shiftleft(x, 3), length(bin(x)) - 1) as int) - 15)"
+
+    @classmethod
+    def of(cls, title: str, values: np.ndarray) -> "Histogram":
+        """`values` [n] whole numbers, n > 0, below 2^50."""
+        octave = np.frexp(np.maximum(values, 1))[1] - 1
+        bins = np.where(values == 0, 0, 8 * octave + (values * 8 >> octave) - 7)
+        numbers, counts = np.unique(bins, return_counts=True)
+        return cls(
+            title,
+            dict(zip(numbers.tolist(), counts.tolist())),
+            int(values.min()),
+            int(values.max()),
+            float(values.mean()),
+        )
+
+    @staticmethod
+    def edges(number: int) -> tuple[int, int]:
+        """[first, end) of the values in a bin; small values have some bins between them that are empty."""
+        if number == 0:
+            return 0, 1
+        octave, eighth = divmod(number - 1, 8)
+        first, end = (-(-((8 + n) << octave) // 8) for n in (eighth, eighth + 1))
+        return first, end
+
+    def quantile(self, share: float) -> int:
+        """The value that `share` of all are not above, as near as the bins tell: within 6 %."""
+        numbers = sorted(self.bins)
+        seen = np.cumsum([self.bins[number] for number in numbers])
+        first, end = self.edges(numbers[int(np.searchsorted(seen, share * seen[-1]))])
+        return min(max((first + end - 1) // 2, self.least), self.most)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row that was rejected."""
+
+    where: str  # file @ position
+    evidence: str
+    raw: str  # the beginning of the raw row
+    images: list[str] = field(default_factory=list)  # thumbnails, as data URIs
 
 
 @dataclass(frozen=True)
@@ -66,9 +121,10 @@ class Report:
     run: str  # of this very run: done again, it is other input to the next stage
     counts: Counts
     since_raw: Counts  # the same identity from the raw rows to this stage's output
-    seconds: float
+    seconds: float  # wall time
+    phases: dict[str, float] = field(default_factory=dict)  # what the seconds went into, nearly all of them
     reasons: dict[str, int] = field(default_factory=dict)  # rows by reason; preprocess keeps them in data/
-    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # reason -> where, evidence, raw
+    examples: dict[str, list[Example]] = field(default_factory=dict)  # by reason
     distributions: list[Histogram] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # what else this stage tells (pack: fill, packs, ...)
 
@@ -82,7 +138,7 @@ class Report:
         text = f"{counts.rows_in} rows in"
         for number, what in (
             (counts.added, "added"),
-            (sum(counts.quarantined.values()), "quarantined"),
+            (counts.lost, "quarantined"),
             (counts.dropped, "dropped"),
         ):
             text += f", {number} {what}" if number else ""
@@ -91,7 +147,7 @@ class Report:
         return f"{text}, {counts.rows_out} out in {self.seconds:.1f} s"
 
     def save(self, folder: Folder) -> None:
-        folder.write(PAGE, page(self).encode())
+        folder.write(PAGE, render("report.html", report=self).encode())
         folder.write(REPORT, (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode())
 
     @classmethod
@@ -113,85 +169,16 @@ class Report:
             return None
         try:
             values = json.loads(folder.read(REPORT))
-            bins = [({int(b): n for b, n in h["bins"].items()}, h["title"]) for h in values["distributions"]]
-            values["distributions"] = [Histogram(title, counted) for counted, title in bins]
+            values["distributions"] = [
+                Histogram(**h | {"bins": {int(number): count for number, count in h["bins"].items()}})
+                for h in values["distributions"]
+            ]
+            values["examples"] = {
+                reason: [Example(**example) for example in examples] for reason, examples in values["examples"].items()
+            }
             values |= {name: Counts(**values[name]) for name in ("counts", "since_raw")}
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(
                 f"{folder.path}/{REPORT} is damaged ({error!r}): run its stage again with --overwrite"
             ) from error
-
-
-def page(report: Report) -> str:
-    """One HTML file without anything from elsewhere."""
-    counts = report.counts
-    rows = {
-        "rows in": counts.rows_in,
-        "added": counts.added,
-        "quarantined": sum(counts.quarantined.values()),
-        "dropped": counts.dropped,
-        "rows out": counts.rows_out,
-        "raw rows so far": report.since_raw.rows_in,
-        "seconds": report.seconds,
-    }
-    facts = report.settings | {"input": report.input}
-    body = [f"<h1>{html.escape(report.stage)}</h1>", _table(rows), _bars("rows by reason", report.reasons)]
-    body += [_bars(h.title, _named_bins(h)) for h in report.distributions]
-    for reason, examples in report.examples.items():
-        body.append(f"<h2>{html.escape(reason)}</h2>")
-        body += [
-            f"<p><b>{html.escape(e['where'])}</b> {html.escape(e['evidence'])}</p><pre>{html.escape(e['raw'])}</pre>"
-            for e in examples
-        ]
-    if report.facts:
-        body.insert(2, _table(report.facts))
-    body += ["<h2>settings</h2>", _table(facts)]
-    return _PAGE.replace("TITLE", html.escape(report.stage)).replace("BODY", "\n".join(body))
-
-
-def _named_bins(histogram: Histogram) -> dict[str, int]:
-    if not histogram.bins:
-        return {}
-    bits = range(min(histogram.bins), max(histogram.bins) + 1)
-    return {(f"{1 << b - 1} - {(1 << b) - 1}" if b else "0"): histogram.bins.get(b, 0) for b in bits}
-
-
-def _table(values: dict[str, Any]) -> str:
-    cells = (
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(_number(value))}</td></tr>" for name, value in values.items()
-    )
-    return f"<table>{''.join(cells)}</table>"
-
-
-def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int | float) else str(value)
-
-
-def _bars(title: str, values: dict[str, int]) -> str:
-    """Horizontal bars as inline SVG: a line a value, 20 px high."""
-    if not values:
-        return ""
-    longest = max(max(values.values()), 1)
-    lines = [
-        f'<text x="190" y="{20 * n + 14}" text-anchor="end">{html.escape(name)}</text>'
-        f'<rect x="200" y="{20 * n + 3}" width="{max(value / longest * 300, 1 if value else 0):.1f}" height="14"/>'
-        f'<text x="{205 + value / longest * 300:.1f}" y="{20 * n + 14}">{value:,}</text>'
-        for n, (name, value) in enumerate(values.items())
-    ]
-    view = f'viewBox="0 0 600 {20 * len(values)}"'
-    return f"<h2>{html.escape(title)}</h2><svg {view} role='img'>{''.join(lines)}</svg>"
-
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>TITLE</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem }
-th { text-align: left; font-weight: normal; color: #666; padding-right: 1.5rem } td { overflow-wrap: anywhere }
-svg { width: 100%; max-width: 600px; font-size: 12px } rect { fill: #4878a8 }
-pre { background: #f4f4f4; padding: .5rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px }
-</style>
-BODY
-</html>
-"""

@@ -26,24 +26,24 @@ A stage is a frozen dataclass; its fields are its settings. The whole of one:
 import json
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import reduce
 from typing import Any, ClassVar
 
 import pyarrow as pa
 from pyspark import StorageLevel
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from kanyun.errors import UserError
 from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
+from pipeline import summary
 from pipeline.attempt import Attempt
-from pipeline.report import Counts, Histogram, Report
+from pipeline.report import Counts, Report
 from pipeline.schema import QUARANTINE
 from pipeline.session import plain_errors, progress, spark_schema, spark_session
 
-EXAMPLES = 3  # rows shown a reason
 SHUFFLE_ROWS = 50_000  # a partition, before Spark puts small ones together; its fixed 200 are too many or too few
 SHUFFLE_PARTITIONS = 4  # at least
 
@@ -85,16 +85,20 @@ class Stage:
         if self.quarantines:
             rows = rows.persist(StorageLevel.DISK_ONLY)  # two writes, one computation
             marked = F.col("reason").isNotNull()
-            rows.where(~marked).select(*self.schema.names).write.parquet(data.uri)
-            rows.where(marked).select(*QUARANTINE.names).write.parquet(bad.uri)
+            with attempt.timed("transform and write data"):
+                rows.where(~marked).select(*self.schema.names).write.parquet(data.uri)
+            with attempt.timed("write quarantine"):
+                rows.where(marked).select(*QUARANTINE.names).write.parquet(bad.uri)
             rows.unpersist()
         else:
-            rows.select(*self.schema.names).write.parquet(data.uri)
-        written = self._written(data)
-        rows_out = written.count()
-        quarantined = self._reasons(self._written(bad, QUARANTINE)) if self.quarantines else {}
-        rows_in = attempt.rows_in if attempt.inputs else rows_out + sum(quarantined.values())
-        added, dropped = self.added_and_dropped(written, rows_in)
+            with attempt.timed("transform and write data"):
+                rows.select(*self.schema.names).write.parquet(data.uri)
+        with attempt.timed("count"):
+            written = self._written(data)
+            rows_out = written.count()
+            quarantined = summary.reasons(self._written(bad, QUARANTINE)) if self.quarantines else {}
+            rows_in = attempt.rows_in if attempt.inputs else rows_out + sum(quarantined.values())
+            added, dropped = self.added_and_dropped(written, rows_in)
         return Counts(rows_in, rows_out, added, quarantined, dropped)
 
     def added_and_dropped(self, written: DataFrame, rows_in: int) -> tuple[int, int]:
@@ -113,18 +117,25 @@ class Stage:
             if not overwrite and (done := self._finished(target, digest)):
                 return done  # by a driver that published between the look and the claim
             started = time.time()
-            spark = spark_session()
+            with attempt.timed("start Spark"):
+                spark = spark_session()
             spark.conf.set("spark.sql.shuffle.partitions", max(SHUFFLE_PARTITIONS, attempt.rows_in // SHUFFLE_ROWS))
             with progress(spark, self.name):
-                counts = self.write(self.transform(self.read(spark, attempt), attempt), attempt)
+                with attempt.timed("plan"):
+                    rows = self.transform(self.read(spark, attempt), attempt)
+                counts = self.write(rows, attempt)
                 counts.check(f"{self.name} of {self.source}")
-                report = self.report(attempt, digest, counts, time.time() - started)
+                with attempt.timed("report"):
+                    seen = self.seen(attempt)
+                report = self.report(attempt, digest, counts, seen, time.time() - started)
             report.save(attempt.folder)
             attempt.publish()
         print(f"{self.name}: {report.summary()} -> {target.path}")
         return report
 
-    def report(self, attempt: Attempt, input_digest: str, counts: Counts, seconds: float) -> Report:
+    def report(
+        self, attempt: Attempt, input_digest: str, counts: Counts, seen: dict[str, Any], seconds: float
+    ) -> Report:
         return Report(
             stage=self.name,
             settings=self.settings(),
@@ -133,28 +144,26 @@ class Stage:
             counts=counts,
             since_raw=counts.after([report.since_raw for report in attempt.inputs.values()]),
             seconds=round(seconds, 1),
-            **self.seen(attempt),
+            phases=attempt.phases,
+            **seen,
         )
 
     def seen(self, attempt: Attempt) -> dict[str, Any]:
         """What the report shows of the written rows: reasons with examples, and distributions."""
         data = self._written(attempt.folder / "data")
         marked = self._written(attempt.folder / "quarantine", QUARANTINE) if self.quarantines else data
+        shown = {"distributions": summary.histograms(data, self.distributions)}
         if "reason" not in marked.columns:
-            return {"distributions": _histograms(data, self.distributions)}
-        return {
-            "reasons": self._reasons(marked),
-            "examples": _examples(marked),
-            "distributions": _histograms(data, self.distributions),
-        }
+            return shown
+        examples = summary.examples(marked, self.images_of, attempt.inputs.values())
+        return {**shown, "reasons": summary.reasons(marked), "examples": examples}
+
+    def images_of(self, rejected: Row) -> Iterable[bytes]:
+        """Encoded images of a row that is shown in the report."""
+        return summary.images_in_blobs(rejected)
 
     def _written(self, folder: Folder, schema: pa.Schema | None = None) -> DataFrame:
         return spark_session().read.schema(spark_schema(schema or self.schema)).parquet(folder.uri)
-
-    @staticmethod
-    def _reasons(rows: DataFrame) -> dict[str, int]:
-        counted = rows.where("reason is not null").groupBy("reason").count()
-        return {row["reason"]: row["count"] for row in counted.orderBy("reason").toLocalIterator()}
 
     def _finished(self, target: Folder, digest: str) -> Report | None:
         """The report of this very work if `target` holds it, and says so; None if nothing is there; else UserError."""
@@ -181,31 +190,3 @@ class Stage:
         source = Folder(self.source)
         if f"{source.uri}/".startswith(f"{target.uri}/"):
             raise UserError(f"the output {target.path} holds the input {source.path}: choose another output")
-
-
-def _examples(marked: DataFrame) -> dict[str, list[dict[str, str]]]:
-    """The first few rows of every reason, by file and position."""
-    rank = F.row_number().over(Window.partitionBy("reason").orderBy("file", "position"))
-    rows = marked.where("reason is not null").withColumn("rank", rank).where(F.col("rank") <= EXAMPLES)
-    examples: dict[str, list[dict[str, str]]] = {}
-    shown = rows.select("reason", "file", "position", "evidence", F.substring("raw", 1, 300).alias("raw"))
-    for row in shown.orderBy("reason", "file", "position").toLocalIterator():
-        example = {"where": f"{row['file']} @ {row['position']}", "evidence": row["evidence"], "raw": row["raw"]}
-        examples.setdefault(row["reason"], []).append(example)
-    return examples
-
-
-def _histograms(data: DataFrame, expressions: dict[str, str]) -> list[Histogram]:
-    """How many rows have a value in [2^(b-1), 2^b), for each b: one pass over the columns that are named."""
-    if not expressions:
-        return []
-    bits = "if(x > 0, length(bin(cast(x as bigint))), 0)"
-    parts = [
-        data.selectExpr(f"{sql} as x").selectExpr(f"{number} as part", f"{bits} as bits", "x")
-        for number, sql in enumerate(expressions.values())
-    ]
-    counted = reduce(DataFrame.unionAll, parts).where("x is not null").groupBy("part", "bits")
-    bins: dict[int, dict[int, int]] = {}
-    for row in counted.count().toLocalIterator():
-        bins.setdefault(row["part"], {})[row["bits"]] = row["count"]
-    return [Histogram(title, bins.get(number, {})) for number, title in enumerate(expressions)]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from kanyun.storage import Folder
+from pipeline.flow import Done, links
+from pipeline.report import Report
 from tests.qwen_assets import tiny_vl_folder
 
 ROWS_A_FILE, FILES = 40, 3
@@ -68,6 +72,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_vl_folder(tmp_path_factory.mktemp("model") / "hf", max_pixels=32 * 28 * 28)
 
 
+def check_index(run: Path) -> None:
+    """index.html leads to every report, and by the numbers of these every node of the flow has as much in as out."""
+    folders = re.findall('href="(.*?)/report.html"', (run / "index.html").read_text())
+    stages = ["preprocess", "filter", "sample", "build", "pack"]
+    done = [
+        Done(folder, Report.load(Folder(str(run / folder)), stage), "chat" if "/chat" in folder else "")
+        for folder, stage in zip(folders, stages, strict=True)
+    ]
+    for node in (one.node for one in done):
+        came = sum(link.rows for link in links(done) if link.target == node)
+        went = sum(link.rows for link in links(done) if link.source == node)
+        assert came == went > 0
+
+
 def test_same_content_digest_however_it_is_run(model: Path, tmp_path: Path) -> None:
     names = sorted(raw_files())
     write_raw(tmp_path / "raw", names)
@@ -77,6 +95,7 @@ def test_same_content_digest_however_it_is_run(model: Path, tmp_path: Path) -> N
     other = run_all(tmp_path / "reshuffled", tmp_path / "other", model, "local[2]")
     assert one["content_digest"] == four["content_digest"] == other["content_digest"]
     assert one["shards"] == four["shards"] == other["shards"]
+    check_index(tmp_path / "one" / "run")
     rows = ROWS_A_FILE * FILES
     kept = int((rows - FILES) * 0.7)
     assert one["counts"] == {

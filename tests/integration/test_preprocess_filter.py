@@ -1,5 +1,6 @@
 """preprocess and filter on real Spark: every planted bad row under its reason, in each of the three formats."""
 
+import base64
 import io
 import json
 import subprocess
@@ -19,7 +20,7 @@ from kanyun.errors import DatasetError, UserError
 from kanyun.storage import Folder
 from pipeline.filter import Filter
 from pipeline.preprocess import Preprocess
-from pipeline.report import Report
+from pipeline.report import Histogram, Report
 
 Rows = list[dict[str, Any]]
 # name -> (picture, reason)
@@ -162,6 +163,23 @@ def test_counts_in_the_report(planted: tuple[Path, dict[bytes, str | None]], don
     page = (done / "clean" / "report.html").read_text()
     assert "image_path_escapes" in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_report_shows_pictures_of_bad_rows_and_all_values(done: Path) -> None:
+    checked, clean = (Report.load_if_there(Folder(str(done / name))) for name in ("checked", "clean"))
+    assert checked is not None
+    assert clean is not None
+    for report in (checked, clean):  # filter shows again what only preprocess, which knows the raw folder, can read
+        pictures = {r: [image for e in shown for image in e.images] for r, shown in report.examples.items()}
+        assert not pictures["image_missing"]
+        assert not pictures["image_path_escapes"]
+        (small,) = pictures["image_too_small"][:1]
+        assert max(Image.open(io.BytesIO(base64.b64decode(small.partition(",")[2]))).size) <= 96
+    assert clean.examples["duplicate"][0].images  # from its blob
+    sizes = [len(row["raw"].encode()) for row in read(done / "checked" / "data")]
+    assert Histogram.of("bytes a raw row", np.array(sizes)) == checked.distributions[0]
+    sides = [max(i["width"], i["height"]) for row in read(done / "checked" / "data") for i in row["images"] or []]
+    assert Histogram.of("long side of an image, pixels", np.array(sides)) in checked.distributions
 
 
 def test_refs_give_the_images_that_were_named(planted: tuple[Path, dict[bytes, str | None]], done: Path) -> None:

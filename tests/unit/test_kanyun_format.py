@@ -175,4 +175,5 @@ def test_preview_shows_text_trained_tokens_and_images(folder: Folder) -> None:
     assert base64.b64encode(bytes(1000)).decode() in page
     assert "alt='image of 4 tokens'>w14<mark>w15</mark>w16<mark>" in page, "odd tokens are trained, the image in place"
     assert "padding" in page
-    assert page.count("<h3>") == 1
+    assert page.count("<h2>") == 1
+    assert "<q>w7 · w7 · w15 · w17 · " in page, "what is trained is seen without opening a segment"

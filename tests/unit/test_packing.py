@@ -121,6 +121,14 @@ def test_two_budgets_fill(kind: str) -> None:
     assert tokens.sum() / (packs * 8192) >= 0.995
 
 
+def test_samples_much_alike_fill_both_budgets() -> None:
+    """Packs of one kind alone would have patches or tokens left over: by size alone 90 % were reached."""
+    kinds = np.array([(44, 16), (47, 24), (80, 36)])
+    tokens, patches = np.repeat(kinds, 2_000, axis=0).T
+    packs = pack(tokens, patches, np.arange(6_000), 1024, 512).max() + 1
+    assert lower_bound(tokens, patches, 1024, 512) / packs >= 0.97
+
+
 def test_time_grows_with_the_samples_only() -> None:
     """A scan of the open packs would take 100 times as long for 10 times the samples."""
     seconds = []
