@@ -119,10 +119,26 @@ def profile(step: Any) -> None:
     print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=90))
 
 
+def packed_attention() -> None:
+    """Give transformers an attention that is told where a pack's samples end: FlashAttention, as torch ships it."""
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface
+
+    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, **facts: Any) -> tuple[Any, None]:
+        groups = q.shape[1] // k.shape[1]
+        q, k, v = (
+            x[0].transpose(0, 1).bfloat16() for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+        )
+        ends = facts["cu_seqlens"]
+        out = varlen_attn(q, k, v, ends, ends, facts["longest"], facts["longest"], window_size=(-1, 0))
+        return out[None], None
+
+    AttentionInterface.register("packed", attention)
+
+
 def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from liger_kernel.transformers import apply_liger_kernel_to_qwen2
-    from torch.nn.attention.varlen import varlen_attn
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from kanyun.fingerprint import fingerprint
     from kanyun.storage import Folder
@@ -132,14 +148,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trainer.layout import CARDS, batch_format, card
     from trainer.model import ModelConfig
 
-    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, **facts: Any) -> tuple[Any, None]:
-        groups = q.shape[1] // k.shape[1]
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
-        ends = facts["cu_seqlens"]
-        out = varlen_attn(q, k, v, ends, ends, facts["longest"], facts["longest"], window_size=(-1, 0))
-        return out[None], None
-
-    AttentionInterface.register("packed", attention)
+    packed_attention()
     apply_liger_kernel_to_qwen2()
     config = config_of(args, folder)
     data = PackedData(config.data, LENGTH, fingerprint(Folder(config.model)))
