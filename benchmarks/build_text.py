@@ -1,8 +1,8 @@
 """Build of text on one core: tokens a second of the stage, of its Python work alone, and of `tokenizers` by itself.
 
 The text is Python's own library sources and documentation, a file a document, under Qwen's vocabulary (PyPI's dashscope
-has it). The process tree is pinned to one core. The session is there before the clock starts; a stage's own fixed cost
-is in its times, and out of the last column: the tokens of 16x beyond 4x over the time beyond 4x.
+has it), on one core (one_core.py). The Spark session is there before the clock starts; a stage's own fixed cost is in
+its times, but in the last column.
 
 usage: python -m benchmarks.build_text [--bytes N]
 """
@@ -12,15 +12,14 @@ import json
 import os
 import sysconfig
 import tempfile
-import time
-from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pyarrow.dataset
-from pydoc_data.topics import topics
 from tokenizers import Tokenizer
 
+from benchmarks.one_core import SCALES, pin, seconds, show
 from pipeline.build import Build, build
 from pipeline.filter import Filter
 from pipeline.preprocess import Preprocess
@@ -29,7 +28,6 @@ from pipeline.sample import Sample
 from pipeline.session import BATCH_ROWS, spark_session
 from tests.qwen_assets import real_tokenizer_folder
 
-SCALES = (1, 4, 16)
 LENGTH = 1 << 20  # tokens: no document is longer
 
 
@@ -39,7 +37,7 @@ def make(folder: Path, size: int) -> int:
     sources = [path for path in library if "site-packages" not in path.parts and "test" not in path.parts]
     texts = [*topics.values(), *(path.read_text(errors="replace") for path in sources)]
     written = number = 0
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with open(folder / "rows.jsonl", "w") as stream:
         for number, text in enumerate(cycle(filter(str.strip, texts))):
             if written >= size:
@@ -79,18 +77,12 @@ class Work:
         Build(str(self._folder / "sampled"), str(self._folder / "built"), str(self._tokenizer), LENGTH).run(True)
 
 
-def seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--bytes", type=int, default=1_000_000, help="of text at 1x")
     args = parser.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    os.environ |= {"SPARK_MASTER": "local[1]", "TOKENIZERS_PARALLELISM": "false"}
+    pin()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     spark_session()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = real_tokenizer_folder(Path(folder, "tokenizer"), vision=False)
@@ -103,14 +95,7 @@ def main() -> None:
             "build, whole stage": [seconds(work.stage) for work in works],
         }
     tokens = [work.tokens for work in works]
-    print(f"{tokens} tokens of {[work.documents for work in works]} documents; tokens a second on one core")
-    print(f"{'':20}" + "".join(f"{f'{scale}x':>18}" for scale in SCALES) + f"{'16x beyond 4x':>18}")
-    floor = None
-    for name, taken in times.items():
-        rates = [count / one for count, one in zip(tokens, taken)]
-        rates.append((tokens[-1] - tokens[-2]) / (taken[-1] - taken[-2]))
-        floor = floor or rates
-        print(f"{name:20}" + "".join(f"{rate:11,.0f} = {rate / full:4.0%}" for rate, full in zip(rates, floor)))
+    show(f"tokens, of {[work.documents for work in works]} documents: tokens", tokens, times)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Preprocess on one core: images a second of the stage, of Pillow alone, and of `datasets.map` + Qwen's processor.
 
-All run on the same JPEGs, in a process tree that is pinned to one core: Spark's JVM, its Python worker and the
-decoder's process share it. The session is there before the clock starts; a stage's own fixed cost (plan, counts,
-report) is in its times, and out of the last column: the images of 16x beyond 4x over the time beyond 4x.
+All run on the same JPEGs on one core (one_core.py). The Spark session is there before the clock starts; a stage's own
+fixed cost (plan, counts, report) is in its times, but in the last column.
 
 The peer needs a package that is not ours, and is left out without it:
     pip install --no-deps --target /tmp/peers datasets multiprocess dill
@@ -12,23 +11,22 @@ usage: python -m benchmarks.preprocess [--peers DIR] [--images N]
 
 import argparse
 import json
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.one_core import SCALES, pin, seconds, show
 from kanyun.storage import Folder
 from pipeline.preprocess import Preprocess
 from pipeline.report import Report
 from pipeline.session import spark_session
 
-SCALES = (1, 4, 16)
 Run = Callable[[Path], None]  # works on the raw folder
 
 
@@ -98,19 +96,12 @@ def peer(peers: str) -> Run | None:
     return run
 
 
-def seconds(run: Run, raw: Path) -> float:
-    start = time.perf_counter()
-    run(raw)
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--peers", default="/tmp/peers")
     parser.add_argument("--images", type=int, default=100, help="at 1x")
     args = parser.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    os.environ["SPARK_MASTER"] = "local[1]"
+    pin()
     runs = {"Pillow alone (floor)": bare, "preprocess": ours}
     if (theirs := peer(args.peers)) is not None:
         runs["datasets.map + Qwen"] = theirs
@@ -124,16 +115,9 @@ def main() -> None:
         spark_session()
         times = {}
         for name, run in runs.items():
-            seconds(run, Path(folder, "warm"))
-            times[name] = [seconds(run, raw) for raw in raws]
-    print(f"{counts} JPEGs of {kilobytes:.0f} kB; images a second on one core, as a share of the floor")
-    print(f"{'':22}" + "".join(f"{f'{scale}x':>16}" for scale in SCALES) + f"{'16x beyond 4x':>16}")
-    floor = None
-    for name, taken in times.items():
-        rates = [count / one for count, one in zip(counts, taken)]
-        rates.append((counts[-1] - counts[-2]) / (taken[-1] - taken[-2]))
-        floor = floor or rates
-        print(f"{name:22}" + "".join(f"{rate:8.0f} = {rate / full:4.0%} " for rate, full in zip(rates, floor)))
+            run(Path(folder, "warm"))
+            times[name] = [seconds(partial(run, raw)) for raw in raws]
+    show(f"JPEGs of {kilobytes:.0f} kB: images", counts, times)
 
 
 if __name__ == "__main__":
