@@ -28,7 +28,8 @@ from kanyun.errors import UserError, run_cli
 
 HOST = "127.0.0.1"
 DATANODES = ("datanode-1", "datanode-2")
-WORKERS = ("worker-1", "worker-2")
+# Names of one address: Spark speculates only where a second copy of a task gets another host.
+WORKERS = {"worker-1": HOST, "worker-2": "localhost"}
 DAEMONS = ("namenode", *DATANODES, "master", *WORKERS)
 _PATIENCE = 120  # seconds for daemons to come up: 10 s on two idle cores, more when they are busy
 
@@ -229,7 +230,7 @@ class Cluster:
     def _start_spark(self, name: str, *args: str | int) -> None:
         kind = "master.Master" if name == "master" else "worker.Worker"
         conf = self.state / "conf" / "spark-daemons.conf"  # its path also marks the process as ours
-        options = ["--host", HOST, "--properties-file", conf, *args]
+        options = ["--host", WORKERS.get(name, HOST), "--properties-file", conf, *args]
         command = [SPARK_HOME / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", *options]
         env = {
             "SPARK_HOME": str(SPARK_HOME),

@@ -53,6 +53,22 @@ def patient[**P, T](method: Callable[P, T]) -> Callable[P, T]:
     return again
 
 
+def asked[**P, T](call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`call`, of a storage's driver, `retried`; errors that are not for a while only stay as the driver raised them."""
+
+    def once() -> T:
+        try:
+            return call(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            if _momentary(error):
+                raise UnavailableError(
+                    f"the storage does not answer ({first_line(error)}): see whether it is up"
+                ) from error
+            raise
+
+    return retried(once)
+
+
 @contextmanager
 def refused(what: str, way_out: str) -> Iterator[None]:
     """Errors of the storage as a UserError of one sentence."""

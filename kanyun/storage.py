@@ -18,6 +18,7 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 from hdfs_native.fsspec import HdfsFileSystem
 
+from kanyun.errors import UserError
 from kanyun.refusals import first_line, patient, refused, retried
 
 
@@ -99,11 +100,28 @@ class Folder:
             return []
 
     @patient
+    def is_folder(self) -> bool:
+        try:
+            with self._readable():
+                return bool(self.fs.info(self.path)["type"] == "directory")
+        except FileNotFoundError:
+            return False
+
+    @patient
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Full path -> what the storage tells of it ("size", a time of modification) for every file at any depth; of
+        the file itself, if this is one. Raises UserError if a folder below is not readable, or goes meanwhile."""
+        if not self.exists():
+            return {}
+        try:
+            with self._readable():  # by default fsspec leaves out what it cannot list
+                return cast(dict[str, dict[str, Any]], self.fs.find(self.path, detail=True, on_error="raise"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.uri} changes while it is listed: wait until nothing writes there") from error
+
     def files(self) -> list[tuple[str, int]]:
         """(relative name, bytes) of every file at any depth, sorted by name."""
-        with self._readable():
-            found = self.fs.find(self.path, detail=True)
-        return sorted((p[len(self.path) :].lstrip("/"), int(info["size"])) for p, info in found.items())
+        return sorted((path[len(self.path) :].lstrip("/"), int(fact["size"])) for path, fact in self.facts().items())
 
     @patient
     def size(self, name: str) -> int:

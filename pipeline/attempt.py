@@ -70,16 +70,19 @@ class Attempt:
 
     def publish(self) -> None:
         """Rename to the target: at every moment it is old, absent or new, never a mixture."""
+        lost = UserError(
+            f"another run took this one for dead, since it gave no sign for {DEAD_AFTER} s, and removed "
+            f"{self.folder.path}: see whether that one is at work on {self.target.path}, or run this again"
+        )
+        if not self.folder.exists(DRIVER):  # the folder itself may be there again: tasks still ran, and wrote into it
+            raise lost
         old = _hidden_neighbour(self.target)
         if self.target.exists():
             self.target.move_to(old)
         try:
             self.folder.move_to(self.target)
         except FileNotFoundError as error:
-            raise UserError(
-                f"another run took this one for dead, since it gave no sign for {DEAD_AFTER} s, and removed "
-                f"{self.folder.path}: see whether that one is at work on {self.target.path}, or run this again"
-            ) from error
+            raise lost from error
         self.target.delete(DRIVER)
         old.delete()
 

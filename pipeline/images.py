@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import xxhash
 
+from kanyun.refusals import asked, first_line
 from kanyun.storage import Folder
 from pipeline.checks import MAX_IMAGE_BYTES, Reason, RowError
 from pipeline.guard import decoder
@@ -92,16 +93,18 @@ class ImageCopier:
     def _read(self, path: str, image: str) -> bytes:
         """Other errors of storage than these are not the row's fault: they fail the task, which Spark tries again."""
         try:
-            info = self._root.fs.info(path)
+            info = asked(self._root.fs.info, path)
             if info["type"] != "file":
                 raise RowError(Reason.IMAGE_MISSING, f"{image!r} is a {info['type']} and no file")
             _check_bytes(info["size"], image)
-            data: bytes = self._root.fs.cat_file(path)
+            data: bytes = asked(self._root.fs.cat_file, path)
             return data
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RowError(Reason.IMAGE_MISSING, f"{image!r} does not exist: {path}") from error
-        except PermissionError as error:
-            raise RowError(Reason.IMAGE_UNREADABLE, f"{image!r} may not be read: {error}") from error
+        except (PermissionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "AccessControlException" not in str(error):  # HDFS's word for it
+                raise
+            raise RowError(Reason.IMAGE_UNREADABLE, f"{image!r} may not be read: {first_line(error)}") from error
         except (ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
                 raise

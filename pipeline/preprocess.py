@@ -76,13 +76,13 @@ class Preprocess(Stage):
         folder = Folder(self.source)
         if not folder.exists():
             raise UserError(f"the raw folder {self.source} does not exist: give a folder of {_known_suffixes()} files")
-        return folder if folder.fs.isdir(folder.path) else folder.parent
+        return folder if folder.is_folder() else folder.parent
 
     @cached_property
     def _files(self) -> tuple[list[tuple[str, int]], str]:
         """((path below RAW, bytes) of every file of rows, digest of all files); those of HIDDEN are left out."""
         source, root = Folder(self.source), self._root
-        found: dict[str, Any] = source.fs.find(source.path, detail=True)
+        found = source.facts()
         digest = xxhash.xxh3_128()
         files = []
         for path, info in sorted(found.items()):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from kanyun.errors import UserError
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).absolute().parent  # in an executor it is a relative path, into the archive of our code
 # Rows to and from Python workers at a time, and in Spark's cache: 10,000 long rows, Spark's default, take gigabytes.
 BATCH_ROWS = 256
 _SETTINGS = {

@@ -58,6 +58,11 @@ class Packs:
         part = int(np.searchsorted(self._first_batch, number, side="right")) - 1
         return self.datasets[part].read_batch(number - int(self._first_batch[part]))
 
+    def batch_bytes(self, number: int) -> int:
+        """Of one record batch, as stored."""
+        part = int(np.searchsorted(self._first_batch, number, side="right")) - 1
+        return self.datasets[part].batch_bytes(number - int(self._first_batch[part]))
+
     @cached_property
     def _ends(self) -> np.ndarray:
         return np.cumsum(self.packs_per_batch)
