@@ -73,7 +73,7 @@ def mean_demand(tokens: int, patches: int, length: int) -> float:
 def _pack_balanced(
     tokens: np.ndarray, patches: np.ndarray, mean: float, length: int, budget: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(pack of each sample, tokens left in each pack). Samples come by decreasing weight; mean: patches a token, of all.
+    """(pack of each sample, tokens left in each pack). Samples come by decreasing weight; mean: patches a token.
 
     One pack after the other is filled until nothing fits. A pack with more room for patches than for tokens, in shares
     of its budgets, takes a sample that has more patches a token than the mean, else one with fewer; of these one with
