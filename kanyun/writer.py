@@ -130,20 +130,26 @@ class ShardWriter:
             return
         batch = self._record_batch()
         self._ipc.write_batch(batch)
-        data = self._sink.take()
+        pieces = self._sink.take()
         size = pa.ipc.get_record_batch_size(batch)
         if not self._batches:  # the first write also brought magic, schema and dictionary
-            self._header_digest = digest_of(data[_MAGIC_BYTES : len(data) - size])
+            data = b"".join(pieces)
+            header, pieces = data[:-size], [data[-size:]]
+            self._header_digest = digest_of(header[_MAGIC_BYTES:])
+            self._copy([header])
+        checksum = xxhash.xxh3_64()
+        for piece in pieces:
+            checksum.update(piece)
         patches = [sum(int(np.prod(grid)) for grid in row["image_grid_thw"]) for row in self._rows]
         self._batches.append(
             {
                 "shard": 0,
-                "offset": self._bytes + len(data) - size,
+                "offset": self._bytes,
                 "size": size,
                 "packs": len(self._rows),
                 "tokens": sum(row["tokens"] for row in self._rows),
                 "patches": sum(patches),
-                "checksum": xxhash.xxh3_64_intdigest(data[len(data) - size :]),
+                "checksum": checksum.intdigest(),
                 "pack_attention": [row["attention"] for row in self._rows],
                 "pack_segments": [len(row["cu_seqlens"]) - 1 for row in self._rows],
                 "pack_patches": patches,
@@ -151,7 +157,7 @@ class ShardWriter:
                 "pack_windows": [sum(map(windows, row["image_grid_thw"])) for row in self._rows],
             }
         )
-        self._copy(data)
+        self._copy(pieces)
         self._rows, self._pending = [], 0
 
     def _record_batch(self) -> pa.RecordBatch:
@@ -177,10 +183,11 @@ class ShardWriter:
         offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), values, type=self._schema.field("dataset").type)
 
-    def _copy(self, data: bytes) -> None:
-        self._stream.write(data)
-        self._digest.update(data)
-        self._bytes += len(data)
+    def _copy(self, pieces: Iterable[bytes | pa.Buffer]) -> None:
+        for piece in pieces:
+            self._stream.write(piece)
+            self._digest.update(piece)
+            self._bytes += len(piece)
 
     def _finish(self) -> ShardResult:
         table = pa.Table.from_pylist(self._lineage, LINEAGE_SCHEMA)
@@ -238,25 +245,23 @@ def _total(column: pa.ChunkedArray) -> int:
 
 
 class _Pieces(io.RawIOBase):
-    """A sink that keeps what is written until it is taken, to hash and write each message as one piece."""
+    """A sink that keeps what is written, without a copy, until it is taken: parts of the record batch, still alive."""
 
     def __init__(self) -> None:
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes | pa.Buffer] = []
         self._position = 0
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        piece = bytes(data)
-        self._pieces.append(piece)
-        self._position += len(piece)
-        return len(piece)
+        self._pieces.append(data)
+        self._position += len(data)
+        return len(data)
 
     def tell(self) -> int:
         return self._position
 
-    def take(self) -> bytes:
-        data = b"".join(self._pieces)
-        self._pieces.clear()
-        return data
+    def take(self) -> list[bytes | pa.Buffer]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
