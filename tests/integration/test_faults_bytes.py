@@ -86,7 +86,9 @@ def test_a_byte_of_a_blob(made: tuple[Recipe, Folder]) -> None:
     name = first(blobs, "")
     with (
         flipped(blobs, name, blobs.size(name) // 2),
-        pytest.raises(UserError, match=rf"{name} was changed after preprocess \(the image of \d+ bytes at byte \d+ does not have"),
+        pytest.raises(
+            UserError, match=rf"{name} was changed after preprocess \(the image of \d+ bytes at byte \d+ does not have"
+        ),
     ):
         Pack.below((out / "build").uri, (out / "again").uri, LENGTH).run()
     assert (out / "again").names() == []
