@@ -39,7 +39,8 @@ def minicluster_jar() -> Path:
         if shutil.which("mvn") is None:
             if os.geteuid() != 0 or shutil.which("apt-get") is None:
                 raise UserError(f"Maven is missing, which fetches {jar.name}: install it (apt-get install maven)")
-            run(["apt-get", "install", "-y", "-q", "maven"], "Maven could not be installed")
+            for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "maven"]):
+                run(command, "Maven could not be installed")
         CACHE.mkdir(parents=True, exist_ok=True)
         artifact = f"org.apache.hadoop:hadoop-client-minicluster:{jar.stem.rpartition('-')[2]}"
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:

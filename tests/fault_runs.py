@@ -24,7 +24,7 @@ LENGTH = 256
 PACKED = f"packed/{dataset_name(LENGTH, 0, 0)}"
 # What a finished run may consist of (.crc: Spark's on a local disk); every blob must be named by a row as well.
 _FILES = re.compile(
-    r"ratios\.yaml|.*/\.[^/]*\.crc|.*/report\.(json|html)|.*/tokenizer/[\w.]+|.*/blobs/\w{32}\.blob"
+    r"ratios\.yaml|index\.html|.*/\.[^/]*\.crc|.*/report\.(json|html)|.*/tokenizer/[\w.]+|.*/blobs/\w{32}\.blob"
     r"|(preprocess/chat|filter/chat|sample|build)/(data|quarantine)/(_SUCCESS|part-[^/]*\.parquet)"
     rf"|{PACKED}/(manifest\.json|batches\.arrow|shard-\d+-of-\d+\.arrow|lineage/lineage-\d+-of-\d+\.parquet)"
 )
