@@ -1,10 +1,14 @@
-"""The pack stage on one core: bytes written a second beside a plain copy of the same bytes, and a worker's memory.
+"""The pack stage: bytes that a task writes a second beside a plain copy of them, and the memory of a Python worker.
 
-usage: python -m benchmarks.pack_bytes [FOLDER]     (needs 6 GB there; a temporary one if not given)
+A task reads images from the blobs, plans, and writes a shard, as it does in Spark; the copy reads and writes the same
+shard, 8 MiB at a time. Both go to the same file system, in turn, and end when their bytes are on disk (fsync).
+
+usage: python -m benchmarks.pack_bytes [FOLDER]     (needs 5 GB there; a temporary one if not given)
 """
 
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import threading
@@ -16,13 +20,20 @@ from pathlib import Path
 from typing import ClassVar
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyspark import TaskContext
 
 from benchmarks.made import write_built
 from pipeline.pack import Pack
+from pipeline.schema import BUILT
+from pipeline.session import arrow_schema
+from pipeline.shard import Job, write_shard
 
 LENGTH = 8192
-SAMPLES = 1_000  # of a bucket, and at 1x: 130 MB of images
+SAMPLES = 500  # at 1x: 65 MB of images
 SCALES = {"1x": 1, "4x": 4, "16x": 16}
+REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ def worker_memory() -> Iterator[dict[str, int]]:
         while not ended.wait(0.05):
             for process in psutil.Process().children(recursive=True):
                 try:
-                    if any("pyspark" in part for part in process.cmdline()) and "java" not in process.name():
+                    if "pyspark.daemon" in process.cmdline():
                         found["peak"] = max(found["peak"], process.memory_info().rss)
                 except psutil.Error:
                     continue
@@ -53,39 +64,63 @@ def worker_memory() -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def copy_seconds(files: list[Path], target: Path) -> float:
-    """A plain copy: read and write, 8 MiB at a time."""
-    target.mkdir()
-    started = time.perf_counter()
-    for file in files:
-        with file.open("rb") as source, (target / file.name).open("wb") as sink:
+@dataclass(frozen=True)
+class Cost:
+    seconds: float  # until it is on disk
+    cpu: float  # seconds
+
+
+@contextmanager
+def measured(costs: list[Cost], file: list[Path]) -> Iterator[None]:
+    """Time a `with` block and the way of the file, named in it, to the disk."""
+    started, used = time.perf_counter(), time.process_time()
+    yield
+    with file[-1].open("rb+") as stream:
+        os.fsync(stream.fileno())
+    costs.append(Cost(time.perf_counter() - started, time.process_time() - used))
+
+
+def task_and_copy(built: Path, folder: Path) -> tuple[int, list[Cost], list[Cost]]:
+    """(bytes of the shard, what the task and what the copy took), of one bucket with all samples."""
+    table = pa.concat_tables([pq.read_table(file) for file in sorted((built / "data").glob("*.parquet"))])
+    batches = table.cast(arrow_schema(BUILT)).to_batches()
+    TaskContext._getOrCreate()._partitionId = 0  # as a worker has it
+    tasks: list[Cost] = []
+    copies: list[Cost] = []
+    for number in range(REPEATS):
+        target, shards, copied = folder / f"shard-{number}", [], [folder / f"copy-{number}"]
+        with measured(tasks, shards):
+            list(write_shard(iter(batches), Job(target.as_uri(), 1, LENGTH, 32_768, 0, 0)))
+            shards += target.rglob("shard-*.arrow")
+        with measured(copies, copied), shards[0].open("rb") as source, copied[0].open("wb") as sink:
             shutil.copyfileobj(source, sink, 8 << 20)
-    seconds = time.perf_counter() - started
-    shutil.rmtree(target)
-    return seconds
+        size = copied[0].stat().st_size
+        shutil.rmtree(target)
+        copied[0].unlink()
+    return size, tasks, copies
 
 
 def main(folder: Path) -> None:
     os.environ["SPARK_MASTER"] = "local[1]"
-    write_built(folder / "warm", 10, LENGTH)  # starts Spark and its Python worker
-    Pack.below(str(folder / "warm"), str(folder / "packed-warm"), LENGTH).run()
-    print("| size | written | pack | plain copy | pack / copy (to reach: 60 %) | peak memory of a worker |")
-    print("|---|--:|--:|--:|--:|--:|")
+    print(f"| the stage, buckets of {SAMPLES} | buckets | wall time | peak memory of a worker |\n|---|--:|--:|--:|")
     for name, scale in SCALES.items():
-        built = folder / f"built-{name}"
+        built, packed = folder / f"built-{name}", folder / f"packed-{name}"
         write_built(built, SAMPLES * scale, LENGTH)
         with worker_memory() as memory:
-            job = SmallBuckets.below(str(built), str(folder / f"packed-{name}"), LENGTH)
-            report = job.run()
-        shards = sorted((folder / f"packed-{name}").rglob("shard-*.arrow"))
-        written = sum(shard.stat().st_size for shard in shards) / 1e6
-        packing = report.phases["shuffle, plan and write shards"]
-        copying = min(copy_seconds(shards, folder / "copy") for _ in range(3))
+            report = SmallBuckets.below(str(built), str(packed), LENGTH).run()
+        shutil.rmtree(packed)
         print(
-            f"| {name} | {written:,.0f} MB | {written / packing:,.0f} MB/s | {written / copying:,.0f} MB/s "
-            f"| {copying / packing:.0%} | {memory['peak'] / 1e6:,.0f} MB |",
+            f"| {name} | {report.facts['shards']} | {report.seconds:.1f} s | {memory['peak'] / 1e6:,.0f} MB |",
             flush=True,
         )
+    print("\n| a task | written | pack | plain copy | pack / copy (to reach: 60 %) | CPU of pack | of the copy |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for name in SCALES:
+        size, tasks, copies = task_and_copy(folder / f"built-{name}", folder)
+        pack, copy = (statistics.median(cost.seconds for cost in costs) for costs in (tasks, copies))
+        cpu = [f"{1e9 * min(cost.cpu for cost in costs) / size:.2f} s/GB" for costs in (tasks, copies)]
+        speeds = f"{size / pack / 1e6:,.0f} MB/s | {size / copy / 1e6:,.0f} MB/s | {copy / pack:.0%}"
+        print(f"| {name} | {size / 1e6:,.0f} MB | {speeds} | {' | '.join(cpu)} |", flush=True)
 
 
 if __name__ == "__main__":
