@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt jobs/setup.sh
 	@jobs/setup.sh
 	@touch $@
 
-.PHONY: help setup demo test test-gpu lint format clean \
+.PHONY: help setup demo test test-gpu lint format clean cluster-up cluster-down cluster-status \
   spark-preprocess spark-filter spark-sample spark-build spark-pack train convert-megatron convert-hf
 
 help: ## this list
@@ -70,6 +70,19 @@ spark-build: need-IN need-OUT need-TOKENIZER need-LENGTH $(STAMP) ## tokens and 
 spark-pack: need-IN need-OUT need-LENGTH $(STAMP) ## whole samples into packs of LENGTH tokens: the kanyun dataset
 #example make spark-pack IN=work/build OUT=packed LENGTH=8192
 	@jobs/spark_packing.sh "$$IN" "$$OUT" --length "$$LENGTH" $(ARGS)
+
+cluster-up: $(STAMP) ## HDFS and Spark as processes on this machine, to try the stages on
+#example make cluster-up HDFS_PORT=9820 SPARK_PORT=7077 HDFS_WEB_PORT=9870 SPARK_WEB_PORT=8081
+	@$(PYTHON) -m jobs.cluster up $(foreach port,HDFS_PORT SPARK_PORT HDFS_WEB_PORT SPARK_WEB_PORT,\
+	  $(if $($(port)),--$(shell tr A-Z_ a-z- <<< $(port)) $($(port))))
+
+cluster-down: $(STAMP) ## end them; what HDFS holds is there again after the next cluster-up
+#example make cluster-down
+	@$(PYTHON) -m jobs.cluster down
+
+cluster-status: $(STAMP) ## how they are; exit code 1 unless all of them run
+#example make cluster-status
+	@$(PYTHON) -m jobs.cluster status
 
 train: need-CONFIG $(STAMP) ## train on packs, on every GPU of this machine, or without one on its CPU
 #example make train CONFIG=jobs/recipes/qwen2_5_vl_3b.yaml ARGS="data=packed output=runs/vl"

@@ -17,7 +17,7 @@ from kanyun.errors import UserError
 from kanyun.schema import Pack
 from trainer import checkpoint
 from trainer.data.batch import make_batch
-from trainer.layout import decide
+from trainer.layout import batch_format
 from trainer.model import ModelConfig, build_model
 from trainer.runtime import Runtime
 
@@ -150,7 +150,7 @@ def megatron_logits(folder: Path, sample: Input) -> Tensor:
         image_grid_thw=sample.grid,
         images=sample.images,
     )
-    batch = make_batch([pack], decide(config, world=1, cuda=False).form)
+    batch = make_batch([pack], batch_format(config))
     with Runtime.start() as runtime:
         model = build_model(config, runtime)
         checkpoint.load(step, model)

@@ -28,7 +28,8 @@ from kanyun.errors import UserError, run_cli
 
 HOST = "127.0.0.1"
 DATANODES = ("datanode-1", "datanode-2")
-WORKERS = ("worker-1", "worker-2")
+# Names of one address: Spark speculates only where a second copy of a task gets another host.
+WORKERS = {"worker-1": HOST, "worker-2": "localhost"}
 DAEMONS = ("namenode", *DATANODES, "master", *WORKERS)
 _PATIENCE = 120  # seconds for daemons to come up: 10 s on two idle cores, more when they are busy
 
@@ -111,7 +112,7 @@ class Cluster:
         for name, pid in self._pids.items():
             with suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
-                if process.status() != psutil.STATUS_ZOMBIE and f"{self.state}/" in " ".join(process.cmdline()):
+                if _lives(process) and f"{self.state}/" in " ".join(process.cmdline()):
                     found[name] = process
         return found
 
@@ -120,7 +121,7 @@ class Cluster:
         found: list[psutil.Process] = []
         for name, process in self.running().items():
             with suppress(psutil.NoSuchProcess):
-                found += process.children() if name in WORKERS else []
+                found += filter(_lives, process.children() if name in WORKERS else [])
         return found
 
     def status(self) -> dict[str, str]:
@@ -155,7 +156,7 @@ class Cluster:
             self._start_spark(name, self.spark, *options)
         else:
             kind = "namenode.NameNode" if name == "namenode" else "datanode.DataNode"
-            self._start(name, hadoop_command(self.state / f"conf-{name}", f"hdfs.server.{kind}"), {})
+            self._start(name, self._java(f"conf-{name}", f"hdfs.server.{kind}"), {})
 
     def wait_for_hdfs(self, datanodes: int = len(DATANODES)) -> None:
         """Until the NameNode counts so many live DataNodes (it misses a dead one after 12 s), out of safe mode."""
@@ -187,7 +188,7 @@ class Cluster:
             self._configure()
             self.start("master")
         if not (self.state / "namenode" / "current").exists():
-            format = hadoop_command(self.state / "conf-namenode", "hdfs.server.namenode.NameNode", "-format", "-force")
+            format = self._java("conf-namenode", "hdfs.server.namenode.NameNode", "-format", "-force")
             run(format, "HDFS could not be formatted")
         for name in ("namenode", *DATANODES):
             if name in missing:
@@ -222,15 +223,18 @@ class Cluster:
             )
         (self.state / "conf" / "spark-daemons.conf").write_text("spark.worker.cleanup.enabled true\n")
         (self.state / "logs").mkdir(exist_ok=True)
+        for name in ("tmp", "spark-local", *WORKERS):  # of the time before: killed JVMs leave files
+            shutil.rmtree(self.state / name, ignore_errors=True)
+        (self.state / "tmp").mkdir()
 
     def _start_spark(self, name: str, *args: str | int) -> None:
         kind = "master.Master" if name == "master" else "worker.Worker"
         conf = self.state / "conf" / "spark-daemons.conf"  # its path also marks the process as ours
-        options = ["--host", HOST, "--properties-file", conf, *args]
+        options = ["--host", WORKERS.get(name, HOST), "--properties-file", conf, *args]
         command = [SPARK_HOME / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", *options]
         env = {
             "SPARK_HOME": str(SPARK_HOME),
-            "SPARK_DAEMON_JAVA_OPTS": " ".join(JAVA_OPTIONS),
+            "SPARK_DAEMON_JAVA_OPTS": " ".join([*JAVA_OPTIONS, f"-Djava.io.tmpdir={self.state / 'tmp'}"]),
             "SPARK_DAEMON_MEMORY": HEAP,
             "SPARK_WORKER_DIR": str(self.state / name),
             "SPARK_LOCAL_DIRS": str(self.state / "spark-local"),
@@ -261,7 +265,10 @@ class Cluster:
         self._save()
 
     def _hadoop(self, main: str, *args: str) -> str:
-        return run(hadoop_command(self.state / "conf", main, *args), f"hadoop {' '.join(args)} failed")
+        return run(self._java("conf", main, *args), f"hadoop {' '.join(args)} failed")
+
+    def _java(self, conf: str, main: str, *args: str) -> list[str]:
+        return hadoop_command(self.state / conf, self.state / "tmp", main, *args)
 
     def _log(self, name: str) -> Path:
         return self.state / "logs" / f"{name}.log"
@@ -276,8 +283,8 @@ class Cluster:
                 try:
                     s.bind((HOST, port))
                 except OSError as error:
-                    option = f"--{name.replace('_', '-')}"
-                    raise UserError(f"port {port} is taken{_holder(port)}: choose another with {option}") from error
+                    option = f"--{name.replace('_', '-')} N, or {name.upper()}=N of make"
+                    raise UserError(f"port {port} is taken{_holder(port)}: choose another by {option}") from error
 
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + _PATIENCE
@@ -300,7 +307,8 @@ class Cluster:
 
 @contextmanager
 def temporary_cluster(state: Path, **settings: Any) -> Iterator[Cluster]:
-    """A cluster on free ports for a `with` block. It ends with the block, and with this process however that ends."""
+    """A cluster on free ports for a `with` block. It ends with the block, and with this process however that ends;
+    its folder is removed, unless the process was killed."""
     sockets = {name: socket.socket() for name in Settings().ports}
     for s in sockets.values():
         s.bind((HOST, 0))
@@ -313,6 +321,7 @@ def temporary_cluster(state: Path, **settings: Any) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.down()
+        shutil.rmtree(cluster.state)
 
 
 def _get_json(port: int, path: str) -> dict[str, Any] | None:
@@ -332,6 +341,11 @@ def _holder(port: int) -> str:
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
                 return f" by pid {connection.pid} ({psutil.Process(connection.pid).name()})"
     return ""
+
+
+def _lives(process: psutil.Process) -> bool:
+    """False for one that ended and whose parent has not asked how: a worker keeps some of its executors so."""
+    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
 
 
 def _end(processes: list[psutil.Process], number: signal.Signals = signal.SIGTERM) -> None:

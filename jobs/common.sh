@@ -19,8 +19,10 @@ spark_stage() {
     exec "$python" -m pipeline "$@"
   fi
   export PYSPARK_PYTHON=${PYSPARK_PYTHON:-$python} PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+  local submit=${SPARK_HOME:+$SPARK_HOME/bin/}spark-submit
+  command -v "$submit" >/dev/null || submit=$(dirname "$python")/spark-submit # pyspark's own
   # shellcheck disable=SC2086  # the options are words
-  exec "${SPARK_HOME:+$SPARK_HOME/bin/}spark-submit" $SPARK_SUBMIT_OPTIONS "$root/jobs/spark_main.py" "$@"
+  exec "$submit" $SPARK_SUBMIT_OPTIONS "$root/jobs/spark_main.py" "$@"
 }
 
 # train CONFIG [key=value ...]: one process a GPU, or one on the CPU; NPROC says otherwise. On several nodes set NNODES,

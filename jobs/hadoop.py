@@ -39,7 +39,8 @@ def minicluster_jar() -> Path:
         if shutil.which("mvn") is None:
             if os.geteuid() != 0 or shutil.which("apt-get") is None:
                 raise UserError(f"Maven is missing, which fetches {jar.name}: install it (apt-get install maven)")
-            run(["apt-get", "install", "-y", "-q", "maven"], "Maven could not be installed")
+            for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "maven"]):
+                run(command, "Maven could not be installed")
         CACHE.mkdir(parents=True, exist_ok=True)
         artifact = f"org.apache.hadoop:hadoop-client-minicluster:{jar.stem.rpartition('-')[2]}"
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
@@ -49,14 +50,24 @@ def minicluster_jar() -> Path:
     return jar
 
 
-def hadoop_command(conf: Path, main: str, *args: str) -> list[str]:
-    """The command line of a Hadoop class, with its conf folder first on the class path."""
+def hadoop_command(conf: Path, tmp: Path, main: str, *args: str) -> list[str]:
+    """The command line of a Hadoop class, with its conf folder first on the class path, and its temporary files below
+    `tmp` (a NameNode's web pages, for one, which stay there)."""
     java = shutil.which("java", path=f"{os.environ['JAVA_HOME']}/bin" if "JAVA_HOME" in os.environ else None)
     if java is None:
         raise UserError("Java is missing: install Java 17 (apt-get install openjdk-17-jre-headless)")
     jars = [str(path) for pattern in _JARS for path in (SPARK_HOME / "jars").glob(f"{pattern}.jar")]
     classes = ":".join([f"{conf}/", str(minicluster_jar()), *jars])
-    return [java, f"-Xmx{HEAP}", *JAVA_OPTIONS, "-cp", classes, f"org.apache.hadoop.{main}", *args]
+    return [
+        java,
+        f"-Xmx{HEAP}",
+        *JAVA_OPTIONS,
+        f"-Djava.io.tmpdir={tmp}",
+        "-cp",
+        classes,
+        f"org.apache.hadoop.{main}",
+        *args,
+    ]
 
 
 def write_conf(folder: Path, core: dict[str, Any], hdfs: dict[str, Any]) -> None:

@@ -36,7 +36,10 @@ class PackedDataset:
         )
         self.packs_per_batch: np.ndarray = table["packs"].to_numpy().astype(np.int64)  # [batches]
         self.pack_attention: np.ndarray = _flat(table["pack_attention"])  # [packs] sum of squared segment lengths
+        self.pack_segments: np.ndarray = _flat(table["pack_segments"])  # [packs] segments, tail included
         self.pack_patches: np.ndarray = _flat(table["pack_patches"])  # [packs] vision patches
+        self.pack_images: np.ndarray = _flat(table["pack_images"])  # [packs]
+        self.pack_windows: np.ndarray = _flat(table["pack_windows"])  # [packs] attention windows of the vision tower
         self._headers: dict[int, bytes] = {}
         self._lock = threading.Lock()
 

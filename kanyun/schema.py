@@ -21,7 +21,10 @@ BATCHES_SCHEMA = pa.schema(
         ("patches", pa.uint64()),  # vision patches
         ("checksum", pa.uint64()),  # xxh3-64 of the message's bytes
         ("pack_attention", pa.list_(pa.int64())),  # a pack's sum of squared segment lengths, tail excluded
+        ("pack_segments", pa.list_(pa.int32())),  # a pack's segments, tail included
         ("pack_patches", pa.list_(pa.int32())),  # a pack's vision patches
+        ("pack_images", pa.list_(pa.int32())),  # a pack's images
+        ("pack_windows", pa.list_(pa.int32())),  # attention windows that the vision tower makes of a pack's images
     ]
 )
 

@@ -1,14 +1,14 @@
 """One small interface over local disk and hdfs://: a Folder and the files in it.
 
 fsspec does the work; `hdfs-native` (Rust, no JVM) is its driver for hdfs://. Paths are URIs or plain local paths.
-What the storage refuses (permission, quota, safe mode, no server) is a UserError; a missing file is FileNotFoundError.
+What the storage refuses (permission, quota, safe mode) is a UserError; a missing file is FileNotFoundError. What it
+cannot do now, it is asked again for a minute: a NameNode that restarts is back by then.
 """
 
 import os
 import posixpath
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import IO, Any, cast
@@ -19,24 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hdfs_native.fsspec import HdfsFileSystem
 
 from kanyun.errors import UserError
-
-
-class UnavailableError(UserError):
-    """The storage could not do it now; later it may."""
-
-
-def retried[T](action: Callable[[], T]) -> T:
-    """`action()`, again after 1, 3 and 9 s if the storage is unavailable.
-
-    hdfs-native 0.14 fails to write a new block if it is told a DataNode that has died but is not missed yet (Java's
-    client asks for another one). A file that is written anew may be told others.
-    """
-    for pause in (1, 3, 9):
-        try:
-            return action()
-        except UnavailableError:
-            time.sleep(pause)
-    return action()
+from kanyun.refusals import first_line, patient, refused, retried
 
 
 class _Hdfs(HdfsFileSystem):
@@ -67,7 +50,7 @@ class Folder:
 
     def __init__(self, uri: str):
         uri = str(uri)
-        with _refused(f"cannot use {uri}", "give a local path or hdfs://HOST:PORT/PATH"):
+        with refused(f"cannot use {uri}", "give a local path or hdfs://HOST:PORT/PATH"):
             if uri.startswith("hdfs://"):
                 self.fs, path = _hdfs(**_Hdfs._get_kwargs_from_urls(uri)), _Hdfs._strip_protocol(uri)
             else:
@@ -102,10 +85,12 @@ class Folder:
     def _full(self, name: str) -> str:
         return posixpath.join(self.path, name) if name else self.path
 
+    @patient
     def exists(self, name: str = "") -> bool:
         with self._readable():
             return bool(self.fs.exists(self._full(name)))
 
+    @patient
     def names(self) -> list[str]:
         """Names of the files and folders directly below, sorted; empty if the folder does not exist."""
         try:
@@ -114,16 +99,36 @@ class Folder:
         except FileNotFoundError:
             return []
 
+    @patient
+    def is_folder(self) -> bool:
+        try:
+            with self._readable():
+                return bool(self.fs.info(self.path)["type"] == "directory")
+        except FileNotFoundError:
+            return False
+
+    @patient
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Full path -> what the storage tells of it ("size", a time of modification) for every file at any depth; of
+        the file itself, if this is one. Raises UserError if a folder below is not readable, or goes meanwhile."""
+        if not self.exists():
+            return {}
+        try:
+            with self._readable():  # by default fsspec leaves out what it cannot list
+                return cast(dict[str, dict[str, Any]], self.fs.find(self.path, detail=True, on_error="raise"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.uri} changes while it is listed: wait until nothing writes there") from error
+
     def files(self) -> list[tuple[str, int]]:
         """(relative name, bytes) of every file at any depth, sorted by name."""
-        with self._readable():
-            found = self.fs.find(self.path, detail=True)
-        return sorted((p[len(self.path) :].lstrip("/"), int(info["size"])) for p, info in found.items())
+        return sorted((path[len(self.path) :].lstrip("/"), int(fact["size"])) for path, fact in self.facts().items())
 
+    @patient
     def size(self, name: str) -> int:
         with self._readable(name):
             return int(self.fs.size(self._full(name)))
 
+    @patient
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """`size` bytes from `offset` (to the end if None). Fewer come back only at the end of the file."""
         with self._readable(name), self.fs.open(self._full(name), "rb") as stream:
@@ -132,9 +137,10 @@ class Folder:
 
     def pieces(self, name: str, step: int = 16 << 20) -> Iterator[bytes]:
         """A file's bytes in order, `step` of them at a time."""
-        with self._readable(name), self.fs.open(self._full(name), "rb") as stream:
-            while data := stream.read(step):
-                yield data
+        offset = 0
+        while data := self.read(name, offset, step):
+            yield data
+            offset += len(data)
 
     def digest(self, name: str) -> str:
         """xxh3-128 of a file's bytes."""
@@ -145,20 +151,27 @@ class Folder:
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a file for writing, making its folder; it replaces one that is there."""
-        with self._writable():
-            self.fs.makedirs(posixpath.dirname(self._full(name)), exist_ok=True)
-            stream = _Output(self, self.fs.open(self._full(name), "wb"))
+        """Open a file for writing, making its folder; it replaces one that is there.
+
+        Opening is patient. What fails later, UnavailableError tells: the file must be written anew, see `retried`.
+        """
+        stream = self._open(name)
         try:
             yield cast(IO[bytes], stream)
         finally:
             stream.close()
 
+    @patient
+    def _open(self, name: str) -> "_Output":
+        with self._writable():
+            self.fs.makedirs(posixpath.dirname(self._full(name)), exist_ok=True)
+            return _Output(self, self.fs.open(self._full(name), "wb"))
+
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file so that a reader sees all of it or none: to a hidden neighbour, then rename."""
         hidden = posixpath.join(posixpath.dirname(name), f".{posixpath.basename(name)}.tmp")
         retried(lambda: self._write(hidden, data))
-        self._replace(self._full(hidden), self._full(name))
+        self._rename(self._full(hidden), self._full(name), replace=True)
 
     def _write(self, name: str, data: bytes) -> None:
         with self.create(name) as stream:
@@ -166,43 +179,68 @@ class Folder:
 
     def move_file(self, name: str, target: "Folder", new_name: str) -> None:
         """Rename a file into another folder of the same storage, replacing what is there: atomic."""
-        with self._writable():
-            self.fs.makedirs(posixpath.dirname(target._full(new_name)), exist_ok=True)
-        self._replace(self._full(name), target._full(new_name))
-
-    def make(self) -> None:
-        with self._writable():
-            self.fs.makedirs(self.path, exist_ok=True)
+        self._rename(self._full(name), target._full(new_name), replace=True)
 
     def move_to(self, target: "Folder") -> None:
         """Rename this folder to `target`, which must not exist, on the same storage: atomic."""
         with self._writable():
-            self.fs.makedirs(posixpath.dirname(target.path), exist_ok=True)
             if target.exists():
                 raise FileExistsError(f"{target.uri} exists")
-            if isinstance(self.fs, LocalFileSystem):
-                os.rename(self.path, target.path)
-            else:
-                self.fs.mv(self.path, target.path)
+        self._rename(self.path, target.path, replace=False)
 
+    def _rename(self, source: str, target: str, replace: bool) -> None:
+        """Raises FileNotFoundError if there is no `source`."""
+        attempts = 0
+
+        def rename() -> None:
+            nonlocal attempts
+            attempts += 1
+            with self._writable():
+                self.fs.makedirs(posixpath.dirname(target), exist_ok=True)
+                try:
+                    if isinstance(self.fs, LocalFileSystem):
+                        (os.replace if replace else os.rename)(source, target)
+                    else:
+                        self.fs.mv(source, target, overwrite=replace)
+                except FileNotFoundError:
+                    if attempts == 1 or not self.fs.exists(target):
+                        raise  # else the first attempt has done it, and only the answer was lost
+
+        retried(rename)
+
+    @patient
+    def make(self) -> None:
+        with self._writable():
+            self.fs.makedirs(self.path, exist_ok=True)
+
+    @patient
+    def touch(self, name: str) -> None:
+        """Set a file's time of modification to now. Raises FileNotFoundError."""
+        now = time.time_ns()
+        with self._writable():
+            if isinstance(self.fs, LocalFileSystem):
+                os.utime(self._full(name), ns=(now, now))
+            else:
+                self.fs.client.set_times(self._full(name), now // 10**6, now // 10**6)
+
+    @patient
+    def modified(self, name: str) -> float:
+        """A file's time of modification, by the clock of who wrote it: to be compared with an earlier one only."""
+        with self._readable(name):
+            return float(self.fs.modified(self._full(name)).timestamp())
+
+    @patient
     def delete(self, name: str = "") -> None:
         """Delete a file or a whole folder; nothing happens if it does not exist."""
         with self._writable():
-            if self.exists(name):
+            if self.fs.exists(self._full(name)):
                 self.fs.rm(self._full(name), recursive=True)
-
-    def _replace(self, source: str, target: str) -> None:
-        with self._writable():
-            if isinstance(self.fs, LocalFileSystem):
-                os.replace(source, target)
-            else:
-                self.fs.mv(source, target, overwrite=True)
 
     @contextmanager
     def _readable(self, name: str = "") -> Iterator[None]:
         where = f"{self.uri}/{name}" if name else self.uri
         try:
-            with _refused(f"cannot read {where}", "see whether it is up and you may read it"):
+            with refused(f"cannot read {where}", "see whether it is up and you may read it"):
                 yield
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{where} does not exist") from error
@@ -210,10 +248,10 @@ class Folder:
     @contextmanager
     def _writable(self) -> Iterator[None]:
         try:
-            with _refused(f"cannot write below {self.uri}", "choose an output you may write to"):
+            with refused(f"cannot write below {self.uri}", "choose an output you may write to"):
                 yield
         except FileNotFoundError as error:
-            raise FileNotFoundError(_first_line(error)) from error
+            raise FileNotFoundError(first_line(error)) from error
 
 
 class _Output:
@@ -229,23 +267,3 @@ class _Output:
     def close(self) -> None:
         with self._folder._writable():
             self._stream.close()
-
-
-@contextmanager
-def _refused(what: str, way_out: str) -> Iterator[None]:
-    """Errors of the storage as a UserError of one sentence."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:
-        # hdfs-native: RuntimeError("RPCError... for what the NameNode refuses, OSError without a number for connections
-        lasting = error.errno if isinstance(error, OSError) else str(error).startswith("RPCError")
-        kind = UserError if lasting else UnavailableError
-        raise kind(f"{what} ({_first_line(error)}): {way_out}") from error
-
-
-def _first_line(error: Exception) -> str:
-    """What RPCError("org.apache...SafeModeException", "Cannot create ...\\n\\tat org...") says, no Java stack."""
-    text = re.sub(r'^\w+\(("[\w.$]+", )?"', "", str(error))
-    return re.split(r'\\n|\n|"\)$', text)[0].replace('\\"', '"')

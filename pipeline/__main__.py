@@ -16,7 +16,7 @@ def preprocess(args: argparse.Namespace) -> None:
 def filter_(args: argparse.Namespace) -> None:
     from pipeline.filter import Filter
 
-    Filter(args.source, args.output).run(args.overwrite)
+    Filter(args.source, args.output, args.near_duplicates).run(args.overwrite)
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -57,9 +57,10 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--overwrite", action="store_true", help="replace what is in the output")
         return added
 
-    one = command("preprocess", preprocess, "raw jsonl or parquet to checked samples, images to blobs")
+    one = command("preprocess", preprocess, "raw rows to checked samples, images to blobs")
     one.add_argument("--dataset", required=True, metavar="NAME", help="messages, llava, text, or one you added")
-    command("filter", filter_, "clean rows to data/, bad ones and duplicates to quarantine/")
+    one = command("filter", filter_, "clean rows to data/, bad ones and duplicates to quarantine/")
+    one.add_argument("--near-duplicates", choices=["keep", "drop"], default="keep", help="images that look alike")
     one = command("sample", sample, "how many copies of each sample an epoch has")
     one.add_argument("--ratios", metavar="YAML", help="data path: ratio; default: pipeline/constants.py")
     one.add_argument("--epoch", type=int, default=0, metavar="N")

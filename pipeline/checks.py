@@ -1,11 +1,16 @@
-"""Why a row is not trained on: the reason codes, and the rules behind those that need no image bytes."""
+"""Why a row is not trained on: the reason codes as a table, and the rules behind those that need no image bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 MIN_SIDE = 28  # pixels: one merged patch of Qwen2.5-VL
 MAX_ASPECT_RATIO = 200  # Qwen's own smart_resize refuses more
+MAX_PIXELS = 89_478_485  # Pillow's own limit before it warns of a decompression bomb: 1 GB as 4 x 24 bits
+MAX_IMAGE_BYTES = 64 << 20  # of one encoded image: a record batch of packs is never larger
+MAX_ROW = 64 << 20  # characters or bytes of one raw row, without the images in it
 MIN_TEXT = 4  # characters after the last image; a dataset class may state another
+DECODE_SECONDS = 60.0  # of CPU time for an image; the slowest that is sound, JPEG 2000 of MAX_PIXELS, takes about 30
 MAX_EVIDENCE = 500  # characters
 ROLES = ("system", "user", "assistant")
 
@@ -14,18 +19,83 @@ Message = dict[str, str | list[Part]]  # {"role": ..., "content": [Part, ...]}
 
 
 class Reason(StrEnum):
-    MALFORMED_ROW = "malformed_row"  # no JSON object, invalid UTF-8, a wrong type, no assistant turn
-    IMAGE_COUNT_MISMATCH = "image_count_mismatch"  # image markers or tokens in the text != images of the row
-    TEXT_TOO_SHORT = "text_too_short"  # fewer than MIN_TEXT characters after the last image
-    IMAGE_PATH_ESCAPES = "image_path_escapes"  # a URL, or a path that leads out of the raw folder
-    IMAGE_MISSING = "image_missing"  # no such file
-    IMAGE_TOO_LARGE = "image_too_large"  # more pixels than Pillow takes without a warning, or too many bytes
-    IMAGE_UNREADABLE = "image_unreadable"  # not an image, truncated, damaged
-    IMAGE_TOO_SMALL = "image_too_small"  # a side below MIN_SIDE
-    IMAGE_ASPECT_RATIO = "image_aspect_ratio"  # long side / short side above MAX_ASPECT_RATIO
-    PROCESSOR_FAILED = "processor_failed"  # a readable image or text that transformers' processor does not take
-    TOO_LONG = "too_long"  # more tokens than a pack has
-    DUPLICATE = "duplicate"  # the same messages or text and the same image bytes as an earlier row
+    """In people's scripts and in their quarantined data: a name, once given, stays."""
+
+    MALFORMED_ROW = "malformed_row"
+    ROW_TOO_LARGE = "row_too_large"
+    VIDEO = "video"
+    IMAGE_COUNT_MISMATCH = "image_count_mismatch"
+    TEXT_TOO_SHORT = "text_too_short"
+    IMAGE_PATH_ESCAPES = "image_path_escapes"
+    IMAGE_MISSING = "image_missing"
+    IMAGE_TOO_LARGE = "image_too_large"
+    IMAGE_UNREADABLE = "image_unreadable"
+    IMAGE_TOO_SMALL = "image_too_small"
+    IMAGE_ASPECT_RATIO = "image_aspect_ratio"
+    PROCESSOR_FAILED = "processor_failed"
+    DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
+    TOO_LONG = "too_long"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of the table below, and of README's."""
+
+    reason: Reason
+    row: str  # what such a row is or has
+    limit: str  # "" = none
+    evidence: str  # what is told of the row
+
+
+# In the order in which a row meets them: it has the first reason that fits.
+CHECKS = (
+    Check(
+        Reason.MALFORMED_ROW,
+        "is no JSON object, lacks a field, has one of a wrong type, or no assistant turn; or its file is damaged",
+        "",
+        "the field or byte, and what is there",
+    ),
+    Check(Reason.ROW_TOO_LARGE, "is longer than a row may be, its images not counted", f"{MAX_ROW >> 20} MiB", "bytes"),
+    Check(Reason.VIDEO, "has a video: only images are trained on so far", "", "the field or message"),
+    Check(Reason.IMAGE_COUNT_MISMATCH, "has more or fewer `<image>` places than images", "", "both numbers"),
+    Check(
+        Reason.TEXT_TOO_SHORT,
+        "has too little text after its last image (without images: at all)",
+        f"{MIN_TEXT} characters, or a dataset class's `min_text`",
+        "the text",
+    ),
+    Check(Reason.IMAGE_PATH_ESCAPES, "names an image outside of the raw folder, or a URL", "", "the path"),
+    Check(Reason.IMAGE_MISSING, "names a file that does not exist", "", "the path"),
+    Check(
+        Reason.IMAGE_TOO_LARGE,
+        "has a decompression bomb (told by its header), or an image file that is too large",
+        f"{MAX_PIXELS:,} pixels, {MAX_IMAGE_BYTES >> 20} MiB",
+        "pixels or bytes",
+    ),
+    Check(Reason.IMAGE_UNREADABLE, "has an image that is truncated, damaged, or none", "", "what Pillow says"),
+    Check(Reason.IMAGE_TOO_SMALL, "has an image with a short side", f"{MIN_SIDE} pixels", "width and height"),
+    Check(
+        Reason.IMAGE_ASPECT_RATIO,
+        "has an image with one side far longer than the other",
+        f"{MAX_ASPECT_RATIO} to 1",
+        "width and height",
+    ),
+    Check(
+        Reason.PROCESSOR_FAILED,
+        "has an image or text that transformers' processor refuses, or an image that crashes or stalls its decoder",
+        f"{DECODE_SECONDS:g} s of CPU time an image",
+        "the error or signal",
+    ),
+    Check(Reason.DUPLICATE, "says and shows the same as an earlier row", "", "the first such row, and how many"),
+    Check(
+        Reason.NEAR_DUPLICATE,
+        "has an image that looks like another one of an earlier row; only where `near_duplicates: drop` asks for it",
+        "64-bit dHash, 16 neighbouring bits aside",
+        "the earlier row",
+    ),
+    Check(Reason.TOO_LONG, "has more tokens than a pack", "`length`", "tokens"),
+)
 
 
 class RowError(Exception):
@@ -41,6 +111,10 @@ def malformed(evidence: str) -> RowError:
     return RowError(Reason.MALFORMED_ROW, evidence)
 
 
+def too_large(size: int) -> RowError:
+    return RowError(Reason.ROW_TOO_LARGE, f"the row has {size} bytes, limit {MAX_ROW}")
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """Raises RowError: no message, a role that is none of ROLES, no assistant turn."""
     roles = [message["role"] for message in messages]
@@ -51,6 +125,13 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise malformed(f"message {number} has role {role!r}, known are {', '.join(ROLES)}")
     if "assistant" not in roles:
         raise malformed(f"no message of {len(roles)} has role 'assistant': there is nothing to train on")
+
+
+def check_no_video(row: Mapping[str, object]) -> None:
+    """Raises RowError if a raw row has a field for videos that is not empty."""
+    for name in ("video", "videos"):
+        if row.get(name):
+            raise RowError(Reason.VIDEO, f"the row has {name}: {row[name]!r:.200}")
 
 
 def check_image_count(messages: Sequence[Message], images: int) -> None:

@@ -19,14 +19,14 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from pipeline.checks import Reason, RowError, check_size
+from pipeline.checks import MAX_PIXELS, Reason, RowError, check_size
 
 REQUEST = struct.Struct("<II")  # bytes of the encoded image that follows; side of the thumbnail, 0 = probe
 REPLY = struct.Struct("<I")  # bytes that follow: a thumbnail, or of JSON the arguments of guard.Decoded or a RowError
 MEMORY_BYTES = (
     4 << 30
 )  # of this process: the largest image takes 0.4 GB as RGBA, a decoder and a conversion as much each
-WALL_SECONDS = 10  # times the limit in CPU seconds: for a decoder that waits and does not compute
+WALL_SECONDS = 10  # a second of the limit in CPU time: for a decoder that waits and does not compute
 # What Pillow raises for bytes that are no image, or a truncated or damaged one.
 _DAMAGED = (OSError, SyntaxError, EOFError, struct.error, zlib.error)
 _NOT_DECODED = {"EPS"}  # a program for Ghostscript, which Pillow would start
@@ -80,6 +80,7 @@ def _pillow() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS
         yield
 
 
@@ -89,11 +90,15 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _looks(image: Image.Image) -> int:
-    """The 64 bits of a dHash, as a signed integer: whether each of 8 x 8 fields is darker than its right neighbour."""
-    fields = image.resize((72, 64), Image.Resampling.NEAREST).convert("L").resize((9, 8), Image.Resampling.BOX)
+    """The 64 bits of a dHash, as a signed integer: whether each of 8 x 8 fields is darker than its right neighbour.
+
+    Of every field 16 x 16 pixels count: 0.08 ms, where all pixels of a photograph would cost a tenth of its decoding.
+    """
+    fields = image.resize((9 * 16, 8 * 16), Image.Resampling.NEAREST).convert("L").resize((9, 8), Image.Resampling.BOX)
     grey = fields.tobytes()
     bits = "".join("1" if grey[n] < grey[n + 1] else "0" for n in range(72) if n % 9 < 8)
-    return int(bits, 2) - (1 << 63)
+    value = int(bits, 2)
+    return value - (value >> 63 << 64)
 
 
 def main(cpu_seconds: float) -> None:

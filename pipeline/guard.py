@@ -8,10 +8,9 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pipeline.checks import Reason, RowError
-from pipeline.decoding import REPLY, REQUEST
+from pipeline.checks import DECODE_SECONDS, Reason, RowError
+from pipeline.decoding import REPLY, REQUEST, WALL_SECONDS
 
-CPU_SECONDS = 60.0  # for an image; the slowest that is sound, JPEG 2000 of 89 million pixels, takes about 30
 TRIES = 2  # a process that dies may have been killed for what others did
 
 
@@ -25,7 +24,7 @@ class Decoded:
 class Decoder:
     """One process that decodes one image after the other; another one after it died. Not for several threads."""
 
-    def __init__(self, cpu_seconds: float = CPU_SECONDS):
+    def __init__(self, cpu_seconds: float = DECODE_SECONDS):
         self._cpu_seconds = cpu_seconds
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -68,8 +67,10 @@ class Decoder:
                 return process.stdout.read(*REPLY.unpack(header))
             process.communicate()  # closes the pipes
             code = process.returncode
-            if -code in (signal.SIGPROF, signal.SIGALRM):
+            if -code == signal.SIGPROF:
                 raise ChildProcessError(f"decoding it takes over {self._cpu_seconds:g} s of CPU time")
+            if -code == signal.SIGALRM:
+                raise ChildProcessError(f"decoding it takes over {self._cpu_seconds * WALL_SECONDS:g} s")
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise ChildProcessError(f"decoding it ended the decoder's process, {TRIES} times ({how})")
 

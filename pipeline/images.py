@@ -10,30 +10,29 @@ from typing import IO, Any
 
 import xxhash
 
+from kanyun.refusals import asked, first_line
 from kanyun.storage import Folder
-from pipeline.checks import Reason, RowError
+from pipeline.checks import MAX_IMAGE_BYTES, Reason, RowError
 from pipeline.guard import decoder
 
-MAX_BYTES = 64 << 20  # of one encoded image: a record batch of packs is never larger
 BLOB_BYTES = 1 << 30  # a task starts another blob after this many
 _REMEMBERED = 4096  # images of a task, about 500 B each: rows that share an image often follow each other
 
 
 @dataclass(frozen=True)
 class CopiedImage:
-    """An image in a blob: the fields of schema.IMAGE_REF, and a digest of its bytes."""
+    """An image in a blob: the fields of schema.IMAGE_REF."""
 
     blob: str
     offset: int
     size: int
     width: int
     height: int
-    digest: bytes
+    digest: bytes  # 16
+    looks: int
 
     def ref(self) -> dict[str, Any]:
-        values = asdict(self)
-        del values["digest"]
-        return values
+        return asdict(self) | {"digest": short_digest(self.digest)}
 
 
 class ImageCopier:
@@ -94,16 +93,18 @@ class ImageCopier:
     def _read(self, path: str, image: str) -> bytes:
         """Other errors of storage than these are not the row's fault: they fail the task, which Spark tries again."""
         try:
-            info = self._root.fs.info(path)
+            info = asked(self._root.fs.info, path)
             if info["type"] != "file":
                 raise RowError(Reason.IMAGE_MISSING, f"{image!r} is a {info['type']} and no file")
             _check_bytes(info["size"], image)
-            data: bytes = self._root.fs.cat_file(path)
+            data: bytes = asked(self._root.fs.cat_file, path)
             return data
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RowError(Reason.IMAGE_MISSING, f"{image!r} does not exist: {path}") from error
-        except PermissionError as error:
-            raise RowError(Reason.IMAGE_UNREADABLE, f"{image!r} may not be read: {error}") from error
+        except (PermissionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "AccessControlException" not in str(error):  # HDFS's word for it
+                raise
+            raise RowError(Reason.IMAGE_UNREADABLE, f"{image!r} may not be read: {first_line(error)}") from error
         except (ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
                 raise
@@ -124,6 +125,7 @@ class ImageCopier:
             width=decoded.width,
             height=decoded.height,
             digest=xxhash.xxh3_128_digest(data),
+            looks=decoded.looks,
         )
         self._offset += len(data)
         return copied
@@ -134,9 +136,14 @@ def thumbnail(data: bytes, side: int) -> bytes | None:
     return decoder().thumbnail(data, side)
 
 
+def short_digest(digest: bytes) -> int:
+    """The part of an image's xxh3-128 that its ref keeps, as Spark has no wider number."""
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
 def _check_bytes(size: int, name: str) -> None:
-    if size > MAX_BYTES:
-        raise RowError(Reason.IMAGE_TOO_LARGE, f"{name!r} has {size} bytes, limit {MAX_BYTES}")
+    if size > MAX_IMAGE_BYTES:
+        raise RowError(Reason.IMAGE_TOO_LARGE, f"{name!r} has {size} bytes, limit {MAX_IMAGE_BYTES}")
 
 
 def _is_local(folder: Folder) -> bool:

@@ -15,7 +15,15 @@ from pyspark.sql import Row as SparkRow
 from kanyun.errors import UserError
 from kanyun.manifest import canonical
 from kanyun.storage import Folder
-from pipeline.checks import RowError, check_image_count, check_messages, check_text, malformed, text_after_images
+from pipeline.checks import (
+    RowError,
+    check_image_count,
+    check_messages,
+    check_no_video,
+    check_text,
+    malformed,
+    text_after_images,
+)
 from pipeline.datasets import dataset
 from pipeline.datasets.base import Row, Sample
 from pipeline.images import ImageCopier
@@ -25,6 +33,7 @@ from pipeline.schema import SAMPLE
 from pipeline.session import BATCH_ROWS, arrow_schema, map_rows
 from pipeline.stage import Attempt, Stage
 
+HIDDEN = (".", "_", "cache-")  # how files and folders start that are no data; the last is what datasets.map leaves
 BATCH_BYTES = 8 << 20  # of raw rows in an Arrow batch, unless a single row is longer
 # What a dataset class may raise, besides RowError, for a row that is not what it expects.
 WRONG_FIELDS = (KeyError, IndexError, TypeError, ValueError, AttributeError)
@@ -67,18 +76,18 @@ class Preprocess(Stage):
         folder = Folder(self.source)
         if not folder.exists():
             raise UserError(f"the raw folder {self.source} does not exist: give a folder of {_known_suffixes()} files")
-        return folder if folder.fs.isdir(folder.path) else folder.parent
+        return folder if folder.is_folder() else folder.parent
 
     @cached_property
     def _files(self) -> tuple[list[tuple[str, int]], str]:
-        """((path below RAW, bytes) of every file of rows, digest of all files); hidden ones (. or _) are left out."""
+        """((path below RAW, bytes) of every file of rows, digest of all files); those of HIDDEN are left out."""
         source, root = Folder(self.source), self._root
-        found: dict[str, Any] = source.fs.find(source.path, detail=True)
+        found = source.facts()
         digest = xxhash.xxh3_128()
         files = []
         for path, info in sorted(found.items()):
             name = path[len(root.path) :].lstrip("/")
-            if any(part.startswith((".", "_")) for part in name.split("/")):
+            if any(part.startswith(HIDDEN) for part in name.split("/")):
                 continue
             digest.update(canonical([name, info["size"], info.get("mtime", info.get("modification_time"))]))
             if name.lower().endswith(SUFFIXES):
@@ -187,6 +196,7 @@ class SampleMaker:
         }
 
     def _sample(self, fields: Row) -> Sample:
+        check_no_video(fields)
         try:
             sample = self._dataset.sample(fields)
         except WRONG_FIELDS as error:

@@ -6,7 +6,7 @@ length: 8192
 datasets:
   charts: {raw: /raw/charts, dataset: llava, ratio: 0.5}
   wiki: {raw: hdfs://host:port/raw/wiki, dataset: text}
-overflow: split                       # optional, as are epoch, seed, part, and a dataset's ratio (1)
+overflow: split                       # optional, as are epoch, seed, part, near_duplicates, and a dataset's ratio (1)
 """
 
 import difflib
@@ -42,6 +42,7 @@ class Recipe:
     length: int
     datasets: dict[str, RecipeDataset]
     overflow: str = "drop"
+    near_duplicates: str = "keep"
     epoch: int = 0
     seed: int = 0
     part: int = 0
@@ -74,7 +75,7 @@ class Recipe:
         for name, one in self.datasets.items():
             checked = f"{at['preprocess']}/{name}"
             run(Preprocess(one.raw, checked, one.dataset), f"preprocess/{name}", name)
-            run(Filter(checked, f"{at['filter']}/{name}"), f"filter/{name}", name)
+            run(Filter(checked, f"{at['filter']}/{name}", self.near_duplicates), f"filter/{name}", name)
         ratios = {name: one.ratio for name, one in self.datasets.items()}
         out.write(RATIOS, yaml.safe_dump(ratios).encode())
         run(Sample(at["filter"], at["sample"], self.epoch, self.seed, (out / RATIOS).uri), "sample")

@@ -148,7 +148,9 @@ class Report:
 
     def save(self, folder: Folder) -> None:
         folder.write(PAGE, render("report.html", report=self).encode())
-        folder.write(REPORT, (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode())
+        values = json.loads(json.dumps(asdict(self)))  # as they will be read
+        checked = {"checksum": digest_of(canonical(values)), **values}
+        folder.write(REPORT, (json.dumps(checked, indent=2, ensure_ascii=False) + "\n").encode())
 
     @classmethod
     def load(cls, folder: Folder, stage: str) -> "Report":
@@ -169,6 +171,8 @@ class Report:
             return None
         try:
             values = json.loads(folder.read(REPORT))
+            if (found := values.pop("checksum")) != (wanted := digest_of(canonical(values))):
+                raise ValueError(f"checksum {found}, but its values give {wanted}")
             values["distributions"] = [
                 Histogram(**h | {"bins": {int(number): count for number, count in h["bins"].items()}})
                 for h in values["distributions"]

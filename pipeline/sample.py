@@ -162,7 +162,7 @@ def _below(folder: Folder, stage: str, path: str = "") -> list[tuple[str, Report
     found = []
     for name in folder.names():
         child = folder / name
-        if name.startswith(("_", ".")) or not child.fs.isdir(child.path):
+        if name.startswith(("_", ".")) or not child.is_folder():
             continue
         report = Report.load_if_there(child)
         if report is None:

@@ -10,6 +10,8 @@ IMAGE_REF = pa.struct(
         ("size", pa.int64()),  # bytes
         ("width", pa.int32()),  # pixels, after EXIF rotation: as transformers sees it
         ("height", pa.int32()),
+        ("digest", pa.int64()),  # of the encoded bytes: proves them when they are read, and tells equal images
+        ("looks", pa.int64()),  # dHash of the pixels: similar images have equal or nearly equal ones
     ]
 )
 
@@ -23,7 +25,7 @@ SAMPLE = pa.schema(
         ("sample_id", pa.int64()),  # hash of (dataset class, file, position), top bit cleared: Spark has no u64
         ("dataset", pa.string()),  # dataset class; from `sample` on the data path below its input, if a parent
         ("file", pa.string()),  # path relative to the raw folder
-        ("position", pa.int64()),  # byte offset of the line (jsonl) or row index (parquet) in the file
+        ("position", pa.int64()),  # byte offset of the line (jsonl), row number (parquet) ... in the file
         ("messages", pa.list_(MESSAGE)),  # null for a text document
         ("text", pa.string()),  # null for a conversation
         ("images", pa.list_(IMAGE_REF)),

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -12,12 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from pyspark.sql.types import StructType
 from tqdm import tqdm
 
-_HERE = Path(__file__).parent
+from kanyun.errors import UserError
+
+_HERE = Path(__file__).absolute().parent  # in an executor it is a relative path, into the archive of our code
 # Rows to and from Python workers at a time, and in Spark's cache: 10,000 long rows, Spark's default, take gigabytes.
 BATCH_ROWS = 256
 _SETTINGS = {
@@ -26,14 +31,23 @@ _SETTINGS = {
     "spark.sql.parquet.compression.codec": "zstd",
     "spark.sql.session.timeZone": "UTC",
     "spark.ui.showConsoleProgress": "false",
+    # Off, Hadoop's client gives up a NameNode that has been away for 10 s; on, it tries for minutes.
+    "spark.hadoop.dfs.client.retry.policy.enabled": "true",
+    # Pages are written with a checksum, which nobody looks at unless told to.
+    "spark.hadoop.parquet.page.verify-checksum.enabled": "true",
 }
 # For a session that spark-submit did not configure.
 _LOCAL_SETTINGS = {
     "spark.ui.enabled": "false",
     "spark.driver.memory": "2g",  # in local mode this is the memory of all tasks
-    "spark.driver.host": "127.0.0.1",
     "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={(_HERE / 'log4j2.properties').as_uri()}",
 }
+# A UserError of a task, in the text of the error that Spark makes of it; and what Hadoop's client says in Java.
+_SAID = re.compile(r"^kanyun\.\w+\.\w+Error: (.+)$", re.MULTILINE)
+_REFUSED = re.compile(
+    r"(?:QuotaExceededException|AccessControlException|SafeModeException|ChecksumException|ConnectException"
+    r"|FileSystemException|ParquetDecodingException): ([^\n]+)"
+)
 
 
 def spark_session() -> SparkSession:
@@ -45,8 +59,11 @@ def spark_session() -> SparkSession:
     builder = SparkSession.builder.appName("kanyun")
     settings = dict(_SETTINGS)
     if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit sets it
-        builder = builder.master(os.environ.get("SPARK_MASTER", "local[*]"))
+        master = os.environ.get("SPARK_MASTER", "local[*]")
+        builder = builder.master(master)
         settings |= _LOCAL_SETTINGS
+        if master.startswith("local"):  # a laptop's own name may lead nowhere
+            settings["spark.driver.host"] = "127.0.0.1"
     for key, value in settings.items():
         builder = builder.config(key, value)
     session = builder.getOrCreate()
@@ -102,6 +119,21 @@ def progress(session: SparkSession, title: str) -> Iterator[None]:
         finally:
             ended.set()
             thread.join()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What a task raised for people, and what a storage refused Spark, as a UserError; other errors stay."""
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        if said := _SAID.findall(str(error)):
+            raise UserError(said[-1]) from error
+        if refused := _REFUSED.search(str(error)):
+            raise UserError(
+                f"Spark was refused by the storage ({refused[1]}): see to that, and run it again"
+            ) from error
+        raise
 
 
 def _ship_code(session: SparkSession) -> None:

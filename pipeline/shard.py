@@ -17,6 +17,7 @@ from kanyun.errors import DatasetError
 from kanyun.schema import Sample
 from kanyun.storage import Folder
 from kanyun.writer import RESULT_SCHEMA, ShardWriter
+from pipeline.images import short_digest
 from pipeline.packing import pack
 from pipeline.schema import BUILT
 from pipeline.session import arrow_schema
@@ -44,6 +45,7 @@ class ImageRef(NamedTuple):
     blob: str  # URI
     offset: int
     size: int
+    digest: int
 
 
 def write_shard(batches: Iterator[pa.RecordBatch], job: Job) -> Iterator[pa.RecordBatch]:
@@ -162,15 +164,20 @@ def ranges(refs: Iterable[ImageRef]) -> list[list[ImageRef]]:
 
 
 def _read(refs: Sequence[ImageRef]) -> dict[ImageRef, bytes]:
-    """The images of one group, by one read. Raises DatasetError if the blob is shorter than they say."""
+    """The images of one group, by one read. Raises DatasetError if the blob does not hold what they say."""
     first, end = refs[0], max(ref.offset + ref.size for ref in refs)
-    data = _folder(posixpath.dirname(first.blob)).read(posixpath.basename(first.blob), first.offset, end - first.offset)
-    if len(data) != end - first.offset:
-        raise DatasetError(
-            f"{first.blob} ends at byte {first.offset + len(data)}, but images are recorded up to {end}: "
-            "it was changed after preprocess; run the stages again from there"
-        )
-    return {ref: data[ref.offset - first.offset : ref.offset - first.offset + ref.size] for ref in refs}
+    wrong = ""
+    for _ in range(2):  # a second read may come from another replica
+        folder = _folder(posixpath.dirname(first.blob))
+        data = folder.read(posixpath.basename(first.blob), first.offset, end - first.offset)
+        images = {ref: data[ref.offset - first.offset : ref.offset - first.offset + ref.size] for ref in refs}
+        damaged = [ref for ref, image in images.items() if short_digest(xxhash.xxh3_128_digest(image)) != ref.digest]
+        if not damaged:
+            return images
+        wrong = f"the image of {damaged[0].size} bytes at byte {damaged[0].offset} does not have its digest"
+        if len(data) != end - first.offset:
+            wrong = f"it ends at byte {first.offset + len(data)}, but images are recorded up to {end}"
+    raise DatasetError(f"{first.blob} was changed after preprocess ({wrong}): run the stages again from there")
 
 
 @lru_cache(maxsize=64)

@@ -24,12 +24,10 @@ A stage is a frozen dataclass; its fields are its settings. The whole of one:
 """
 
 import json
-import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -41,33 +39,13 @@ from kanyun.errors import UserError
 from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
 from pipeline import summary
+from pipeline.attempt import Attempt
 from pipeline.report import Counts, Report
 from pipeline.schema import QUARANTINE
-from pipeline.session import progress, spark_schema, spark_session
+from pipeline.session import plain_errors, progress, spark_schema, spark_session
 
 SHUFFLE_ROWS = 50_000  # a partition, before Spark puts small ones together; its fixed 200 are too many or too few
 SHUFFLE_PARTITIONS = 4  # at least
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One try at making a stage's output: written to `folder`, which becomes `target` when all is there."""
-
-    folder: Folder
-    target: Folder
-    inputs: dict[str, Report]  # data path below the stage's source ("." = the source itself) -> its report
-    phases: dict[str, float] = field(default_factory=dict)  # what is done -> seconds of wall time
-
-    @property
-    def rows_in(self) -> int:
-        return sum(report.counts.rows_out for report in self.inputs.values())
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Count the time of a `with` block to a phase, for the report."""
-        started = time.monotonic()
-        yield
-        self.phases[phase] = round(self.phases.get(phase, 0) + time.monotonic() - started, 2)
 
 
 @dataclass(frozen=True)
@@ -134,12 +112,10 @@ class Stage:
         inputs = self.inputs()
         digest = self.input_digest(inputs)
         if not overwrite and (done := self._finished(target, digest)):
-            print(f"{self.name}: already done, skipped: {target.path}")
             return done
-        _delete_leftovers(target)
-        attempt = Attempt(_hidden_neighbour(target), target, inputs)
-        attempt.folder.make()
-        try:
+        with Attempt.begin(target, inputs) as attempt, plain_errors():
+            if not overwrite and (done := self._finished(target, digest)):
+                return done  # by a driver that published between the look and the claim
             started = time.time()
             with attempt.timed("start Spark"):
                 spark = spark_session()
@@ -153,10 +129,7 @@ class Stage:
                     seen = self.seen(attempt)
                 report = self.report(attempt, digest, counts, seen, time.time() - started)
             report.save(attempt.folder)
-            _publish(attempt)
-        except BaseException:
-            attempt.folder.delete()
-            raise
+            attempt.publish()
         print(f"{self.name}: {report.summary()} -> {target.path}")
         return report
 
@@ -193,7 +166,7 @@ class Stage:
         return spark_session().read.schema(spark_schema(schema or self.schema)).parquet(folder.uri)
 
     def _finished(self, target: Folder, digest: str) -> Report | None:
-        """The report of this very work if `target` holds it; None if nothing is there; else UserError."""
+        """The report of this very work if `target` holds it, and says so; None if nothing is there; else UserError."""
         if not target.names():
             return None
         report = Report.load_if_there(target)
@@ -210,29 +183,10 @@ class Stage:
                     f"{target.path} holds the output of other work: {key} is {there.get(key)} there and "
                     f"{wanted.get(key)} here; choose another output, or give --overwrite to redo it"
                 )
+        print(f"{self.name}: already done, skipped: {target.path}")
         return report
 
     def _refuse_input_in(self, target: Folder) -> None:
         source = Folder(self.source)
         if f"{source.uri}/".startswith(f"{target.uri}/"):
             raise UserError(f"the output {target.path} holds the input {source.path}: choose another output")
-
-
-def _hidden_neighbour(target: Folder) -> Folder:
-    return target.parent / f"_attempt-{target.name}-{uuid.uuid4().hex}"
-
-
-def _delete_leftovers(target: Folder) -> None:
-    """Remove what runs left that were killed."""
-    dead = re.compile(rf"_attempt-{re.escape(target.name)}-[0-9a-f]{{32}}")
-    for name in filter(dead.fullmatch, target.parent.names()):
-        target.parent.delete(name)
-
-
-def _publish(attempt: Attempt) -> None:
-    """Rename the attempt to its target: at every moment the target is old, absent or new, never a mixture."""
-    old = _hidden_neighbour(attempt.target)
-    if attempt.target.exists():
-        attempt.target.move_to(old)
-    attempt.folder.move_to(attempt.target)
-    old.delete()

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
 from tests.packed_data import IMAGE, random_packs, write_packed
@@ -48,7 +50,7 @@ def write_job(folder: Path, *, images: bool, packs: int = 16) -> dict[str, Any]:
 
 def train(values: dict[str, Any]) -> list[dict[str, Any]]:
     """A run in this process; returns its metrics."""
-    run = Run.prepare(TrainConfig(**values), world=1, cuda=False)
+    run = Run.prepare(TrainConfig(**values), world=1, cuda=torch.cuda.is_available())
     with Runtime.start(seed=run.config.seed) as runtime, Trainer(run, runtime) as trainer:
         trainer.train()
     return metrics_of(values)

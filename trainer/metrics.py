@@ -16,8 +16,6 @@ import torch
 from kanyun.storage import Folder
 
 METRICS = "metrics.jsonl"
-# Dense bfloat16 peak of a GPU, FLOP/s, from NVIDIA's data sheets; the first name that is part of the device's.
-_PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}
 _LINE_EVERY = 5.0  # seconds, where the output is not a terminal
 
 
@@ -106,14 +104,6 @@ class Metrics:
             f"ETA {left}",
         ]
         return "  ".join(part for part in parts if part)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Of one device; None if it is a CPU or an unknown GPU."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAK.items() if known in name), None)
 
 
 def peak_memory_gb(device: torch.device) -> float:

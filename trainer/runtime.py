@@ -45,6 +45,8 @@ class Runtime:
             if cuda:
                 device = torch.device("cuda", local_rank)
                 torch.cuda.set_device(device)
+                # Not the default one: a CUDA graph is captured on the stream that the model was built on.
+                torch.cuda.set_stream(torch.cuda.Stream(device))
             else:
                 device = torch.device("cpu")
                 stack.enter_context(_CpuAsCuda())

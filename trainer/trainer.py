@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -24,8 +24,9 @@ from trainer.data.batch import Batch
 from trainer.data.source import PackedData
 from trainer.data.stream import PackStream, ValidationStream
 from trainer.flops import TRAINING, forward_flops, pack_cost
-from trainer.layout import Layout, decide
-from trainer.metrics import Metrics, StepMetrics, peak_flops, peak_memory_gb
+from trainer.graph import Graphed
+from trainer.layout import CARDS, Layout, batch_format, card, decide, static_shape
+from trainer.metrics import Metrics, StepMetrics, peak_memory_gb
 from trainer.model import ModelConfig, build_model
 from trainer.optimizer import build_optimizer, learning_rate, set_rates, take_step
 from trainer.runtime import Runtime
@@ -65,7 +66,8 @@ class Run:
         elif config.init != "random":
             init = checkpoint.resolve(config.init)
             replace(checkpoint.read_state(init), run={}).require(start, init.uri)
-        return cls(config, output, model, data, validation, decide(model, world, cuda), start, resume)
+        layout = decide(model, world, card() if cuda else None, config.length, config.global_batch)
+        return cls(config, output, model, data, validation, layout, start, resume)
 
 
 @dataclass(frozen=True)
@@ -87,34 +89,45 @@ class Trainer:
         self.step, self.skipped, self.bad_in_a_row = run.start.step, run.start.skipped, 0
 
         self._open = ExitStack()
+        form = batch_format(run.model, pinned=runtime.cuda)
+        static = static_shape(run.data.all, layout.micro_batch, form.geometry, run.data.vision_budget)
         place = {"micro_batch": layout.micro_batch, "rank": runtime.data_rank, "world": runtime.data_world}
         self.stream = self._open.enter_context(
             PackStream(
                 run.data,
-                layout.form,
+                replace(form, static=static) if runtime.cuda else form,
                 seed=config.seed,
                 global_batch=config.global_batch,
                 cost=pack_cost(run.model),
                 **place,
             )
         )
-        held_out = ValidationStream(run.validation, layout.form, **place) if run.validation else None
+        held_out = ValidationStream(run.validation, form, **place) if run.validation else None
         self.held_out = self._open.enter_context(held_out) if held_out else None
         self.steps = config.steps or self.stream.steps(config.epochs or 0)
 
-        self.model = build_model(run.model, runtime, trainable=config.trainable)
+        self.model = build_model(run.model, runtime, trainable=config.trainable, fp8=layout.fp8)
         if run.resume is None and config.init != "random":
             checkpoint.load(checkpoint.resolve(config.init), self.model)
         ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=runtime.cuda
+            # Not overlapped: gradients are reduced once a step, after many micro-batches of a replayed graph.
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
         )
         self.ddp = DistributedDataParallel(self.model.config, ddp_config, self.model)
+        self.loss_sum, self.trained = self._zero(), self._zero()  # over this rank's micro-batches of a step
+        self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
+        if runtime.cuda:
+            from trainer.model.spec_te import accumulate_in_place
+
+            accumulate_in_place(self.model)
         self.optimizer = build_optimizer(config, self.ddp, runtime)
         if run.resume is not None:
             checkpoint.load(run.resume, self.model, self.optimizer)
         manifests = [dataset.manifest for dataset in run.data.datasets]
         self.tokens_per_pack = sum(m.tokens for m in manifests) / sum(m.packs for m in manifests)  # useful ones
-        self.peak = peak_flops(runtime.device) if config.trainable == "all" else None
+        self.peak = CARDS[card()].flops if runtime.cuda and config.trainable == "all" else None
         self.metrics: Metrics | None = None
 
     def train(self) -> None:
@@ -146,24 +159,33 @@ class Trainer:
         The gradient is that of the loss summed over all trained tokens of the global batch, divided by their number,
         however they are spread over ranks and micro-batches. A mean of means would weigh short answers more.
         """
+        if self.graph and not self.graph.ready:
+            self.graph.prepare(micro_batches[0])
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        total, tokens, flops = self._zero(), self._zero(), 0
-        for number, batch in enumerate(micro_batches, 1):
+        self.loss_sum.zero_()
+        self.trained.zero_()
+        flops = 0
+        for batch in micro_batches:
+            if self.graph:
+                self.graph(batch)
+            else:
+                self._forward_backward(batch)
             flops += TRAINING * forward_flops(self.run.model, batch)
-            # Gradients are reduced over the ranks while the last micro-batch is in its backward pass.
-            with nullcontext() if number == len(micro_batches) else self.ddp.no_sync():
-                batch = batch.to(self.runtime.device)
-                loss = (self.ddp(batch) * batch.loss_mask).sum()
-                loss.backward()
-            total += loss.detach()
-            tokens += batch.loss_mask.sum()
-        # Reduces the gradients and `tokens` over the ranks, and divides the ones by the other.
-        finalize_model_grads([self.ddp], tokens)
+        # Reduces the gradients and `trained` over the ranks, and divides the ones by the other.
+        finalize_model_grads([self.ddp], self.trained)
         set_rates(self.optimizer, self.config, lr)
         norm = take_step(self.optimizer, self.config.clip_grad)
-        sums = self._reduce(total, self._zero() + flops)
-        return StepResult(sums[0] / max(tokens.item(), 1), round(tokens.item()), sums[1], norm)
+        loss_sum, flops_sum = self._reduce(self.loss_sum, self._zero() + flops)
+        tokens = self.trained.item()
+        return StepResult(loss_sum / max(tokens, 1), round(tokens), flops_sum, norm)
+
+    def _forward_backward(self, batch: Batch) -> None:
+        """Add a micro-batch on the device to the gradients and sums. No host sync: it is captured in a CUDA graph."""
+        loss = self.ddp(batch)
+        loss.backward()
+        self.loss_sum += loss.detach()
+        self.trained += batch.loss_mask.sum()
 
     @torch.no_grad()
     def held_out_loss(self) -> float | None:
@@ -173,7 +195,7 @@ class Trainer:
         total, tokens = self._zero(), self._zero()
         for batch in self.held_out.batches():
             batch = batch.to(self.runtime.device)
-            total += (self.model(batch) * batch.loss_mask).sum()
+            total += self.model(batch)
             tokens += batch.loss_mask.sum()
         loss_sum, count = self._reduce(total, tokens)
         return loss_sum / max(count, 1)

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipeline.checks import MIN_TEXT, Message, Part, malformed
+from pipeline.checks import MIN_TEXT, Message, Part, Reason, RowError, malformed
 
-MARKER = "<image>"
+MARKER, VIDEO_MARKER = "<image>", "<video>"
 Row = Mapping[str, Any]
 _NAMES = {dict: "an object", list: "a list", str: "a string", bytes: "bytes", type(None): "null", bool: "a boolean"}
 
@@ -74,6 +74,8 @@ def images(value: Any) -> tuple[str | bytes, ...]:
 
 def _content(content: Any) -> list[Part]:
     if isinstance(content, str):
+        if VIDEO_MARKER in content:
+            raise RowError(Reason.VIDEO, f"a message has {VIDEO_MARKER}: {content!r:.200}")
         parts: list[Part] = []
         for number, text in enumerate(content.split(MARKER)):
             if number:
@@ -90,6 +92,8 @@ def _part(part: Any) -> Part:
             return {"type": "image", "text": None}
         case {"type": "text", "text": str(text)}:
             return {"type": "text", "text": text}
+        case {"type": "video"}:
+            raise RowError(Reason.VIDEO, f"a part of a message's content is {part!r:.200}")
     raise malformed(
         f"a part of a message's content is {part!r:.200}, known types are 'text' (with its text) and 'image'"
     )

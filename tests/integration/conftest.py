@@ -1,10 +1,16 @@
 """For tests on real daemons: HDFS and Spark as processes, on free ports, for the whole test session."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from jobs.cluster import Cluster, temporary_cluster
+from kanyun.storage import Folder
+from kanyun.transfer import copy_folder
+from tests.fault_runs import FaultRun
+from tests.integration.test_pipeline_digest import raw_files, write_raw
+from tests.qwen_assets import tiny_vl_folder
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +18,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """All daemons up. A test that stops one starts it again. Blocks of 8 MiB, so that files have several."""
     with temporary_cluster(tmp_path_factory.mktemp("cluster"), block_mib=8) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
+    """A run that nothing disturbs, on local folders and local Spark: what all others are compared with."""
+    here = tmp_path_factory.mktemp("undisturbed")
+    write_raw(here / "raw", sorted(raw_files()))
+    model = tiny_vl_folder(here / "hf", max_pixels=32 * 28 * 28)
+    run = FaultRun(str(here / "raw"), model, Folder(str(here / "out")), here)
+    run.run()
+    return run
+
+
+@pytest.fixture
+def fault_run(cluster: Cluster, undisturbed: FaultRun, tmp_path: Path) -> FaultRun:
+    """The same on HDFS and the cluster's Spark, into a folder of its own; to be run by the test."""
+    raw = f"{cluster.hdfs}/faults/raw"
+    copy_folder(Folder(undisturbed.raw), Folder(raw), "put")  # what is there is not copied again
+    return FaultRun(raw, undisturbed.model, Folder(f"{cluster.hdfs}/{tmp_path.name}"), tmp_path, cluster.env)

@@ -111,6 +111,16 @@ def test_missing_files_are_file_not_found(root: Folder) -> None:
         (root / "nothing").move_to(root / "new")
 
 
+def test_folders_that_may_not_be_listed_are_no_empty_folders(cluster: Cluster, hdfs: Folder) -> None:
+    """Raw data would be missing from the packs, and nobody would know."""
+    hdfs.write("open/file", b"")
+    hdfs.write("shut/file", b"")
+    cluster.shell("-chmod", "700", f"{hdfs.path}/shut")
+    code = f"try: print(Folder({hdfs.uri!r}).files())\nexcept Exception as e: print(type(e).__name__, e)"
+    assert "UserError cannot read" in as_user("somebody", cluster, code)
+    assert len(hdfs.files()) == 2
+
+
 def test_a_process_that_used_hdfs_may_fork(hdfs: Folder) -> None:
     """As Spark's launcher does, by preexec_fn; fsspec's hook in the child must not close the client."""
     hdfs.write("file", b"x")
@@ -293,7 +303,9 @@ def test_taken_port_is_named_with_its_holder(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"port {port} is taken by pid {os.getpid()} .*--spark-port"):
+        with pytest.raises(
+            UserError, match=rf"port {port} is taken by pid {os.getpid()} .*--spark-port N, or SPARK_PORT=N"
+        ):
             Cluster(tmp_path, Settings(spark_port=port, hdfs_port=0, hdfs_web_port=0, spark_web_port=0)).up()
     assert list(tmp_path.iterdir()) == []
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 import yaml
 from PIL import Image
 from pyspark.sql import SparkSession
@@ -22,6 +23,7 @@ from kanyun.schema import Pack as StoredPack
 from kanyun.storage import Folder
 from kanyun.verify import verify
 from pipeline.build import Build
+from pipeline.images import short_digest
 from pipeline.pack import Pack
 from pipeline.report import Counts, Report
 from pipeline.sample import Sample, copies_before
@@ -71,7 +73,8 @@ class Raw:
                 content = [part(words)]
                 if number % 4 < 2:
                     data, width, height = picture(rng)
-                    ref = {"blob": blob.as_uri(), "offset": offset, "size": len(data)}
+                    digest = short_digest(xxhash.xxh3_128_digest(data))
+                    ref = {"blob": blob.as_uri(), "offset": offset, "size": len(data), "digest": digest}
                     row["images"] = [ref | {"width": width, "height": height}]
                     stored, offset = stored + data, offset + len(data)
                     self.images[sample_id] = [data]

@@ -140,7 +140,7 @@ def in_plain_torch(config: TrainConfig) -> tuple[Weights, list[float]]:
         for step, packs in enumerate(batches):
             assert unequal(packs)
             optimizer.zero_grad()
-            sums = [(model(pack) * pack.loss_mask).sum() for pack in packs]
+            sums = [model(pack) for pack in packs]
             tokens = sum(pack.loss_mask.sum() for pack in packs)
             loss = torch.stack(sums).sum() / tokens
             loss.backward()

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from pipeline.checks import (
+    CHECKS,
     MAX_EVIDENCE,
     Message,
     Reason,
@@ -15,7 +18,8 @@ from pipeline.datasets.base import message
 
 # The names are in users' scripts and in the documentation.
 CODES = """malformed_row image_missing image_unreadable image_too_small image_aspect_ratio image_too_large
-image_path_escapes image_count_mismatch processor_failed text_too_short too_long duplicate"""
+image_path_escapes image_count_mismatch processor_failed text_too_short too_long duplicate
+near_duplicate row_too_large video"""
 
 
 def reason_of(check: object, *args: object) -> str:
@@ -30,6 +34,13 @@ def chat(*turns: tuple[str, str]) -> list[Message]:
 
 def test_reason_codes_have_the_agreed_names() -> None:
     assert {str(reason) for reason in Reason} == set(CODES.split())
+
+
+def test_the_table_of_reasons_is_whole_and_in_readme() -> None:
+    assert [check.reason for check in CHECKS] == list(Reason)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for check in CHECKS:
+        assert f"| `{check.reason}` | {check.row} | {check.limit} |\n" in readme
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_a_document_is_taken_as_it_is() -> None:
         ("messages", {"messages": [{"role": 3, "content": "x"}]}, "role is a number"),
         ("messages", {"messages": [{"content": "x"}]}, "role is null"),
         ("messages", {"messages": [{"role": "user", "content": ["x"]}]}, "a part of a message's content is a string"),
-        ("messages", {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "{'type': 'video'}"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "{'type': 'audio'}"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "{'type': 'text'}"),
         ("messages", {"messages": [], "images": "a.png"}, "images is a string, a list is needed: 'a.png'"),
         ("messages", {"messages": [], "images": [None]}, "an image is None"),
@@ -141,9 +141,16 @@ def test_any_splits_of_a_file_give_the_rows_of_the_whole(lines: list[str], step:
 
 
 def test_plan_splits_large_files_and_joins_small_ones() -> None:
-    tasks = plan([("a", 25), ("b", 3), ("c", 2), ("d", 0), ("e", 9)], 10)
+    sizes = {"a.jsonl": 25, "b.jsonl": 3, "c.parquet": 2, "d.jsonl": 0, "e.jsonl": 9, "f.jsonl.gz": 30}
+    tasks = plan(list(sizes.items()), 10)
     ranges = [[(split.file, split.start, split.end) for split in task] for task in tasks]
-    assert ranges == [[("a", 0, 10)], [("a", 10, 20)], [("a", 20, 25), ("b", 0, 3), ("c", 0, 2)], [("e", 0, 9)]]
+    assert ranges == [
+        [("a.jsonl", 0, 10)],
+        [("a.jsonl", 10, 20)],
+        [("a.jsonl", 20, 25), ("b.jsonl", 0, 3), ("c.parquet", 0, 2)],
+        [("e.jsonl", 0, 9)],
+        [("f.jsonl.gz", 0, 30)],
+    ]
 
 
 def rows_of(path: Path, step: int = 1 << 20) -> list[Any]:

@@ -193,7 +193,7 @@ def test_a_raw_folder_may_be_a_link_itself(raw: Path) -> None:
 
 def test_huge_files_are_refused_before_they_are_read(raw: Path) -> None:
     with open(raw / "huge.png", "wb") as stream:
-        stream.truncate(images.MAX_BYTES + 1)
+        stream.truncate(images.MAX_IMAGE_BYTES + 1)
     with copier(raw) as copy, pytest.raises(RowError) as caught:
         copy.copy("huge.png", "x.jsonl")
     assert str(caught.value.reason) == "image_too_large"

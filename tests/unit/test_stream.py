@@ -138,6 +138,23 @@ def test_each_record_batch_is_read_about_once(data: PackedData, monkeypatch: pyt
     assert max(reads.values()) == 1
 
 
+def test_held_record_batches_are_bounded_in_bytes_and_give_the_same(
+    data: PackedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = take(data, 8)
+    packs = data.epochs[0]
+    sizes = [packs.batch_bytes(number) for number in range(len(packs.packs_per_batch))]
+    limit = 2 * max(sizes)
+    assert limit < sum(sizes) / 3
+    monkeypatch.setattr("trainer.data.loader._HELD_BYTES", limit)
+    with stream(data) as bounded:
+        loader = bounded._loader
+        for before, after in zip(whole, bounded.batches(0)):
+            for a, b in zip(before, after, strict=True):
+                assert_same(a, b)
+            assert sum(owner.batch_bytes(number) for owner, number in loader._held) == loader._held_bytes <= limit
+
+
 def test_locate(data: PackedData) -> None:
     with stream(data) as packs:
         found = [packs.locate(8 * step) for step in (0, 4, 5, 7, 8, 12, 13, 16, 800)]

@@ -14,7 +14,7 @@ from trainer.data.mrope import mrope_positions
 
 # Padding patches form images of this many: large enough to add few segments, small enough that full attention over
 # them costs little (it grows with the square; a 784 x 784 picture has 3,136).
-_PADDING_IMAGE = 1024
+PADDING_IMAGE = 1024
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _vision(packs: Sequence[Pack], input_ids: np.ndarray, geometry: PatchGeometr
             images.append(height * width)
             start = end
     windows.append(_pieces(total - used, (geometry.window // geometry.patch) ** 2))
-    padding_images = _pieces(total - used, _PADDING_IMAGE)
+    padding_images = _pieces(total - used, PADDING_IMAGE)
     cu_windows = np.cumsum(np.concatenate(windows))
     cu_images = np.cumsum([*images, *padding_images])
     return VisionBatch(

@@ -20,6 +20,9 @@ from trainer.data.source import Packs
 
 # Micro-batches that are ready and not asked for yet may take this much: 90 packs of 18,816 patches.
 _AHEAD_BYTES = 1 << 30
+# Record batches that a window of the order comes back to: 16 steps of 64 packs of images and text name 2.6 GB of them,
+# of text alone 0.5 GB. What does not fit is read again, at most once a pack.
+_HELD_BYTES = 2 << 30
 _TOKEN_BYTES = 8 + 8 + 4 + 3 * 8  # of a token slot in a Batch
 
 
@@ -36,7 +39,7 @@ class Pick(NamedTuple):
 
 
 class Loader:
-    """A pool of threads, and the record batches that are held in memory.
+    """A pool of threads, and the record batches that are held in memory, both bounded in bytes.
 
     A task waits only for tasks queued before it (a micro-batch for its reads), so any number of threads will do.
     """
@@ -48,19 +51,29 @@ class Loader:
         self._ahead = max(2, min(2 * threads, _AHEAD_BYTES // size))  # micro-batches
         self._form = form
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="data")
-        self._held: dict[tuple[Packs, int], Future[list[Pack]]] = {}
+        self._held: dict[tuple[Packs, int], Future[list[Pack]]] = {}  # used longest ago first
+        self._held_bytes = 0
         self.wait_seconds = 0.0  # that callers of `run` were kept waiting
 
     def keep(self, packs: Packs, batches: Iterable[int]) -> None:
         """Forget all record batches but these."""
-        wanted = {(packs, number) for number in batches}
-        self._held = {key: future for key, future in self._held.items() if key in wanted}
+        for key in self._held.keys() - {(packs, number) for number in batches}:
+            self._forget(*key)
 
     def pick(self, packs: Packs, batch: int, row: int, blank: bool = False) -> Pick:
-        """Start to read a record batch, unless it is held already."""
-        if (packs, batch) not in self._held:
-            self._held[packs, batch] = self._pool.submit(packs.read_batch, batch)
-        return Pick(self._held[packs, batch], row, blank)
+        """Start to read a record batch, unless it is held already; others make room for it."""
+        held = self._held.pop((packs, batch), None)
+        if held is None:
+            self._held_bytes += packs.batch_bytes(batch)
+            while self._held and self._held_bytes > _HELD_BYTES:
+                self._forget(*next(iter(self._held)))
+            held = self._pool.submit(packs.read_batch, batch)
+        self._held[packs, batch] = held  # the last one now
+        return Pick(held, row, blank)
+
+    def _forget(self, packs: Packs, batch: int) -> None:
+        del self._held[packs, batch]
+        self._held_bytes -= packs.batch_bytes(batch)
 
     def run(self, micro_batches: Iterator[Sequence[Pick]]) -> Iterator[Batch]:
         """A Batch of each of `micro_batches`, in order; a bounded number of them is being made ahead.

@@ -40,11 +40,13 @@ class Packs:
         """Packs."""
         return int(self.packs_per_batch.sum())
 
+    def column(self, name: str) -> np.ndarray:
+        """[packs] of PackedDataset's pack_attention, pack_segments, pack_patches, pack_images or pack_windows."""
+        return np.concatenate([getattr(dataset, name) for dataset in self.datasets])
+
     def costs(self, cost: PackCost) -> np.ndarray:
         """[packs] float64."""
-        attention = np.concatenate([dataset.pack_attention for dataset in self.datasets])
-        patches = np.concatenate([dataset.pack_patches for dataset in self.datasets])
-        return cost.pair * attention + cost.patch * patches
+        return cost.pair * self.column("pack_attention") + cost.patch * self.column("pack_patches")
 
     def locate(self, index: int) -> tuple[int, int]:
         """(record batch, row in it) of pack `index` in stored order."""
@@ -55,6 +57,11 @@ class Packs:
         """The packs of one record batch. Raises DatasetError if it is damaged."""
         part = int(np.searchsorted(self._first_batch, number, side="right")) - 1
         return self.datasets[part].read_batch(number - int(self._first_batch[part]))
+
+    def batch_bytes(self, number: int) -> int:
+        """Of one record batch, as stored."""
+        part = int(np.searchsorted(self._first_batch, number, side="right")) - 1
+        return self.datasets[part].batch_bytes(number - int(self._first_batch[part]))
 
     @cached_property
     def _ends(self) -> np.ndarray:

@@ -19,16 +19,17 @@ from torch.nn.functional import silu
 from kanyun.errors import UserError
 from trainer.data.batch import Batch
 from trainer.model.config import ModelConfig
+from trainer.model.loss import IGNORED, LinearCrossEntropy
 from trainer.runtime import Runtime
 
 EXTRA_STATE = "._extra_state"
 
 
 class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
-    """Batch in, loss of every token out."""
+    """Batch in, loss out."""
 
-    def __init__(self, model_config: ModelConfig, runtime: Runtime) -> None:
-        super().__init__(core_config(model_config, runtime))
+    def __init__(self, model_config: ModelConfig, runtime: Runtime, fp8: bool = False) -> None:
+        super().__init__(core_config(model_config, runtime, fp8))
         self.model_config = model_config
         self.language = GPTModel(
             self.config,
@@ -40,12 +41,22 @@ class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
             share_embeddings_and_output_weights=model_config.tied,
             scatter_embedding_sequence_parallel=model_config.vision is None,
         )
+        # Under tensor parallelism each rank has a part of the vocabulary, which megatron.core's own loss adds up.
+        self._fused_head = runtime.cuda and runtime.tensor_parallel == 1
         self.register_load_state_dict_post_hook(_ignore_extra_state)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Cross entropy [T] float32 of every token's label, before the loss mask."""
-        loss: Tensor = self._language(batch, labels=batch.labels[None])
-        return loss[0]
+        """Cross entropy summed over the trained tokens, a float32 scalar: a mean's weight would depend on the pack.
+
+        On a GPU the gradient of the output head goes straight into its main_grad, so the model must be in a
+        DistributedDataParallel, and `backward` be called on the sum itself.
+        """
+        if self._fused_head:
+            labels = batch.labels.masked_fill(batch.loss_mask == 0, IGNORED)
+            total: Tensor = self._language(batch, labels=labels, output_processor=_fused_head)
+            return total
+        losses: Tensor = self._language(batch, labels=batch.labels[None])
+        return (losses[0] * batch.loss_mask).sum()
 
     def logits(self, batch: Batch) -> Tensor:
         """[T, vocabulary]; under tensor parallelism gathered from all ranks."""
@@ -62,7 +73,7 @@ class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {name: tensor for name, tensor in state.items() if not name.endswith(EXTRA_STATE)}
 
-    def _language(self, batch: Batch, **kwargs: Tensor | bool) -> Tensor:
+    def _language(self, batch: Batch, **kwargs: Any) -> Tensor:
         return self.language(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[:, None],
@@ -76,12 +87,19 @@ class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
         return None
 
 
+def _fused_head(hidden_states: Tensor, output_layer: Module, output_weight: Tensor | None, **facts: Any) -> Tensor:
+    """GPTModel's output processor: the summed loss of the decoder's output [T, 1, hidden]."""
+    weight = output_layer.weight if output_weight is None else output_weight
+    total: Tensor = LinearCrossEntropy.apply(hidden_states[:, 0], weight, facts["labels"])
+    return total
+
+
 def _ignore_extra_state(model: Module, keys: Any) -> None:
     """After load_state_dict: extra state is in no checkpoint, so it isn't missing either."""
     keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(EXTRA_STATE)]
 
 
-def core_config(config: ModelConfig, runtime: Runtime) -> TransformerConfig:
+def core_config(config: ModelConfig, runtime: Runtime, fp8: bool = False) -> TransformerConfig:
     """The facts of the model in megatron.core's words, and what its fused kernels may do on this device.
 
     Raises UserError if tensor parallelism does not divide the model.
@@ -117,6 +135,12 @@ def core_config(config: ModelConfig, runtime: Runtime) -> TransformerConfig:
         calculate_per_token_loss=True,
         params_dtype=runtime.dtype,
         bf16=runtime.dtype == torch.bfloat16,
+        # Scales of the tensors at hand, not of steps before: no history that a checkpoint or a CUDA graph would carry.
+        fp8="hybrid" if fp8 else None,
+        fp8_recipe="tensorwise",
+        # Weights are cast in every micro-batch. megatron.core would do so in a step's first one, by a flag of the host
+        # that a graph does not see: it replays the cast weights of the capture for ever.
+        disable_parameter_transpose_cache=True,
         tensor_model_parallel_size=runtime.tensor_parallel,
         sequence_parallel=runtime.tensor_parallel > 1,
         gradient_accumulation_fusion=False,

@@ -16,7 +16,8 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
 
 class TESegmentAttention(TEDotProductAttention):
@@ -59,3 +60,13 @@ def te_block(num_layers: int) -> TransformerBlockSubmodules:
     )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=TENorm)
+
+
+def accumulate_in_place(model: nn.Module) -> None:
+    """Let the matrix product of a weight's gradient add to main_grad itself. Call it when DDP has made main_grad.
+
+    TransformerConfig.gradient_accumulation_fusion would say the same, but the output head refuses it without APEX.
+    """
+    for module in model.modules():
+        if isinstance(module, TransformerEngineBaseModule):
+            module.fuse_wgrad_accumulation = True

@@ -1,0 +1,236 @@
+"""Training Qwen2.5 on one GPU: whole steps of ours, and of Hugging Face + Liger kernels on the same packs.
+
+usage: python benchmarks/train_text.py DATA [--models 0.5B 1.5B] [--steps 6] [--global-batch 32] [--ours-only]
+DATA is what text_data.py wrote. Each run is a process of its own, one after the other, on the same card. A step is all
+of it: reading packs, forward, backward, clipping, optimizer. FLOPs are the model's (trainer/flops.py), MFU is against
+the card's dense bfloat16 peak. The peer is given our packing: samples laid end to end, attention by FlashAttention's
+variable-length kernel, Liger's fused norm, rope, SwiGLU and linear cross entropy, torch's fused AdamW.
+"""
+
+import argparse
+import cProfile
+import json
+import pstats
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from trainer.config import TrainConfig
+from trainer.model.sizes import SIZES
+
+LENGTH = 8192
+
+
+def model_folder(size: str, tokenizer: Path, folder: Path) -> Path:
+    """A Hugging Face folder of this size with the data's tokenizer; no weights."""
+    facts = SIZES[f"Qwen2.5-{size}"]
+    config = {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": facts.vocab_size,
+        "hidden_size": facts.hidden_size,
+        "intermediate_size": facts.intermediate_size,
+        "num_hidden_layers": facts.num_layers,
+        "num_attention_heads": facts.num_heads,
+        "num_key_value_heads": facts.num_kv_heads,
+        "max_position_embeddings": facts.max_positions,
+        "rms_norm_eps": facts.norm_eps,
+        "rope_theta": facts.rope_theta,
+        "tie_word_embeddings": facts.tied,
+        "hidden_act": "silu",
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in tokenizer.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    return folder
+
+
+def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
+    return TrainConfig(
+        model=str(model_folder(args.model, Path(args.data) / "model", folder / "hf")),
+        data=f"{args.data}/work/packed",
+        output=str(folder / "out"),
+        length=LENGTH,
+        global_batch=args.global_batch,
+        steps=1000,
+        lr=3e-4,
+        warmup_steps=100,
+    )
+
+
+def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from trainer.optimizer import learning_rate
+    from trainer.runtime import Runtime
+    from trainer.trainer import Run, Trainer
+
+    started = time.perf_counter()
+    config = config_of(args, folder)
+    run = Run.prepare(config, 1, True)
+    if args.precision:
+        run = replace(run, layout=replace(run.layout, fp8=args.precision == "fp8"))
+    with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
+        seconds, flops, losses, waits, first = [], 0.0, [], [], 0.0
+        for step, batches in enumerate(islice(trainer.stream.batches(0), args.steps + 2)):
+            begun, waited = time.perf_counter(), trainer.stream.wait_seconds
+            result = trainer.train_step(batches, learning_rate(config, step, 1000))
+            torch.cuda.synchronize()
+            first = first or time.perf_counter() - started
+            seconds.append(time.perf_counter() - begun)
+            waits.append(trainer.stream.wait_seconds - waited)
+            losses.append(result.loss)
+            flops = result.flops
+        if args.profile:
+            profile(lambda: trainer.train_step(batches, 1e-4))
+        assert trainer.peak is not None
+        step = median(seconds[2:])
+        return {
+            "tokens/s": args.global_batch * trainer.tokens_per_pack / step,
+            "TFLOP/s": flops / step / 1e12,
+            "MFU": flops / step / trainer.peak,
+            "memory GB": torch.cuda.max_memory_reserved() / 1e9,
+            "predicted GB": (run.layout.memory or 0) / 1e9,
+            "micro-batch": run.layout.micro_batch,
+            "data wait": sum(waits[2:]) / sum(seconds[2:]),
+            "first step s": first,
+            "step s": step,
+            "losses": [round(losses[0], 3), round(losses[-1], 3)],
+        }
+
+
+def profile(step: Any) -> None:
+    """The kernels that take most time, and what the host does meanwhile."""
+    host = cProfile.Profile()
+    host.runcall(step)
+    pstats.Stats(host).sort_stats("cumulative").print_stats(45)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=90))
+
+
+def packed_attention() -> None:
+    """Give transformers an attention that is told where a pack's samples end: FlashAttention, as torch ships it."""
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers import AttentionInterface
+
+    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, **facts: Any) -> tuple[Any, None]:
+        groups = q.shape[1] // k.shape[1]
+        q, k, v = (
+            x[0].transpose(0, 1).bfloat16() for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+        )
+        ends = facts["cu_seqlens"]
+        out = varlen_attn(q, k, v, ends, ends, facts["longest"], facts["longest"], window_size=(-1, 0))
+        return out[None], None
+
+    AttentionInterface.register("packed", attention)
+
+
+def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from kanyun.fingerprint import fingerprint
+    from kanyun.storage import Folder
+    from trainer.data.source import PackedData
+    from trainer.data.stream import PackStream
+    from trainer.flops import TRAINING, forward_flops
+    from trainer.layout import CARDS, batch_format, card
+    from trainer.model import ModelConfig
+
+    packed_attention()
+    apply_liger_kernel_to_qwen2()
+    config = config_of(args, folder)
+    data = PackedData(config.data, LENGTH, fingerprint(Folder(config.model)))
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(config.model), attn_implementation="packed", dtype=torch.bfloat16
+        )
+    facts = ModelConfig.from_hf(config.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+    seconds, flops, useful = [], 0, 0
+    with PackStream(data, batch_format(facts), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
+        for batches in islice(stream.batches(0), args.peer_steps + 1):
+            begun, flops, useful = time.perf_counter(), 0, 0
+            for batch in batches:
+                flops += TRAINING * forward_flops(facts, batch)
+                longest = int(batch.cu_seqlens.diff().max())
+                batch = batch.to(torch.device("cuda"))
+                labels = torch.where(batch.loss_mask > 0, batch.labels, -100)[None]
+                out = model(
+                    input_ids=batch.input_ids[None],
+                    position_ids=batch.position_ids[:1],
+                    labels=labels,
+                    shift_labels=labels,
+                    cu_seqlens=batch.cu_seqlens,
+                    longest=longest,
+                    use_cache=False,
+                )
+                (out.loss / len(batches)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begun)
+    step = median(seconds[1:])
+    manifests = [dataset.manifest for dataset in data.datasets]
+    useful = args.global_batch * sum(m.tokens for m in manifests) / sum(m.packs for m in manifests)
+    return {
+        "tokens/s": useful / step,
+        "TFLOP/s": flops / step / 1e12,
+        "MFU": flops / step / CARDS[card()].flops,
+        "memory GB": torch.cuda.max_memory_reserved() / 1e9,
+        "losses": [round(out.loss.item(), 3)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--models", nargs="+", default=["0.5B", "1.5B"])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--peer-steps", type=int, default=2)
+    parser.add_argument("--global-batch", type=int, default=32)
+    parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--precision", choices=["bf16", "fp8"], help="other than layout.py's choice")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--only", choices=["ours", "peer"], help=argparse.SUPPRESS)  # a child of this very script
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            result = (ours if args.only == "ours" else peer)(args, Path(folder))
+        print("RESULT " + json.dumps(result))
+        return
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    for model in args.models:
+        results = {}
+        for only in ["ours"] if args.ours_only else ["ours", "peer"]:
+            done = subprocess.run(
+                [sys.executable, *sys.argv, "--only", only, "--model", model], stdout=subprocess.PIPE, text=True
+            )
+            *said, last = done.stdout.splitlines() or [""]
+            if not last.startswith("RESULT "):
+                print(f"{model} {only} failed: {done.stdout[-2000:]}")
+                continue
+            print("\n".join(said))
+            results[only] = json.loads(last.removeprefix("RESULT "))
+            shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in results[only].items()}
+            print(model, only, json.dumps(shown), flush=True)
+        if len(results) == 2:
+            print(f"{model} ratio {results['ours']['tokens/s'] / results['peer']['tokens/s']:.2f}x", flush=True)
+
+
+if __name__ == "__main__":
+    main()

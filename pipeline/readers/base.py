@@ -1,0 +1,113 @@
+"""What all formats share: splits, rows, and a file as a stream of ranges."""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from kanyun.errors import UserError
+from kanyun.storage import Folder
+from pipeline.checks import RowError, malformed
+
+STEP = 4 << 20  # bytes a read
+SHOWN = 1000  # characters kept of a row that is too long to be kept
+ROWS = 64  # of a table as Python objects at a time: they may have images in them
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows that start in a range of bytes of a file."""
+
+    file: str  # relative to the raw folder
+    start: int
+    end: int
+    file_size: int
+
+
+@dataclass(frozen=True)
+class RawRow:
+    position: int  # see each format: together with the file's name it makes the sample_id
+    raw: str  # the row as it came, as text; bytes in it as their number
+    fields: dict[str, Any] | RowError
+
+
+class Reader:
+    """A format. Memory is bounded by a row or a batch of the file, never by the file."""
+
+    suffixes: ClassVar[tuple[str, ...]]
+    splittable: ClassVar[bool] = True  # if not, a task reads a whole file
+
+    def rows(self, root: Folder, split: Split) -> Iterator[RawRow]:
+        raise NotImplementedError
+
+
+class Bytes(io.RawIOBase):
+    """A file, read by ranges. Errors of the storage are Folder's, so that none is taken for damage in the file."""
+
+    def __init__(self, root: Folder, split: Split, position: int = 0):
+        self._root, self._name, self._position, self._size = root, split.file, position, split.file_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(min(len(buffer), self._size - self._position), 0)
+        try:
+            data = self._root.read(self._name, self._position, count) if count else b""
+        except FileNotFoundError:
+            data = b""
+        if count and not data:
+            where = f"{self._root.uri}/{self._name}"
+            raise UserError(
+                f"{where} has changed since it was listed: run the stage again when the raw data is at rest"
+            )
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def parse(line: bytes) -> dict[str, Any] | RowError:
+    """A JSON object."""
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return malformed(f"invalid UTF-8 at byte {error.start} of the row: {line[error.start : error.start + 8]!r}")
+    except (ValueError, RecursionError) as error:
+        return malformed(f"no JSON: {error}")
+    return row if isinstance(row, dict) else malformed(f"the row is {row!r:.200}, an object is needed")
+
+
+def shown(fields: dict[str, Any]) -> str:
+    """A row as text."""
+    return json.dumps(fields, ensure_ascii=False, default=_shown)
+
+
+def table_rows(batch: pa.RecordBatch, position: int) -> Iterator[RawRow]:
+    """Rows of a batch, of which the first is at `position`. A value that Python cannot hold (text of invalid UTF-8)
+    costs its row alone."""
+    try:
+        for number, fields in enumerate(batch.to_pylist()):
+            yield RawRow(position + number, shown(fields), fields)
+    except (ValueError, OverflowError) as error:
+        if len(batch) == 1:
+            yield RawRow(position, str(batch), malformed(f"a value cannot be read: {error}"))
+        else:
+            for number in range(len(batch)):
+                yield from table_rows(batch.slice(number, 1), position + number)
+
+
+def _shown(value: Any) -> str:
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)

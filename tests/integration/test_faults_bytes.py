@@ -1,0 +1,162 @@
+"""Data on HDFS that is damaged, changes, or is not there: found where it is read, never passed on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs.cluster import Cluster
+from kanyun.errors import UserError
+from kanyun.manifest import Manifest
+from kanyun.storage import Folder
+from kanyun.transfer import copy_folder
+from kanyun.verify import verify
+from pipeline.build import Build
+from pipeline.filter import Filter
+from pipeline.pack import Pack
+from pipeline.preprocess import Preprocess
+from pipeline.recipe import RATIOS, Recipe, RecipeDataset
+from pipeline.sample import Sample
+from tests.fault_runs import LENGTH, PACKED, FaultRun
+
+
+@pytest.fixture(scope="module")
+def made(
+    cluster: Cluster, undisturbed: FaultRun, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Folder]:
+    """The undisturbed run's raw folder and output, on HDFS, by this process' Spark."""
+    root = Folder(f"{cluster.hdfs}/{tmp_path_factory.mktemp('bytes').name}")
+    copy_folder(Folder(undisturbed.raw), root / "raw", "put")
+    recipe = recipe_for(root, undisturbed.model)
+    recipe.run(overwrite=False)
+    return recipe, root / "out"
+
+
+def recipe_for(root: Folder, model: Path) -> Recipe:
+    datasets = {"chat": RecipeDataset((root / "raw").uri, "messages", 0.7)}
+    return Recipe((root / "out").uri, str(model), LENGTH, datasets, seed=3)
+
+
+@contextmanager
+def flipped(folder: Folder, name: str, position: int) -> Iterator[None]:
+    """One bit of a file is another one in the block."""
+    before = folder.read(name)
+    folder.write(name, before[:position] + bytes([before[position] ^ 1]) + before[position + 1 :])
+    try:
+        yield
+    finally:
+        folder.write(name, before)
+
+
+def first(folder: Folder, prefix: str) -> str:
+    return next(name for name, size in folder.files() if name.startswith(prefix) and size)
+
+
+def in_a_page(folder: Folder, name: str, column: str) -> int:
+    """A position inside the compressed values of a column."""
+    group = pq.ParquetFile(pa.BufferReader(folder.read(name))).metadata.row_group(0)
+    chunk = next(c for n in range(group.num_columns) if (c := group.column(n)).path_in_schema.startswith(column))
+    return int(chunk.data_page_offset + chunk.total_compressed_size * 2 // 3)
+
+
+@pytest.mark.parametrize("kind", ["manifest.json", "batches.arrow", "shard-", "lineage/"])
+def test_any_byte_of_a_packed_dataset(made: tuple[Recipe, Folder], kind: str) -> None:
+    packed = made[1] / PACKED
+    name = first(packed, kind)
+    assert list(verify(packed)) == []
+    size = packed.size(name)
+    for position in (0, size // 4, size // 2, size * 3 // 4, size - 2):
+        with flipped(packed, name, position):
+            try:
+                faults = list(verify(packed))
+            except UserError as error:
+                faults = [str(error)]
+            assert faults, position
+            assert name in faults[0]
+    assert list(verify(packed)) == []
+
+
+def test_a_byte_of_a_blob(made: tuple[Recipe, Folder]) -> None:
+    _, out = made
+    blobs = out / "preprocess/chat/blobs"
+    name = first(blobs, "")
+    with (
+        flipped(blobs, name, blobs.size(name) // 2),
+        pytest.raises(
+            UserError, match=rf"{name} was changed after preprocess \(the image of \d+ bytes at byte \d+ does not have"
+        ),
+    ):
+        Pack.below((out / "build").uri, (out / "again").uri, LENGTH).run()
+    assert (out / "again").names() == []
+
+
+@pytest.mark.parametrize(("stage", "column"), [("preprocess/chat", "raw"), ("build", "input_ids")])
+def test_a_byte_of_a_stage_s_rows(made: tuple[Recipe, Folder], stage: str, column: str) -> None:
+    _, out = made
+    rows = out / stage / "data"
+    name = first(rows, "part-")
+    with flipped(rows, name, in_a_page(rows, name, column)), pytest.raises(UserError, match="CRC checksum"):
+        if stage == "build":
+            Pack.below((out / "build").uri, (out / "again").uri, LENGTH).run()
+        else:
+            Filter((out / stage).uri, (out / "again").uri).run()
+    assert not [name for name in out.names() if "again" in name and (out / name).files()]
+
+
+@pytest.mark.parametrize("stage", ["preprocess/chat", "filter/chat", "sample", "build", PACKED])
+def test_any_byte_of_a_report(made: tuple[Recipe, Folder], stage: str) -> None:
+    recipe, out = made
+    report = (out / stage).read("report.json")
+    for position in (report.index(b'"rows_in"') + 11, report.index(b'"settings"') + 3, len(report) // 2):
+        with (
+            flipped(out / stage, "report.json", position),
+            pytest.raises(UserError, match=rf"{stage}/report.json is damaged"),
+        ):
+            recipe.run(overwrite=False)
+    recipe.run(overwrite=False)
+
+
+def test_a_raw_folder_that_changes_between_stages(made: tuple[Recipe, Folder], undisturbed: FaultRun) -> None:
+    """Later stages do not read it; preprocess says that its output is of something else."""
+    _, out = made
+    root = out.parent / "changed"
+    at = {name: (root / "out" / name).uri for name in ("preprocess", "filter", "sample", "build", "packed")}
+    copy_folder(Folder(undisturbed.raw), root / "raw", "put")
+    Preprocess((root / "raw").uri, f"{at['preprocess']}/chat", "messages").run()
+    Filter(f"{at['preprocess']}/chat", f"{at['filter']}/chat").run()
+    for name, _ in (root / "raw").files():
+        (root / "raw").write(name, b"{}")
+    with pytest.raises(UserError, match="holds the output of other work: input is"):
+        recipe_for(root, undisturbed.model).run(overwrite=False)
+    (root / "out").write(RATIOS, b"chat: 0.7")
+    Sample(at["filter"], at["sample"], seed=3, ratios=(root / "out" / RATIOS).uri).run()
+    Build(at["sample"], at["build"], str(undisturbed.model), LENGTH).run()
+    Pack.below(at["build"], at["packed"], LENGTH).run()
+    wanted = Manifest.load(out / PACKED)
+    assert Manifest.load(root / "out" / PACKED).content_digest == wanted.content_digest
+
+
+def test_no_rows_at_all(cluster: Cluster, undisturbed: FaultRun, spark: SparkSession, tmp_path: Path) -> None:
+    root = Folder(f"{cluster.hdfs}/{tmp_path.name}")
+    for content, says in ((None, "does not exist"), (b"", "has no rows"), (b"\n \n\n", "has no rows")):
+        if content is not None:
+            (root / "raw").write("a.jsonl", content)
+        with pytest.raises(UserError, match=says):
+            recipe_for(root, undisturbed.model).run(overwrite=False)
+        assert (root / "out/preprocess").names() == []
+
+
+def test_every_row_is_bad(cluster: Cluster, undisturbed: FaultRun, spark: SparkSession, tmp_path: Path) -> None:
+    root = Folder(f"{cluster.hdfs}/{tmp_path.name}")
+    (root / "raw").write("a.jsonl", b"{}\n[]\n{\nnull\n")
+    with pytest.raises(UserError, match=r"build has no samples: all rows were quarantined or dropped"):
+        recipe_for(root, undisturbed.model).run(overwrite=False)
+    bad = root / "out/filter/chat/quarantine"
+    tables = [pq.read_table(pa.BufferReader(bad.read(name))) for name in bad.names() if name.startswith("part-")]
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert {row["raw"]: row["reason"] for row in rows} == dict.fromkeys(("{}", "[]", "{", "null"), "malformed_row")
+    assert (root / "out/packed").names() == []

@@ -1,0 +1,85 @@
+"""HDFS that fails under the pipeline, or refuses: the packs of an undisturbed run, or one sentence; nothing is left."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from jobs.cluster import Cluster
+from kanyun.storage import Folder
+from tests.fault_runs import FaultRun
+
+
+@pytest.fixture(autouse=True)
+def sound(cluster: Cluster) -> Iterator[None]:
+    """All daemons are up before the next test."""
+    yield
+    for name in {"namenode", "datanode-1", "datanode-2"} - cluster.running().keys():
+        cluster.start(name)
+    cluster.wait_for_hdfs()
+
+
+def test_datanode_killed_while_pack_writes(cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun) -> None:
+    with fault_run.started("pack:0:2:1:meet") as driver:
+        fault_run.meet(driver)
+        cluster.kill("datanode-1")
+        fault_run.go_on()
+        fault_run.ended(driver)
+    assert fault_run.digest() == undisturbed.digest()
+
+
+@pytest.mark.parametrize("where", ["preprocess:1:4", "pack:0:2"])
+def test_namenode_away_for_half_a_minute(
+    cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun, where: str
+) -> None:
+    with fault_run.started(f"{where}:1:meet") as driver:
+        fault_run.meet(driver)
+        cluster.stop("namenode")
+        fault_run.go_on()
+        time.sleep(25)
+        cluster.start("namenode")
+        fault_run.ended(driver)
+    assert fault_run.digest() == undisturbed.digest()
+
+
+def test_safe_mode_and_quota_and_permission(cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun) -> None:
+    """One after the other on one output, which in the end is what it would have been."""
+    out = fault_run.out
+    out.make()
+    cluster.shell("-chmod", "755", out.path)
+    with fault_run.started(HADOOP_USER_NAME="somebody") as driver:
+        assert "Permission denied: user=somebody" in fault_run.refused(driver)
+    assert out.files() == []
+
+    with fault_run.started("preprocess:1:4:1:meet") as driver:
+        fault_run.meet(driver)
+        cluster.dfsadmin("-safemode", "enter")
+        try:
+            fault_run.go_on()
+            assert "in safe mode" in fault_run.refused(driver)
+        finally:
+            cluster.dfsadmin("-safemode", "leave")
+
+    cluster.dfsadmin("-setSpaceQuota", "1m", out.path)  # less than a block, so nothing can be written
+    with fault_run.started() as driver:
+        assert "quota" in fault_run.refused(driver)
+    cluster.dfsadmin("-clrSpaceQuota", out.path)
+    cluster.dfsadmin("-setSpaceQuota", "40m", out.path)  # two blocks of 8 MiB in two replicas, while they are written
+    with fault_run.started() as driver:
+        assert "The DiskSpace quota of" in fault_run.refused(driver)
+    cluster.dfsadmin("-clrSpaceQuota", out.path)
+    fault_run.run()
+    assert fault_run.digest() == undisturbed.digest()
+
+
+def test_raw_files_that_may_not_be_read(cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun) -> None:
+    hidden = Folder(fault_run.raw) / "part-1.jsonl"
+    cluster.shell("-chmod", "600", hidden.path)
+    fault_run.out.make()
+    cluster.shell("-chmod", "777", fault_run.out.path)
+    try:
+        with fault_run.started(HADOOP_USER_NAME="somebody") as driver:
+            assert "Permission denied: user=somebody, access=READ" in fault_run.refused(driver)
+    finally:
+        cluster.shell("-chmod", "644", hidden.path)
+    assert fault_run.out.files() == []

@@ -1,0 +1,78 @@
+"""layout.py: which layout a run gets, and what it says where nothing fits."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kanyun.errors import UserError
+from trainer.data.images import PatchGeometry
+from trainer.layout import decide, parameter_count, peak_memory, static_shape
+from trainer.model.sizes import SIZES
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),  # as the models' pages on the hub give them, safetensors without tied heads
+    [
+        ("Qwen2.5-0.5B", 494_032_768),
+        ("Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen2.5-3B", 3_085_938_688),
+        ("Qwen2.5-7B", 7_615_616_512),
+        ("Qwen2.5-VL-3B", 3_754_622_976),
+    ],
+)
+def test_parameters_are_counted_right(size: str, parameters: int) -> None:
+    assert parameter_count(SIZES[size]) == parameters
+
+
+def test_memory_is_what_was_measured() -> None:
+    """On one H100, packs of 8192: 78.2 GB at 8 packs of 0.5B, 66.8 at 2 of 1.5B; the prediction is within 5 %."""
+    for size, packs, measured in (("Qwen2.5-0.5B", 8, 78.16e9), ("Qwen2.5-1.5B", 2, 66.85e9)):
+        assert peak_memory(SIZES[size], 1, 1, packs * 8192) == pytest.approx(measured, rel=0.05)
+
+
+def test_micro_batch_is_the_largest_that_fits_and_divides() -> None:
+    chosen = [decide(SIZES["Qwen2.5-0.5B"], gpus, "H100", 8192, batch) for gpus, batch in ((1, 32), (1, 12), (8, 8))]
+    assert [layout.micro_batch for layout in chosen] == [8, 4, 1]
+    assert decide(SIZES["Qwen2.5-1.5B"], 1, "H100", 8192, 32).micro_batch == 2
+
+
+def test_precision_follows_card_and_size() -> None:
+    assert decide(SIZES["Qwen2.5-1.5B"], 1, "H100", 8192, 32).fp8
+    assert not decide(SIZES["Qwen2.5-0.5B"], 1, "H100", 8192, 32).fp8
+    assert not decide(SIZES["Qwen2.5-1.5B"], 1, "A100", 8192, 32).fp8
+
+
+def test_a_model_is_split_where_it_must_be() -> None:
+    assert decide(SIZES["Qwen2.5-7B"], 8, "H100", 8192, 64).tensor_parallel == 2
+    with pytest.raises(UserError, match=r"needs 179 GB and has 79 usable; 4 are the fewest that can"):
+        decide(SIZES["Qwen2.5-7B"], 1, "H100", 8192, 64)
+
+
+def test_static_shape_has_room_for_the_worst_packs_together() -> None:
+    class Packs:
+        columns = {  # noqa: RUF012
+            "pack_segments": [3, 9, 2, 5],
+            "pack_patches": [0, 640, 128, 256],
+            "pack_windows": [0, 12, 4, 4],
+            "pack_images": [0, 2, 1, 1],
+        }
+
+        def column(self, name: str) -> np.ndarray:
+            return np.array(self.columns[name])
+
+    shape = static_shape(Packs(), 2, PatchGeometry(), 640)  # type: ignore[arg-type]
+    # Windows of a pack and of the padding behind its images (64 patches each): 10, 12, 12, 10.
+    assert (shape.segments, shape.patches, shape.windows, shape.images) == (14, 1280, 25, 3 + 2)
+    assert static_shape(Packs(), 3, None, 0).segments == 17  # type: ignore[arg-type]
+
+
+def test_command_line_needs_no_gpu() -> None:
+    command = [sys.executable, "-m", "trainer.layout", "Qwen2.5-32B", "--gpus"]
+    fits = subprocess.run([*command, "64"], capture_output=True, text=True)
+    assert fits.returncode == 0, fits.stderr
+    assert "tensor parallel  8" in fits.stdout
+    too_few = subprocess.run([*command, "2"], capture_output=True, text=True)
+    assert (too_few.returncode, too_few.stdout) == (2, "")
+    assert "16 are the fewest that can" in too_few.stderr
