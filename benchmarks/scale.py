@@ -68,8 +68,6 @@ def write_raw(folder: Path, rows: int) -> float:
     """Conversations in parquet; the mean bytes of a row's text as JSON."""
     rng = np.random.default_rng(rows)
     corpus = "\n".join(topics.values())
-    picture = io.BytesIO()
-    Image.new("RGB", (64, 64), "teal").save(picture, "JPEG")
     folder.mkdir(parents=True)
     size = 0
     for start in range(0, rows, 1_000):
@@ -78,10 +76,17 @@ def write_raw(folder: Path, rows: int) -> float:
             place, length = int(rng.integers(len(corpus) - CHARACTERS[1])), int(rng.integers(*CHARACTERS))
             text = f"<image> {number} {corpus[place : place + length]}"
             messages = [{"role": "user", "content": text}, {"role": "assistant", "content": f"answer {number}"}]
-            made.append({"messages": messages, "images": [picture.getvalue()]})
+            made.append({"messages": messages, "images": [_picture(rng)]})
             size += len(json.dumps(messages))
         pq.write_table(pa.Table.from_pylist(made), folder / f"part-{start:06}.parquet")
     return size / rows
+
+
+def _picture(rng: np.random.Generator) -> bytes:
+    """A JPEG of 64 x 64 pixels, 3 kB, unlike the others."""
+    encoded = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((64, 64)).save(encoded, "JPEG")
+    return encoded.getvalue()
 
 
 def main(folder: Path) -> None:
