@@ -1,13 +1,16 @@
 """Made-up outputs of stages, of any size: what the later stages read, without the work of the earlier ones."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from kanyun.storage import Folder
+from pipeline.images import short_digest
 from pipeline.report import Counts, Report
 from pipeline.schema import BUILT
 from tests.qwen_assets import tiny_vl_folder
@@ -29,10 +32,11 @@ def write_built(folder: Path, samples: int, length: int, images: bool = True) ->
         blob.parent.mkdir(parents=True, exist_ok=True)
         if not blob.exists():
             blob.write_bytes(rng.bytes(IMAGE_BYTES * IMAGES_A_BLOB))
+    refs = [ref for blob in blobs for ref in _refs(blob)]
     (folder / "data").mkdir(parents=True)
     for first in range(0, samples, ROWS_A_FILE):
         numbers = np.arange(first, min(first + ROWS_A_FILE, samples))
-        rows = [_row(int(n), blobs, rng) for n in numbers]
+        rows = [_row(int(n), refs, rng) for n in numbers]
         pq.write_table(pa.Table.from_pylist(rows, BUILT), folder / "data" / f"part-{first}.parquet", compression="zstd")
     tiny_vl_folder(folder / "tokenizer")
     counts = Counts(samples, samples)
@@ -40,16 +44,21 @@ def write_built(folder: Path, samples: int, length: int, images: bool = True) ->
     Report("build", settings, "", str(samples), counts, counts, 0.0).save(Folder(str(folder)))
 
 
-def _row(number: int, blobs: list[Path], rng: np.random.Generator) -> dict[str, object]:
+def _refs(blob: Path) -> Iterator[dict[str, object]]:
+    """An IMAGE_REF for each image of a blob."""
+    data = blob.read_bytes()
+    for offset in range(0, len(data), IMAGE_BYTES):
+        digest = short_digest(xxhash.xxh3_128_digest(data[offset : offset + IMAGE_BYTES]))
+        place = {"blob": blob.as_uri(), "offset": offset, "size": IMAGE_BYTES}
+        yield place | {"width": 800, "height": 600, "digest": digest, "looks": 0}
+
+
+def _row(number: int, refs: list[dict[str, object]], rng: np.random.Generator) -> dict[str, object]:
     tokens = int(rng.integers(20, 400))
     row = {"sample_id": number, "dataset": "made", "copy": 0, "piece": 0, "images": [], "image_grid_thw": []}
-    if blobs:
-        place = {"offset": number % IMAGES_A_BLOB * IMAGE_BYTES, "size": IMAGE_BYTES, "width": 800, "height": 600}
-        row |= {
-            "images": [{"blob": blobs[number // IMAGES_A_BLOB % BLOBS].as_uri(), **place}],
-            "image_grid_thw": [GRID],
-        }
+    if refs:
+        row |= {"images": [refs[number % len(refs)]], "image_grid_thw": [GRID]}
         tokens += math.prod(GRID) // 4
     ids = rng.integers(0, 150_000, tokens, dtype=np.int32)
-    patches = math.prod(GRID) if blobs else 0
+    patches = math.prod(GRID) if refs else 0
     return row | {"input_ids": ids, "loss_mask": ids % 2 == 0, "tokens": tokens, "patches": patches}
