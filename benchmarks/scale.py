@@ -41,10 +41,10 @@ def formulas(rows: int, sampled: int, row_bytes: float, tokens: int) -> dict[str
     """Shuffle bytes of each stage. row_bytes: of a row of text as raw JSON; tokens: of all samples that are packed."""
     return {
         "preprocess": 0.0,  # but for its counts
-        "filter": 31.0 * rows,  # hash, place and count of each content
-        "sample": 0.86 * row_bytes * rows,  # whole rows, where a ratio is no whole number: text, raw and refs, lz4
+        "filter": (31.0 + 172.0) * rows,  # hash, place and count of each content; an image: four keys, place, digest
+        "sample": 0.875 * row_bytes * rows,  # whole rows, where a ratio is no whole number: text, raw and refs, lz4
         "build": 0.0,
-        "pack": 2.2 * tokens + 100.0 * sampled,  # 4 + 1 bytes a token before lz4, and the refs
+        "pack": 2.25 * tokens + 120.0 * sampled,  # 4 + 1 bytes a token before lz4, and the refs
     }
 
 
