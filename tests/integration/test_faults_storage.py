@@ -8,6 +8,8 @@ from jobs.cluster import Cluster
 from kanyun.storage import Folder
 from tests.fault_runs import FaultRun, namenode_away
 
+ONE_TRY = "--conf spark.task.maxFailures=1"  # the same in a quarter of the time
+
 
 @pytest.fixture(autouse=True)
 def sound(cluster: Cluster) -> Iterator[None]:
@@ -39,7 +41,7 @@ def test_safe_mode_and_quota_and_permission(cluster: Cluster, fault_run: FaultRu
         assert "Permission denied: user=somebody" in fault_run.refused(driver)
     assert out.files() == []
 
-    with fault_run.started("preprocess:1:4:1:meet") as driver:
+    with fault_run.started("preprocess:1:4:1:meet", conf=ONE_TRY) as driver:
         with fault_run.meeting(driver, "preprocess"):
             cluster.dfsadmin("-safemode", "enter")
         try:
@@ -52,7 +54,7 @@ def test_safe_mode_and_quota_and_permission(cluster: Cluster, fault_run: FaultRu
         assert "quota" in fault_run.refused(driver)
     cluster.dfsadmin("-clrSpaceQuota", out.path)
     cluster.dfsadmin("-setSpaceQuota", "40m", out.path)  # two blocks of 8 MiB in two replicas, while they are written
-    with fault_run.started() as driver:
+    with fault_run.started(conf=ONE_TRY) as driver:
         assert "The DiskSpace quota of" in fault_run.refused(driver)
     cluster.dfsadmin("-clrSpaceQuota", out.path)
     fault_run.run()
