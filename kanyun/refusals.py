@@ -77,8 +77,9 @@ def refused(what: str, way_out: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
-        kind = UnavailableError if _momentary(error) else UserError
-        raise kind(f"{what} ({first_line(error)}): {way_out}") from error
+        if _momentary(error):
+            raise UnavailableError(f"{what} ({first_line(error)}): see whether all of it is up") from error
+        raise UserError(f"{what} ({first_line(error)}): {way_out}") from error
 
 
 def _momentary(error: Exception) -> bool:

@@ -7,7 +7,6 @@ attempt is removed. Clocks of two machines are not compared. Should a driver be 
 slept), its attempt is gone when it comes to publish, and it fails; an output is never a mixture.
 """
 
-import getpass
 import json
 import os
 import re
@@ -51,9 +50,9 @@ class Attempt:
         What dead drivers left is removed first. Raises UserError if another driver works on `target`.
         """
         attempt = cls(_hidden_neighbour(target), target, inputs)
-        me = {"user": getpass.getuser(), "host": socket.gethostname(), "pid": os.getpid()}
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         try:
-            attempt.folder.write(DRIVER, json.dumps(me | {"since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}).encode())
+            attempt.folder.write(DRIVER, json.dumps(me).encode())
             with _beating(attempt.folder):
                 attempt._clear_others()
                 yield attempt
@@ -129,7 +128,7 @@ def _touched(folder: Folder) -> float | None:
 def _driver(folder: Folder) -> str:
     try:
         who = json.loads(folder.read(DRIVER))
-        return f"{who['user']}'s process {who['pid']} on {who['host']}, since {who['since']}"
+        return f"process {who['pid']} on {who['host']}, since {who['since']}"
     except (FileNotFoundError, ValueError, KeyError):
         return f"the driver of {folder.path}"
 

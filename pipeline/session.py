@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,18 +22,24 @@ from pyspark.sql.types import StructType
 from tqdm import tqdm
 
 from kanyun.errors import UserError
+from kanyun.refusals import UnavailableError
 
 _HERE = Path(__file__).absolute().parent  # in an executor it is a relative path, into the archive of our code
 # Rows to and from Python workers at a time, and in Spark's cache: 10,000 long rows, Spark's default, take gigabytes.
 BATCH_ROWS = 256
+# Spark tries a failed task at once, four times in all: too soon where a DataNode died and is not missed yet, so that
+# blocks are still given to it.
+RETRY_SECONDS = 20
 _SETTINGS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_ROWS),
     "spark.sql.inMemoryColumnarStorage.batchSize": str(BATCH_ROWS),
     "spark.sql.parquet.compression.codec": "zstd",
     "spark.sql.session.timeZone": "UTC",
     "spark.ui.showConsoleProgress": "false",
-    # Off, Hadoop's client gives up a NameNode that has been away for 10 s; on, it tries for minutes.
+    # Off, Hadoop's client gives up a NameNode that has been away for 10 s. On, it asks for minutes, and half a minute
+    # where one is in safe mode, which ends by itself after a start.
     "spark.hadoop.dfs.client.retry.policy.enabled": "true",
+    "spark.hadoop.dfs.client.retry.policy.spec": "3000,10",
     # Pages are written with a checksum, which nobody looks at unless told to.
     "spark.hadoop.parquet.page.verify-checksum.enabled": "true",
 }
@@ -87,8 +94,12 @@ def map_rows(
     wanted = arrow_schema(schema)
 
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in function(batches):
-            yield batch if batch.schema.equals(wanted) else batch.cast(wanted)
+        try:
+            for batch in function(batches):
+                yield batch if batch.schema.equals(wanted) else batch.cast(wanted)
+        except UnavailableError:
+            time.sleep(RETRY_SECONDS)
+            raise
 
     return rows.mapInArrow(run, spark_schema(schema))
 

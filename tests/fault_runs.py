@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.cluster import Cluster
 from kanyun.layout import dataset_name
 from kanyun.manifest import Manifest
 from kanyun.storage import Folder
@@ -42,9 +43,7 @@ class FaultRun:
 
     @contextmanager
     def started(self, *faults: str, conf: str = "", **environment: str) -> Iterator[subprocess.Popen[str]]:
-        """The driver, which is killed if the block ends before it; what meetings left is forgotten."""
-        for name in ("reached", "go"):
-            (self.here / name).unlink(missing_ok=True)
+        """The driver, which is killed if the block ends before it."""
         settings = {"output": self.out.uri, "tokenizer": str(self.model), "length": LENGTH, "seed": 3}
         datasets = {"chat": {"raw": self.raw, "dataset": "messages", "ratio": 0.7}}
         recipe = self.here / "recipe.yaml"
@@ -66,13 +65,13 @@ class FaultRun:
             return self.ended(driver)
 
     def ended(self, driver: "subprocess.Popen[str]") -> str:
-        said, _ = driver.communicate(timeout=300)
+        said, _ = driver.communicate(timeout=500)
         assert driver.returncode == 0, self.errors()[-6000:]
         return said
 
     def refused(self, driver: "subprocess.Popen[str]") -> str:
         """The one sentence with which the driver ends."""
-        driver.communicate(timeout=300)
+        driver.communicate(timeout=500)
         assert driver.returncode == 2, self.errors()[-6000:]
         (said,) = (line for line in self.errors().splitlines() if line.startswith("error: "))
         return said.removeprefix("error: ")
@@ -80,16 +79,16 @@ class FaultRun:
     def errors(self) -> str:
         return (self.here / "stderr").read_text()
 
-    def meet(self, driver: "subprocess.Popen[str]") -> None:
-        """Wait until a task has reached its meeting."""
-        deadline = time.monotonic() + 200
-        while not (self.here / "reached").exists():
+    @contextmanager
+    def meeting(self, driver: "subprocess.Popen[str]", where: str) -> Iterator[None]:
+        """The block runs when a task has reached its meeting; then that goes on."""
+        deadline = time.monotonic() + 400
+        while not (self.here / f"{where}-reached").exists():
             assert driver.poll() is None, self.errors()[-6000:]
             assert time.monotonic() < deadline
             time.sleep(0.02)
-
-    def go_on(self) -> None:
-        (self.here / "go").touch()
+        yield
+        (self.here / f"{where}-go").touch()
 
     def happened(self) -> set[str]:
         return {path.name for path in self.here.iterdir() if re.fullmatch(r"\w+-\d+-\w+-\d+", path.name)}
@@ -110,3 +109,12 @@ class FaultRun:
                 for images in table["images"].to_pylist():
                     used |= {image["blob"].removeprefix(f"{self.out.uri}/") for image in images or []}
         return used
+
+
+@contextmanager
+def namenode_away(cluster: Cluster, seconds: float) -> Iterator[None]:
+    """Stopped before the block, and up again some time after it."""
+    cluster.stop("namenode")
+    yield
+    time.sleep(seconds)
+    cluster.start("namenode")

@@ -7,7 +7,7 @@ TIMES times in all (an accident leaves a file in FOLDER, which all processes see
 - kill       kill -9 of the executor, by which its other tasks die too
 - fail       an exception
 - straggle   the task goes on after five minutes
-- meet       the file FOLDER/reached appears, and the task waits for FOLDER/go: for what a test does in between
+- meet       the file FOLDER/WHERE-reached appears, and the task waits for FOLDER/WHERE-go: a test does something
 """
 
 import os
@@ -65,8 +65,8 @@ class Fault:
         elif self.what == "straggle":
             time.sleep(300)
         elif self.what == "meet":
-            (folder / "reached").touch()
-            while not (folder / "go").exists():
+            (folder / f"{self.where}-reached").touch()
+            while not (folder / f"{self.where}-go").exists():
                 time.sleep(0.05)
 
 

@@ -8,7 +8,7 @@ import time
 import psutil
 
 from jobs.cluster import Cluster
-from tests.fault_runs import PACKED, FaultRun
+from tests.fault_runs import PACKED, FaultRun, namenode_away
 
 SPECULATION = (
     "--conf spark.speculation=true --conf spark.speculation.interval=100ms --conf spark.speculation.quantile=0.3 "
@@ -16,15 +16,10 @@ SPECULATION = (
 )
 
 
-def test_executors_killed_in_preprocess_and_in_pack(fault_run: FaultRun, undisturbed: FaultRun) -> None:
-    fault_run.run("preprocess:3:5:1:kill", "pack:1:2:1:kill")
-    assert fault_run.happened() == {"preprocess-3-kill-0", "pack-1-kill-0"}
-    assert fault_run.digest() == undisturbed.digest()
-
-
-def test_tasks_that_fail_twice(fault_run: FaultRun, undisturbed: FaultRun) -> None:
-    fault_run.run("preprocess:0:3:2:fail", "pack:0:1:2:fail")
-    assert fault_run.happened() == {f"{where}-0-fail-{n}" for where in ("preprocess", "pack") for n in (0, 1)}
+def test_executors_killed_and_tasks_that_fail_twice(fault_run: FaultRun, undisturbed: FaultRun) -> None:
+    fault_run.run("preprocess:0:3:2:fail", "preprocess:3:5:1:kill", "pack:0:1:2:fail", "pack:1:2:1:kill")
+    failed = {f"{where}-0-fail-{n}" for where in ("preprocess", "pack") for n in (0, 1)}
+    assert fault_run.happened() == failed | {"preprocess-3-kill-0", "pack-1-kill-0"}
     assert fault_run.digest() == undisturbed.digest()
 
 
@@ -38,9 +33,9 @@ def test_drivers_killed_in_preprocess_and_in_pack_and_run_again(
     cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun
 ) -> None:
     for where, folder in (("preprocess:2:6", "preprocess"), ("pack:0:2", "packed")):
-        with fault_run.started(f"{where}:1:meet") as driver:
-            fault_run.meet(driver)
+        with fault_run.started(f"{where}:1:meet") as driver, fault_run.meeting(driver, where.split(":")[0]):
             driver.kill()
+            driver.wait()
         (attempt,) = (fault_run.out / folder).names()
         assert attempt.startswith("_attempt-")
         wait_for_end_of_executors(cluster)
@@ -49,16 +44,18 @@ def test_drivers_killed_in_preprocess_and_in_pack_and_run_again(
     assert fault_run.digest() == undisturbed.digest()
 
 
-def test_second_driver_is_refused_while_the_first_goes_on(fault_run: FaultRun, undisturbed: FaultRun) -> None:
-    with fault_run.started("pack:0:2:1:meet") as first:
-        fault_run.meet(first)
-        second = FaultRun(fault_run.raw, fault_run.model, fault_run.out, fault_run.here / "second")
-        second.here.mkdir()
+def test_second_driver_is_refused_and_the_first_goes_on_after_the_namenode_was_away(
+    cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun
+) -> None:
+    second = FaultRun(fault_run.raw, fault_run.model, fault_run.out, fault_run.here / "second")
+    second.here.mkdir()
+    with fault_run.started("pack:0:2:1:meet") as first, fault_run.meeting(first, "pack"):
         with second.started() as driver:
             said = second.refused(driver)
         assert f"{fault_run.out.path}/{PACKED} is being written by" in said
         assert f"process {first.pid} on" in said
-        fault_run.go_on()
+        with namenode_away(cluster, 20):
+            (fault_run.here / "pack-go").touch()
         fault_run.ended(first)
     assert fault_run.digest() == undisturbed.digest()
 

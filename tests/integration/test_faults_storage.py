@@ -1,13 +1,14 @@
 """HDFS that fails under the pipeline, or refuses: the packs of an undisturbed run, or one sentence; nothing is left."""
 
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from jobs.cluster import Cluster
 from kanyun.storage import Folder
-from tests.fault_runs import FaultRun
+from tests.fault_runs import FaultRun, namenode_away
+
+ONE_TRY = "--conf spark.task.maxFailures=1"  # the same in a quarter of the time
 
 
 @pytest.fixture(autouse=True)
@@ -19,25 +20,14 @@ def sound(cluster: Cluster) -> Iterator[None]:
     cluster.wait_for_hdfs()
 
 
-def test_datanode_killed_while_pack_writes(cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun) -> None:
-    with fault_run.started("pack:0:2:1:meet") as driver:
-        fault_run.meet(driver)
-        cluster.kill("datanode-1")
-        fault_run.go_on()
-        fault_run.ended(driver)
-    assert fault_run.digest() == undisturbed.digest()
-
-
-@pytest.mark.parametrize("where", ["preprocess:1:4", "pack:0:2"])
-def test_namenode_away_for_half_a_minute(
-    cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun, where: str
+def test_namenode_away_in_preprocess_and_datanode_killed_in_pack(
+    cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun
 ) -> None:
-    with fault_run.started(f"{where}:1:meet") as driver:
-        fault_run.meet(driver)
-        cluster.stop("namenode")
-        fault_run.go_on()
-        time.sleep(25)
-        cluster.start("namenode")
+    with fault_run.started("preprocess:1:4:1:meet", "pack:0:2:1:meet") as driver:
+        with fault_run.meeting(driver, "preprocess"), namenode_away(cluster, 25):
+            (fault_run.here / "preprocess-go").touch()
+        with fault_run.meeting(driver, "pack"):
+            cluster.kill("datanode-1")
         fault_run.ended(driver)
     assert fault_run.digest() == undisturbed.digest()
 
@@ -51,11 +41,10 @@ def test_safe_mode_and_quota_and_permission(cluster: Cluster, fault_run: FaultRu
         assert "Permission denied: user=somebody" in fault_run.refused(driver)
     assert out.files() == []
 
-    with fault_run.started("preprocess:1:4:1:meet") as driver:
-        fault_run.meet(driver)
-        cluster.dfsadmin("-safemode", "enter")
+    with fault_run.started("preprocess:1:4:1:meet", conf=ONE_TRY) as driver:
+        with fault_run.meeting(driver, "preprocess"):
+            cluster.dfsadmin("-safemode", "enter")
         try:
-            fault_run.go_on()
             assert "in safe mode" in fault_run.refused(driver)
         finally:
             cluster.dfsadmin("-safemode", "leave")
@@ -65,7 +54,7 @@ def test_safe_mode_and_quota_and_permission(cluster: Cluster, fault_run: FaultRu
         assert "quota" in fault_run.refused(driver)
     cluster.dfsadmin("-clrSpaceQuota", out.path)
     cluster.dfsadmin("-setSpaceQuota", "40m", out.path)  # two blocks of 8 MiB in two replicas, while they are written
-    with fault_run.started() as driver:
+    with fault_run.started(conf=ONE_TRY) as driver:
         assert "The DiskSpace quota of" in fault_run.refused(driver)
     cluster.dfsadmin("-clrSpaceQuota", out.path)
     fault_run.run()
