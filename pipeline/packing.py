@@ -5,9 +5,9 @@ From where only smaller samples without patches are left, it is best fit decreas
 counting, so that numpy does the work. The cost of a sample does not depend on how many packs there are.
 
 Measured on one core, length 8192: text 0.1-0.4 us a sample and >= 99.97 % of the lower bound from 200,000 samples on;
-images and text 2-4 us and >= 99.8 %, at a vision budget of 1.06 x mean demand. Less where no packing can do it, though
-the bound does not say so: with images so large that two or three use up the budget (96 %), or with texts of most of a
-pack, which leave no room for a mean pack's patches (92 %, and 99.98 % at 1.3 x mean demand).
+images and text 2-5 us and >= 99.8 %, at a vision budget of 1.06 x mean demand. Less where samples are large beside a
+budget: 96 % with images of which two or three use it up; 93 % with texts of most of a pack, which leave no room for a
+mean pack's patches (no packing reaches 96.3 % there; 99.99 % at 1.3 x mean demand).
 """
 
 from collections.abc import Iterator
