@@ -1,6 +1,6 @@
 """Real text as packs, for train_text.py: Python's library sources and documentation, with Qwen's own vocabulary.
 
-usage: python benchmarks/text_data.py OUT [MEGABYTES]      writes OUT/model (tokenizer) and OUT/work/packed
+usage: python benchmarks/text_data.py OUT [MEGABYTES]      writes OUT/model (tokenizer) and OUT/stages/packed
 Needs the pipeline (Spark) and PyPI's dashscope, which ships the vocabulary: run it on a CPU machine and copy OUT.
 """
 
@@ -42,7 +42,7 @@ def main(out: Path, megabytes: float) -> None:
             file.write(json.dumps({"text": text}) + "\n")
     model = real_tokenizer_folder(out / "model", vision=False)
     datasets = {"text": RecipeDataset(str(out / "raw"), "text")}
-    Recipe(str(out / "work"), str(model), LENGTH, datasets, overflow="split").run(overwrite=True)
+    Recipe(str(out / "stages"), str(model), LENGTH, datasets, overflow="split").run(overwrite=True)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def model_folder(size: str, tokenizer: Path, folder: Path) -> Path:
 def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
     return TrainConfig(
         model=str(model_folder(args.model, Path(args.data) / "model", folder / "hf")),
-        data=f"{args.data}/work/packed",
+        data=f"{args.data}/stages/packed",
         output=str(folder / "out"),
         length=LENGTH,
         global_batch=args.global_batch,
