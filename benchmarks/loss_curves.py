@@ -12,7 +12,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.train_text import LENGTH, config_of, packed_attention
+from trainer import layout
 from trainer.config import TrainConfig
 from trainer.optimizer import learning_rate
 
@@ -40,8 +40,8 @@ def ours(args: argparse.Namespace, config: TrainConfig) -> list[float]:
     from trainer.runtime import Runtime
     from trainer.trainer import Run, Trainer
 
+    layout.FP8_HIDDEN = 0 if args.only == "fp8" else 1 << 30
     run = Run.prepare(config, 1, True)
-    run = replace(run, layout=replace(run.layout, fp8=args.only == "fp8"))
     with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
         batches = islice(trainer.stream.batches(0), args.steps)
         return [trainer.train_step(b, learning_rate(config, n, args.steps)).loss for n, b in enumerate(batches)]

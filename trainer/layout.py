@@ -47,6 +47,7 @@ class Layout:
     micro_batch: int  # packs that go through the model at once
     reason: str  # one sentence for people
     fp8: bool = False  # matrix products of the layers in 8 bits, tensors scaled one by one
+    recompute: int = 0  # layers of the language model whose activations are computed again in the backward pass
     memory: float | None = None  # predicted peak of a GPU, bytes
 
 
@@ -96,50 +97,56 @@ def decide(model: ModelConfig, gpus: int, card: str | None, length: int, global_
     if card is None:
         reason = f"the whole model on each of {gpus} CPU process(es), one pack at a time: it needs the least memory"
         return Layout(tensor_parallel=1, micro_batch=1, reason=reason)
-    room = CARDS[card].memory * USABLE
+    room, fp8 = CARDS[card].memory * USABLE, CARDS[card].fp8 and model.hidden_size >= FP8_HIDDEN
     for tensor_parallel in _tensor_parallels(model, gpus):
         ranks = gpus // tensor_parallel
         share = global_batch // ranks  # packs of a step that one rank has
-        fitting = [
-            m
-            for m in (8, 4, 2, 1)
-            if share % m == 0
-            and (m == 1 or m * length <= MOST_TOKENS)
-            and peak_memory(model, tensor_parallel, ranks, m * length) <= room
-        ]
-        if fitting:
-            memory = peak_memory(model, tensor_parallel, ranks, fitting[0] * length)
+        most = model.num_layers // (1 if tensor_parallel == _tensor_parallels(model, gpus)[-1] else 2)
+        choices = [(m, 0) for m in (8, 4, 2, 1) if share % m == 0 and (m == 1 or m * length <= MOST_TOKENS)]
+        for micro_batch, recompute in choices + [(1, layers) for layers in range(1, most + 1)]:
+            memory = peak_memory(model, tensor_parallel, ranks, micro_batch * length, fp8, recompute)
+            if memory > room:
+                continue
             split = "the whole model on each GPU" if tensor_parallel == 1 else f"each model over {tensor_parallel} GPUs"
-            fp8 = CARDS[card].fp8 and model.hidden_size >= FP8_HIDDEN
             precision = "fp8 in the layers' matrix products" if fp8 else "bfloat16"
+            again = f"{recompute} of {model.num_layers} layers computed again in backward, " if recompute else ""
             reason = (
-                f"{split}, optimizer state over {ranks} data-parallel rank(s), {fitting[0]} pack(s) of {length} at a "
-                f"time in one CUDA graph, {precision}: {memory / GB:.0f} of {room / GB:.0f} usable GB a GPU predicted"
+                f"{split}, optimizer state over {ranks} data-parallel rank(s), {micro_batch} pack(s) of {length} at a "
+                f"time in one CUDA graph, {again}{precision}: {memory / GB:.0f} of {room / GB:.0f} usable GB a GPU "
+                "predicted"
             )
-            return Layout(tensor_parallel, fitting[0], reason, fp8, memory)
+            return Layout(tensor_parallel, micro_batch, reason, fp8, recompute, memory)
     tensor_parallel = _tensor_parallels(model, gpus)[-1]
-    memory = peak_memory(model, tensor_parallel, gpus // tensor_parallel, length)
+    memory = peak_memory(model, tensor_parallel, gpus // tensor_parallel, length, fp8, model.num_layers)
     raise UserError(
         f"{gpus} x {card} cannot train this model on packs of {length}: even over {tensor_parallel} GPU(s) a GPU needs "
         f"{memory / GB:.0f} GB and has {room / GB:.0f} usable; {_smallest(model, gpus, card, length)}"
     )
 
 
-def peak_memory(model: ModelConfig, tensor_parallel: int, ranks: int, tokens: int) -> float:
+def peak_memory(
+    model: ModelConfig, tensor_parallel: int, ranks: int, tokens: int, fp8: bool, recompute: int = 0
+) -> float:
     """Bytes of a GPU: weights, gradients, optimizer state, activations of `tokens` token slots, logits of a chunk."""
     parameters = parameter_count(model) / tensor_parallel
-    # bfloat16 weights and float32 gradients; float32 master weights and two moments, sharded over the ranks
-    state = parameters * (2 + 4 + 12 / ranks)
+    # bfloat16 weights, float32 gradients; sharded over the ranks two moments and the other 16 bits of master weights
+    state = parameters * (2 + 4 + 10 / ranks)
     h, q, kv, f = (
         model.hidden_size,
         model.num_heads * model.head_dim,
         model.num_kv_heads * model.head_dim,
         model.intermediate_size,
     )
-    # What a layer keeps of a token for its backward pass, in bfloat16: both norms' inputs and outputs; query, key and
-    # value, once more turned by rope; attention's output; gate and up, and their product.
-    layer = 2 * (4 * h + (q + 2 * kv) + (q + kv) + q + 3 * f) / tensor_parallel
-    activations = tokens * (model.num_layers * layer + 8 * h)
+    # What a layer keeps of a token for its backward pass, in bfloat16: both norms' inputs; query, key and value, once
+    # more turned by rope; attention's output; gate and up. And the inputs of its matrix products: both norms' outputs
+    # and the product of gate and up, in 8 bits in fp8, where attention's output is kept once more.
+    inputs = (2 * h + q + f) if fp8 else 2 * (2 * h + f)
+    layer = (2 * (2 * h + (q + 2 * kv) + (q + kv) + q + 2 * f) + inputs) / tensor_parallel
+    kept = (model.num_layers - recompute + (recompute > 0)) * layer + recompute * 2 * h / tensor_parallel
+    activations = tokens * (kept + 8 * h)
+    # In fp8 the layers' weights are cast in every forward pass, and kept in 8 bits for the backward pass.
+    embeddings = model.vocab_size * h * (1 if model.tied else 2)
+    state += fp8 * (parameters - embeddings / tensor_parallel)
     logits = 2 * min(tokens, CHUNK) * model.vocab_size / tensor_parallel
     embedding_gradient = 2 * model.vocab_size * model.hidden_size / tensor_parallel
     return state + activations + logits + embedding_gradient
@@ -170,9 +177,10 @@ def _tensor_parallels(model: ModelConfig, gpus: int) -> list[int]:
 
 def _smallest(model: ModelConfig, gpus: int, card: str, length: int) -> str:
     """What would do, in words."""
-    room = CARDS[card].memory * USABLE
+    room, fp8 = CARDS[card].memory * USABLE, CARDS[card].fp8 and model.hidden_size >= FP8_HIDDEN
     for more in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n > gpus):
-        if any(peak_memory(model, t, more // t, length) <= room for t in _tensor_parallels(model, more)):
+        splits = _tensor_parallels(model, more)
+        if any(peak_memory(model, t, more // t, length, fp8, model.num_layers) <= room for t in splits):
             return f"{more} are the fewest that can"
     return "no number of them up to 512 can: use a smaller model or shorter packs"
 

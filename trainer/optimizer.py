@@ -5,7 +5,9 @@ import math
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch import Tensor
 
 from trainer.config import TrainConfig
 from trainer.runtime import Runtime
@@ -23,15 +25,52 @@ def build_optimizer(config: TrainConfig, ddp: DistributedDataParallel, runtime: 
         params_dtype=runtime.dtype,
         bf16=runtime.dtype == torch.bfloat16,
         use_distributed_optimizer=True,
+        # A bfloat16 weight is the upper half of its float32 master weight: only the other 16 bits are stored beside it.
+        use_precision_aware_optimizer=runtime.cuda,
+        store_param_remainders=True,
     )
     optimizer: ChainedOptimizer = get_megatron_optimizer(settings, [ddp])
-    if not runtime.cuda:
+    if runtime.cuda:
+        for sharded in optimizer.chained_optimizers:
+            sharded.__class__ = _WholeMasterWeights  # megatron.core chooses the class itself
+            for parameter in sharded.get_parameters():
+                # megatron.core 0.19.2 would do it when loading, with too few arguments for Transformer Engine 2.20.
+                sharded.optimizer.initialize_state(parameter, store_param_remainders=True)
+    else:
         # torch's AdamW makes its state in its first step. megatron.core cannot save or load it before that, and the
         # first step is after loading, and may be skipped.
         for parameter in optimizer.get_parameters():
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
     return optimizer
+
+
+class _WholeMasterWeights(DistributedOptimizer):
+    """Checkpoints hold float32 master weights, whatever the device: joined when saved, and split when loaded.
+
+    Transformer Engine's FusedAdam rounds a master weight m to its upper half p and keeps r = m - p, as integers of the
+    bits. With megatron.core 0.19.2's own methods a checkpoint would hold r alone.
+    """
+
+    def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = super()._get_main_param_and_optimizer_states(model_param)
+        weight, remainder = self._shard(model_param), tensors["param"]
+        bits = (weight.view(torch.int16).int() << 16) + remainder.int()
+        return {**tensors, "param": bits.view(torch.float32)}
+
+    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        weight = self._shard(model_param)
+        bits = tensors["param"].to(weight.device).view(torch.int32)
+        upper = (bits + 0x8000) >> 16
+        weight.view(torch.int16).copy_(upper)
+        remainder = (bits - (upper << 16)).to(torch.int16)
+        super()._set_main_param_and_optimizer_states(model_param, {**tensors, "param": remainder})
+
+    def _shard(self, model_param: Tensor) -> Tensor:
+        """This rank's part of a weight, which the optimizer steps on."""
+        group, index = self.model_param_group_index_map[model_param]
+        shard: Tensor = self.optimizer.param_groups[group]["params"][index]
+        return shard.detach()
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

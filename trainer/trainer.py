@@ -106,7 +106,9 @@ class Trainer:
         self.held_out = self._open.enter_context(held_out) if held_out else None
         self.steps = config.steps or self.stream.steps(config.epochs or 0)
 
-        self.model = build_model(run.model, runtime, trainable=config.trainable, fp8=layout.fp8)
+        self.model = build_model(
+            run.model, runtime, trainable=config.trainable, fp8=layout.fp8, recompute=layout.recompute
+        )
         if run.resume is None and config.init != "random":
             checkpoint.load(checkpoint.resolve(config.init), self.model)
         ddp_config = DistributedDataParallelConfig(

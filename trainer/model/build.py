@@ -12,13 +12,16 @@ from trainer.model.qwen2_5_vl import Qwen2_5VL
 from trainer.runtime import Runtime
 
 
-def build_model(config: ModelConfig, runtime: Runtime, *, trainable: str = "all", fp8: bool = False) -> Qwen2_5:
+def build_model(
+    config: ModelConfig, runtime: Runtime, *, trainable: str = "all", fp8: bool = False, recompute: int = 0
+) -> Qwen2_5:
     """Qwen2_5, or Qwen2_5VL if the config has a vision tower, on the runtime's device, with random weights.
 
     The weights depend on the runtime's seed (and on CPU or CUDA), not on how many processes there are. Raises UserError
     for a `trainable` that names no part of this model, or a tensor parallelism that does not fit it.
     """
-    model = Qwen2_5VL(config, runtime, fp8) if config.vision else Qwen2_5(config, runtime, fp8)
+    kind = Qwen2_5VL if config.vision else Qwen2_5
+    model = kind(config, runtime, fp8, recompute)
     initialize(model, runtime)
     freeze(model, trainable)
     return model

@@ -28,8 +28,8 @@ EXTRA_STATE = "._extra_state"
 class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
     """Batch in, loss out."""
 
-    def __init__(self, model_config: ModelConfig, runtime: Runtime, fp8: bool = False) -> None:
-        super().__init__(core_config(model_config, runtime, fp8))
+    def __init__(self, model_config: ModelConfig, runtime: Runtime, fp8: bool = False, recompute: int = 0) -> None:
+        super().__init__(core_config(model_config, runtime, fp8, recompute))
         self.model_config = model_config
         self.language = GPTModel(
             self.config,
@@ -99,7 +99,7 @@ def _ignore_extra_state(model: Module, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(EXTRA_STATE)]
 
 
-def core_config(config: ModelConfig, runtime: Runtime, fp8: bool = False) -> TransformerConfig:
+def core_config(config: ModelConfig, runtime: Runtime, fp8: bool = False, recompute: int = 0) -> TransformerConfig:
     """The facts of the model in megatron.core's words, and what its fused kernels may do on this device.
 
     Raises UserError if tensor parallelism does not divide the model.
@@ -141,11 +141,16 @@ def core_config(config: ModelConfig, runtime: Runtime, fp8: bool = False) -> Tra
         # Weights are cast in every micro-batch. megatron.core would do so in a step's first one, by a flag of the host
         # that a graph does not see: it replays the cast weights of the capture for ever.
         disable_parameter_transpose_cache=True,
+        # The first layers: they wait longest for their backward pass.
+        recompute_granularity="full" if recompute else None,
+        recompute_method="block" if recompute else None,
+        recompute_num_layers=recompute or None,
         tensor_model_parallel_size=runtime.tensor_parallel,
         sequence_parallel=runtime.tensor_parallel > 1,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=cuda,
+        bias_activation_fusion=False,
+        use_te_activation_func=cuda,  # SwiGLU at 3.0 TB/s, what a copy does; megatron.core's own at 2.4 in backward
         bias_dropout_fusion=cuda,
         apply_rope_fusion=cuda,
         cross_entropy_loss_fusion=cuda,

@@ -14,8 +14,8 @@ from trainer.runtime import Runtime
 class Qwen2_5VL(Qwen2_5):  # noqa: N801 - the model's name
     """A batch always has patches, dummies if there is no image: every step of every rank does the same work."""
 
-    def __init__(self, model_config: ModelConfig, runtime: Runtime, fp8: bool = False) -> None:
-        super().__init__(model_config, runtime, fp8)
+    def __init__(self, model_config: ModelConfig, runtime: Runtime, fp8: bool = False, recompute: int = 0) -> None:
+        super().__init__(model_config, runtime, fp8, recompute)
         assert model_config.vision is not None
         self.vision = VisionTower(
             model_config.vision, runtime.device, runtime.dtype

@@ -4,6 +4,8 @@ The loader has put the patches in window order (see VisionBatch), so nothing is 
 windows, a few within whole images, and both are segments of the same sequence.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
@@ -14,6 +16,11 @@ from trainer.model.config import VisionConfig
 from trainer.model.rope import rotary_2d, rotate
 
 NORM_EPS = 1e-6  # fixed in Qwen2.5-VL, no configuration names it
+
+
+class Segments(NamedTuple):
+    ends: Tensor  # cumulative lengths, as segment_attention's cu_seqlens
+    longest: int  # patches
 
 
 class VisionTower(nn.Module):
@@ -30,9 +37,10 @@ class VisionTower(nn.Module):
         """Visual tokens [M, out_hidden_size], in window order; M = P / merge_size^2."""
         x = self.patch_embed(images.patches)
         rotary = rotary_2d(images.positions, self.config.head_dim)
+        windows = Segments(images.cu_windows, (self.config.window_size // self.config.patch_size) ** 2)
+        whole = Segments(images.cu_images, len(images.patches))
         for index, block in enumerate(self.blocks):
-            whole = index in self.config.full_attention_blocks
-            x = block(x, images.cu_images if whole else images.cu_windows, rotary)
+            x = block(x, whole if index in self.config.full_attention_blocks else windows, rotary)
         tokens: Tensor = self.merger(x)
         return tokens
 
@@ -67,8 +75,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attn(self.norm1(x), cu_seqlens, rotary)
+    def forward(self, x: Tensor, segments: Segments, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn(self.norm1(x), segments, rotary)
         return x + self.mlp(self.norm2(x))
 
 
@@ -79,9 +87,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, segments: Segments, rotary: tuple[Tensor, Tensor]) -> Tensor:
         query, key, value = self.qkv(x).unflatten(1, self.heads).unbind(1)  # each [P, heads, head_dim]
-        out = segment_attention(rotate(query, *rotary), rotate(key, *rotary), value, cu_seqlens, causal=False)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        out = segment_attention(query, key, value, segments.ends, longest=segments.longest, causal=False)
         return self.proj(out.flatten(1))
 
 
