@@ -93,9 +93,13 @@ def _vision(get: Callable[[str], Tensor], depth: int) -> dict[str, Tensor]:
         for kind in ("weight", "bias"):
             for layer in ("attn.qkv", "attn.proj"):
                 found[f"vision.{block}.{layer}.{kind}"] = get(f"model.visual.{block}.{layer}.{kind}")
-            gate_up = [get(f"model.visual.{block}.mlp.{x}_proj.{kind}") for x in ("gate", "up")]
-            found[f"vision.{block}.mlp.gate_up.{kind}"] = torch.cat(gate_up)
-            found[f"vision.{block}.mlp.down.{kind}"] = get(f"model.visual.{block}.mlp.down_proj.{kind}")
+            gate, up = (get(f"model.visual.{block}.mlp.{x}_proj.{kind}") for x in ("gate", "up"))
+            missing = torch.zeros_like(gate[: -len(gate) % 64])  # neurons up to a multiple of 64
+            assert 0 < len(missing) < 64
+            found[f"vision.{block}.mlp.gate_up.{kind}"] = torch.cat([gate, missing, up, missing])
+        down = get(f"model.visual.{block}.mlp.down_proj.weight")
+        found[f"vision.{block}.mlp.down.weight"] = torch.nn.functional.pad(down, (0, -down.shape[1] % 64))
+        found[f"vision.{block}.mlp.down.bias"] = get(f"model.visual.{block}.mlp.down_proj.bias")
         for norm in ("norm1.weight", "norm2.weight"):
             found[f"vision.{block}.{norm}"] = get(f"model.visual.{block}.{norm}")
     return found

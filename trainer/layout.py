@@ -48,6 +48,7 @@ class Layout:
     reason: str  # one sentence for people
     fp8: bool = False  # matrix products of the layers in 8 bits, tensors scaled one by one
     memory: float | None = None  # predicted peak of a GPU, bytes
+    recomputed_blocks: int = 0  # of the vision tower, see there
 
 
 def batch_format(model: ModelConfig, static: StaticShape | None = None, pinned: bool = False) -> BatchFormat:
@@ -65,13 +66,12 @@ def static_shape(packs: Packs, micro_batch: int, geometry: PatchGeometry | None,
     segments = _largest(packs.column("pack_segments"), micro_batch)
     if geometry is None:
         return StaticShape(segments=segments, patches=0, windows=0, images=0)
-    budget = max(budget, geometry.merge**2)
     window = (geometry.window // geometry.patch) ** 2  # patches
-    padding = -(-(budget - packs.column("pack_patches")) // window)
-    windows = _largest(packs.column("pack_windows") + padding, micro_batch) + 1
-    patches = micro_batch * budget
-    images = _largest(packs.column("pack_images"), micro_batch) + -(-patches // PADDING_IMAGE)
-    return StaticShape(segments, patches, windows, images)
+    budget = -(-max(budget, 1) // window) * window
+    padding = budget - packs.column("pack_patches")
+    windows = _largest(packs.column("pack_windows") + -(-padding // window), micro_batch) + 1
+    images = _largest(packs.column("pack_images") + -(-padding // PADDING_IMAGE), micro_batch)
+    return StaticShape(segments, micro_batch * budget, windows, images)
 
 
 def _largest(values: np.ndarray, count: int) -> int:
@@ -88,8 +88,8 @@ def card() -> str:
     raise UserError(f"the GPU is a {name!r}, and layouts are known for {', '.join(CARDS)}: use one of these")
 
 
-def decide(model: ModelConfig, gpus: int, card: str | None, length: int, global_batch: int) -> Layout:
-    """Layout on `gpus` processes, one device each; card: one of CARDS, None = CPUs.
+def decide(model: ModelConfig, gpus: int, card: str | None, length: int, global_batch: int, patches: int = 0) -> Layout:
+    """Layout on `gpus` processes, one device each; card: one of CARDS, None = CPUs; `patches` a pack may have.
 
     Raises UserError with the figure that breaks it if the model does not fit.
     """
@@ -105,10 +105,19 @@ def decide(model: ModelConfig, gpus: int, card: str | None, length: int, global_
             for m in (8, 4, 2, 1)
             if share % m == 0
             and (m == 1 or m * length <= MOST_TOKENS)
-            and peak_memory(model, tensor_parallel, ranks, m * length) <= room
+            and peak_memory(model, tensor_parallel, ranks, m * length, m * patches) <= room
         ]
+        # One pack at a time, the fewest blocks of the vision tower again in the backward pass (1 ms each).
+        recomputed = 0
+        if not fitting and model.vision:
+            again = [
+                n
+                for n in range(1, model.vision.depth + 1)
+                if peak_memory(model, tensor_parallel, ranks, length, patches, n) <= room
+            ]
+            fitting, recomputed = ([1], again[0]) if again else ([], 0)
         if fitting:
-            memory = peak_memory(model, tensor_parallel, ranks, fitting[0] * length)
+            memory = peak_memory(model, tensor_parallel, ranks, fitting[0] * length, fitting[0] * patches, recomputed)
             split = "the whole model on each GPU" if tensor_parallel == 1 else f"each model over {tensor_parallel} GPUs"
             fp8 = CARDS[card].fp8 and model.hidden_size >= FP8_HIDDEN
             precision = "fp8 in the layers' matrix products" if fp8 else "bfloat16"
@@ -116,17 +125,23 @@ def decide(model: ModelConfig, gpus: int, card: str | None, length: int, global_
                 f"{split}, optimizer state over {ranks} data-parallel rank(s), {fitting[0]} pack(s) of {length} at a "
                 f"time in one CUDA graph, {precision}: {memory / GB:.0f} of {room / GB:.0f} usable GB a GPU predicted"
             )
-            return Layout(tensor_parallel, fitting[0], reason, fp8, memory)
+            if recomputed:
+                reason += f", {recomputed} blocks of the vision tower computed again in the backward pass"
+            return Layout(tensor_parallel, fitting[0], reason, fp8, memory, recomputed)
     tensor_parallel = _tensor_parallels(model, gpus)[-1]
-    memory = peak_memory(model, tensor_parallel, gpus // tensor_parallel, length)
+    memory = peak_memory(model, tensor_parallel, gpus // tensor_parallel, length, patches, _depth(model))
     raise UserError(
         f"{gpus} x {card} cannot train this model on packs of {length}: even over {tensor_parallel} GPU(s) a GPU needs "
-        f"{memory / GB:.0f} GB and has {room / GB:.0f} usable; {_smallest(model, gpus, card, length)}"
+        f"{memory / GB:.0f} GB and has {room / GB:.0f} usable; {_smallest(model, gpus, card, length, patches)}"
     )
 
 
-def peak_memory(model: ModelConfig, tensor_parallel: int, ranks: int, tokens: int) -> float:
-    """Bytes of a GPU: weights, gradients, optimizer state, activations of `tokens` token slots, logits of a chunk."""
+def peak_memory(
+    model: ModelConfig, tensor_parallel: int, ranks: int, tokens: int, patches: int = 0, recomputed: int = 0
+) -> float:
+    """Bytes of a GPU: weights, gradients, optimizer state, activations of `tokens` token slots and `patches`, of whose
+    blocks `recomputed` run again in the backward pass, logits of a chunk.
+    """
     parameters = parameter_count(model) / tensor_parallel
     # bfloat16 weights and float32 gradients; float32 master weights and two moments, sharded over the ranks
     state = parameters * (2 + 4 + 12 / ranks)
@@ -142,7 +157,23 @@ def peak_memory(model: ModelConfig, tensor_parallel: int, ranks: int, tokens: in
     activations = tokens * (model.num_layers * layer + 8 * h)
     logits = 2 * min(tokens, CHUNK) * model.vocab_size / tensor_parallel
     embedding_gradient = 2 * model.vocab_size * model.hidden_size / tensor_parallel
-    return state + activations + logits + embedding_gradient
+    vision = patches * _patch_memory(model.vision, recomputed) if model.vision else 0
+    return state + activations + vision + logits + embedding_gradient
+
+
+def _patch_memory(vision: VisionConfig, recomputed: int) -> float:
+    """Bytes that the tower keeps of a patch for its backward pass, in bfloat16."""
+    h, f = vision.hidden_size, vision.padded_intermediate_size
+    # Both norms' inputs and outputs; query, key and value; attention's output; gate and up, and their product.
+    block = 4 * h + 3 * h + h + 3 * f
+    again = h * recomputed + (block if recomputed else 0)  # all of one block while it runs its backward pass
+    merger = 4 * h  # the norm's input and output, both sides of gelu
+    embedding = vision.channels * vision.patch_size**2
+    return 2 * ((vision.depth - recomputed) * block + again + merger + embedding)
+
+
+def _depth(model: ModelConfig) -> int:
+    return model.vision.depth if model.vision else 0
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -168,11 +199,14 @@ def _tensor_parallels(model: ModelConfig, gpus: int) -> list[int]:
     return [t for t in (1, 2, 4, 8) if gpus % t == 0 and all(count % t == 0 for count in divided)]
 
 
-def _smallest(model: ModelConfig, gpus: int, card: str, length: int) -> str:
+def _smallest(model: ModelConfig, gpus: int, card: str, length: int, patches: int) -> str:
     """What would do, in words."""
     room = CARDS[card].memory * USABLE
     for more in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n > gpus):
-        if any(peak_memory(model, t, more // t, length) <= room for t in _tensor_parallels(model, more)):
+        depth = _depth(model)
+        if any(
+            peak_memory(model, t, more // t, length, patches, depth) <= room for t in _tensor_parallels(model, more)
+        ):
             return f"{more} are the fewest that can"
     return "no number of them up to 512 can: use a smaller model or shorter packs"
 
@@ -183,10 +217,11 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--card", choices=list(CARDS), default="H100")
     parser.add_argument("--length", type=int, default=8192, help="token slots a pack (8192)")
+    parser.add_argument("--patches", type=int, default=0, help="vision patches a pack has at most (0)")
     parser.add_argument("--global-batch", type=int, help="packs a step; default: 16 for each GPU")
     args = parser.parse_args()
     model = SIZES[args.model] if args.model in SIZES else ModelConfig.from_hf(args.model)
-    layout = decide(model, args.gpus, args.card, args.length, args.global_batch or 16 * args.gpus)
+    layout = decide(model, args.gpus, args.card, args.length, args.global_batch or 16 * args.gpus, args.patches)
     memory = layout.memory or 0.0
     for name, value in {
         "model": f"{args.model}, {parameter_count(model):,} parameters",

@@ -44,6 +44,19 @@ def test_precision_follows_card_and_size() -> None:
     assert not decide(SIZES["Qwen2.5-1.5B"], 1, "A100", 8192, 32).fp8
 
 
+def test_vision_blocks_are_computed_again_where_they_do_not_fit() -> None:
+    """VL-3B on 18,816 patches (6 images of 784 x 784): a block keeps 41 kB a patch, all of them 25 GB."""
+    model = SIZES["Qwen2.5-VL-3B"]
+    text, vision, again = (peak_memory(model, 1, 8, 8192, *facts) for facts in ((), (18_816,), (18_816, 32)))
+    assert vision - text == pytest.approx(18_816 * 32 * 2 * (8 * 1280 + 3 * 3456), rel=0.01)
+    assert again - text == pytest.approx(18_816 * 2 * (32 * 1280 + 8 * 1280 + 3 * 3456), rel=0.10)
+    assert decide(model, 8, "H200", 8192, 8, 18_816).recomputed_blocks == 0
+    layout = decide(model, 8, "H100", 8192, 8, 18_816)
+    assert layout.micro_batch == 1
+    assert 0 < layout.recomputed_blocks <= 32
+    assert f"{layout.recomputed_blocks} blocks of the vision tower computed again" in layout.reason
+
+
 def test_a_model_is_split_where_it_must_be() -> None:
     assert decide(SIZES["Qwen2.5-7B"], 8, "H100", 8192, 64).tensor_parallel == 2
     with pytest.raises(UserError, match=r"needs 179 GB and has 79 usable; 4 are the fewest that can"):
@@ -63,8 +76,8 @@ def test_static_shape_has_room_for_the_worst_packs_together() -> None:
             return np.array(self.columns[name])
 
     shape = static_shape(Packs(), 2, PatchGeometry(), 640)  # type: ignore[arg-type]
-    # Windows of a pack and of the padding behind its images (64 patches each): 10, 12, 12, 10.
-    assert (shape.segments, shape.patches, shape.windows, shape.images) == (14, 1280, 25, 3 + 2)
+    # Of a pack and of the padding behind its images: windows (64 patches each) 10, 12, 12, 10, images 1, 2, 2, 2.
+    assert (shape.segments, shape.patches, shape.windows, shape.images) == (14, 1280, 25, 4)
     assert static_shape(Packs(), 3, None, 0).segments == 17  # type: ignore[arg-type]
 
 

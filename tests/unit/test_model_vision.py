@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torch import Tensor
 
 from kanyun.errors import UserError
 from tests.model_golden import Example, batch_of, gradient_errors, load, transformers_answer
@@ -148,6 +149,26 @@ def test_unknown_part(trio: tuple[Any, Any, Any]) -> None:
         freeze(trio[0], "language+viison")
 
 
+def test_recomputed_blocks_change_nothing(trio: tuple[Any, Any, Any], runtime: Runtime) -> None:
+    model, _, processor = trio
+    freeze(model, "all")
+    batch = batch_of(model.model_config, [[example(processor, *sample) for sample in PACKS["odd sizes"][0]]], LENGTH)
+    again = build_model(model.model_config, runtime, recomputed_blocks=3)
+    again.load_state_dict(model.state_dict())
+    runs = []
+    for each in (model, again):
+        kept: list[Tensor] = []  # while the tower runs forward
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            each.vision(batch.vision)
+        each.zero_grad()
+        loss = each(batch)
+        loss.backward()
+        runs.append((len(kept), [loss, *(parameter.grad for parameter in each.parameters())]))
+    (all_kept, plain), (fewer, repeated) = runs
+    assert fewer < all_kept / 2
+    assert all(torch.equal(a, b) for a, b in zip(plain, repeated, strict=True))
+
+
 def test_initial_weights(trio: tuple[Any, Any, Any], runtime: Runtime) -> None:
     config = trio[0].model_config
     config = replace(config, vision=replace(config.vision, initializer_range=0.07))
@@ -158,3 +179,6 @@ def test_initial_weights(trio: tuple[Any, Any, Any], runtime: Runtime) -> None:
     assert model.language.decoder.layers[0].mlp.linear_fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert torch.equal(model.vision.merger.norm.weight, torch.ones(64))
     assert torch.equal(model.vision.blocks[0].attn.qkv.bias, torch.zeros(192))
+    mlp = model.vision.blocks[0].mlp  # 84 neurons, padded to 128
+    assert mlp.gate_up.weight.unflatten(0, (2, 128)).abs().sum((0, 2)).gt(0).tolist() == [True] * 84 + [False] * 44
+    assert mlp.down.weight.abs().sum(0).gt(0).tolist() == [True] * 84 + [False] * 44

@@ -9,16 +9,20 @@ from kanyun.errors import UserError
 from trainer.model.config import ModelConfig
 from trainer.model.qwen2_5 import Qwen2_5
 from trainer.model.qwen2_5_vl import Qwen2_5VL
+from trainer.model.vision import GatedMLP
 from trainer.runtime import Runtime
 
 
-def build_model(config: ModelConfig, runtime: Runtime, *, trainable: str = "all", fp8: bool = False) -> Qwen2_5:
+def build_model(
+    config: ModelConfig, runtime: Runtime, *, trainable: str = "all", fp8: bool = False, recomputed_blocks: int = 0
+) -> Qwen2_5:
     """Qwen2_5, or Qwen2_5VL if the config has a vision tower, on the runtime's device, with random weights.
 
+    `recomputed_blocks`: of the vision tower, see there.
     The weights depend on the runtime's seed (and on CPU or CUDA), not on how many processes there are. Raises UserError
     for a `trainable` that names no part of this model, or a tensor parallelism that does not fit it.
     """
-    model = Qwen2_5VL(config, runtime, fp8) if config.vision else Qwen2_5(config, runtime, fp8)
+    model = Qwen2_5VL(config, runtime, fp8, recomputed_blocks) if config.vision else Qwen2_5(config, runtime, fp8)
     initialize(model, runtime)
     freeze(model, trainable)
     return model
@@ -59,6 +63,9 @@ def initialize(model: Qwen2_5, runtime: Runtime) -> None:
         std = vision.initializer_range if vision else config.initializer_range
         generator = torch.Generator(runtime.device).manual_seed(crc32(f"{runtime.seed} {name}".encode()))
         parameter.copy_(_draw(parameter, std, generator, runtime))
+    for module in model.modules():
+        if isinstance(module, GatedMLP):
+            module.clear_padding()
 
 
 def _draw(parameter: nn.Parameter, std: float, generator: torch.Generator, runtime: Runtime) -> Tensor:

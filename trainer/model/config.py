@@ -32,6 +32,18 @@ class VisionConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def padded_intermediate_size(self) -> int:
+        """As our weights have it: 3420 is no multiple of 8, which matrix products want (of 16 in fp8), so 36 neurons
+        are added that always give 0: their weights and biases are 0, and so are the gradients of those.
+        """
+        return -(-self.intermediate_size // 64) * 64
+
+    @property
+    def longest_window(self) -> int:
+        """Patches."""
+        return (self.window_size // self.patch_size) ** 2
+
+    @property
     def channels(self) -> int:
         return len(self.image_mean)
 
