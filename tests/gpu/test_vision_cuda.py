@@ -1,4 +1,4 @@
-"""Qwen2.5-VL on a GPU: patches padded to a static shape, heads of 80 channels, against transformers sample by sample."""
+"""Qwen2.5-VL on GPU: patches padded to a static shape, heads of 80 channels, against transformers on single samples."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -46,7 +46,7 @@ class VisionTower(nn.Module):
         self, config: VisionConfig, layers: Layers, device: torch.device, dtype: torch.dtype, recomputed: int = 0
     ) -> None:
         super().__init__()
-        self.config, self._precision, self._recomputed = config, layers.precision, recomputed
+        self.config, self.precision, self._recomputed = config, layers.precision, recomputed
         with torch.device(device):
             self.patch_embed = PatchEmbed(config)
             self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.depth))
@@ -57,7 +57,7 @@ class VisionTower(nn.Module):
         """Visual tokens [M, out_hidden_size], in window order; M = P / merge_size^2."""
         x = self.patch_embed(images.patches)
         angles = rotary_2d(images.positions, self.config.head_dim)
-        with self._precision():
+        with self.precision():
             for index, block in enumerate(self.blocks):
                 if index in self.config.full_attention_blocks:
                     facts = angles, images.cu_images, len(x)
@@ -73,7 +73,7 @@ class VisionTower(nn.Module):
             *inputs,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing is random, and a CUDA graph cannot read the state
-            context_fn=lambda: (nullcontext(), self._precision()),
+            context_fn=lambda: (nullcontext(), self.precision()),
         )
         return out
 
