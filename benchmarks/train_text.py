@@ -101,7 +101,7 @@ def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "memory GB": torch.cuda.max_memory_reserved() / 1e9,
             "predicted GB": (run.layout.memory or 0) / 1e9,
             "micro-batch": run.layout.micro_batch,
-            "recomputed layers": run.layout.recompute,
+            "recomputed layers": run.layout.compute.recomputed_layers,
             "data wait": sum(waits[2:]) / sum(seconds[2:]),
             "first step s": first,
             "step s": step,

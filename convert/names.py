@@ -1,13 +1,13 @@
 """The one table of names: which Hugging Face tensors make up which tensor of a megatron checkpoint. Walked both ways.
 
-Nothing is padded: the vocabulary and the vision tower have the same rows on both sides.
+The vocabulary has the same rows on both sides; of the vision tower, only the gated MLP is padded here.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from convert.transforms import COPY, GATE_UP, PATCH_EMBED, QKV, Transform
+from convert.transforms import COPY, GATE_UP, PATCH_EMBED, QKV, VISION_DOWN, VISION_GATE_UP, Transform
 from kanyun.errors import UserError
 from trainer.model import ModelConfig
 
@@ -65,9 +65,9 @@ VISION_BLOCK = _rows(
         ("attn.proj.weight", "attn.proj.weight", COPY),
         ("attn.proj.bias", "attn.proj.bias", COPY),
         ("norm2.weight", "norm2.weight", COPY),
-        ("mlp.gate_up.weight", "mlp.gate_proj.weight mlp.up_proj.weight", GATE_UP),
-        ("mlp.gate_up.bias", "mlp.gate_proj.bias mlp.up_proj.bias", GATE_UP),
-        ("mlp.down.weight", "mlp.down_proj.weight", COPY),
+        ("mlp.gate_up.weight", "mlp.gate_proj.weight mlp.up_proj.weight", VISION_GATE_UP),
+        ("mlp.gate_up.bias", "mlp.gate_proj.bias mlp.up_proj.bias", VISION_GATE_UP),
+        ("mlp.down.weight", "mlp.down_proj.weight", VISION_DOWN),
         ("mlp.down.bias", "mlp.down_proj.bias", COPY),
     ),
 )

@@ -45,10 +45,28 @@ def _patch_shape(config: ModelConfig) -> tuple[int, int, int, int]:
     return vision.channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size
 
 
+def _pad(part: Tensor, config: ModelConfig, dim: int) -> Tensor:
+    """Neurons of the vision tower's gated MLP, along `dim`, with those that the trainer adds: zeros."""
+    assert config.vision is not None
+    added = list(part.shape)
+    added[dim] = config.vision.padded_intermediate_size - config.vision.intermediate_size
+    return torch.cat([part, part.new_zeros(added)], dim)
+
+
+def _cut(part: Tensor, config: ModelConfig, dim: int) -> Tensor:
+    assert config.vision is not None
+    return part.narrow(dim, 0, config.vision.intermediate_size)
+
+
 COPY = Transform(lambda parts, config: parts[0], lambda whole, config: [whole])
 QKV = Transform(_interleave, _separate)
 # Two matrices of equal size, one below the other: the gate's rows, then the up projection's.
 GATE_UP = Transform(lambda parts, config: torch.cat(list(parts)), lambda whole, config: whole.chunk(2))
+VISION_GATE_UP = Transform(
+    lambda parts, config: torch.cat([_pad(part, config, 0) for part in parts]),
+    lambda whole, config: [_cut(part, config, 0) for part in whole.chunk(2)],
+)
+VISION_DOWN = Transform(lambda parts, config: _pad(parts[0], config, 1), lambda whole, config: [_cut(whole, config, 1)])
 PATCH_EMBED = Transform(
     lambda parts, config: parts[0].flatten(1), lambda whole, config: [whole.unflatten(1, _patch_shape(config))]
 )

@@ -101,6 +101,7 @@ def tiny_vl_folder(
     layers: int = 2,
     min_pixels: int = 56 * 56,
     max_pixels: int = 256 * 28 * 28,
+    vision_hidden_size: int = 64,
     real_vocabulary: bool = False,
 ) -> Path:
     """A Qwen2.5-VL of 64 channels with random weights in float32, with tokenizer, template and processor settings.
@@ -120,7 +121,7 @@ def tiny_vl_folder(
         },
         vision_config={
             "depth": 4,
-            "hidden_size": 64,
+            "hidden_size": vision_hidden_size,
             "num_heads": 4,
             "intermediate_size": 84,
             "out_hidden_size": 64,

@@ -14,7 +14,7 @@ from kanyun.errors import UserError, run_cli
 from trainer.data.batch import PADDING_IMAGE, BatchFormat, StaticShape
 from trainer.data.images import PatchGeometry
 from trainer.data.source import Packs
-from trainer.model.config import ModelConfig, VisionConfig
+from trainer.model.config import BFLOAT16, Compute, ModelConfig, VisionConfig
 from trainer.model.loss import CHUNK
 from trainer.model.sizes import SIZES
 
@@ -46,8 +46,7 @@ class Layout:
     tensor_parallel: int  # processes that share one model
     micro_batch: int  # packs that go through the model at once
     reason: str  # one sentence for people
-    fp8: bool = False  # matrix products of the layers in 8 bits, tensors scaled one by one
-    recompute: int = 0  # layers of the language model whose activations are computed again in the backward pass
+    compute: Compute = BFLOAT16
     memory: float | None = None  # predicted peak of a GPU, bytes
 
 
@@ -66,13 +65,12 @@ def static_shape(packs: Packs, micro_batch: int, geometry: PatchGeometry | None,
     segments = _largest(packs.column("pack_segments"), micro_batch)
     if geometry is None:
         return StaticShape(segments=segments, patches=0, windows=0, images=0)
-    budget = max(budget, geometry.merge**2)
     window = (geometry.window // geometry.patch) ** 2  # patches
-    padding = -(-(budget - packs.column("pack_patches")) // window)
-    windows = _largest(packs.column("pack_windows") + padding, micro_batch) + 1
-    patches = micro_batch * budget
-    images = _largest(packs.column("pack_images"), micro_batch) + -(-patches // PADDING_IMAGE)
-    return StaticShape(segments, patches, windows, images)
+    budget = -(-max(budget, 1) // window) * window
+    padding = budget - packs.column("pack_patches")
+    windows = _largest(packs.column("pack_windows") + -(-padding // window), micro_batch) + 1
+    images = _largest(packs.column("pack_images") + -(-padding // PADDING_IMAGE), micro_batch)
+    return StaticShape(segments, micro_batch * budget, windows, images)
 
 
 def _largest(values: np.ndarray, count: int) -> int:
@@ -89,46 +87,63 @@ def card() -> str:
     raise UserError(f"the GPU is a {name!r}, and layouts are known for {', '.join(CARDS)}: use one of these")
 
 
-def decide(model: ModelConfig, gpus: int, card: str | None, length: int, global_batch: int) -> Layout:
-    """Layout on `gpus` processes, one device each; card: one of CARDS, None = CPUs.
+def decide(model: ModelConfig, gpus: int, card: str | None, length: int, global_batch: int, patches: int = 0) -> Layout:
+    """Layout on `gpus` processes, one device each; card: one of CARDS, None = CPUs; `patches` a pack may have.
 
     Raises UserError with the figure that breaks it if the model does not fit.
     """
     if card is None:
         reason = f"the whole model on each of {gpus} CPU process(es), one pack at a time: it needs the least memory"
         return Layout(tensor_parallel=1, micro_batch=1, reason=reason)
-    room, fp8 = CARDS[card].memory * USABLE, CARDS[card].fp8 and model.hidden_size >= FP8_HIDDEN
+    room, fp8 = CARDS[card].memory * USABLE, _fp8(model, card)
     for tensor_parallel in _tensor_parallels(model, gpus):
         ranks = gpus // tensor_parallel
         share = global_batch // ranks  # packs of a step that one rank has
-        most = model.num_layers // (1 if tensor_parallel == _tensor_parallels(model, gpus)[-1] else 2)
-        choices = [(m, 0) for m in (8, 4, 2, 1) if share % m == 0 and (m == 1 or m * length <= MOST_TOKENS)]
-        for micro_batch, recompute in choices + [(1, layers) for layers in range(1, most + 1)]:
-            memory = peak_memory(model, tensor_parallel, ranks, micro_batch * length, fp8, recompute)
-            if memory > room:
-                continue
-            split = "the whole model on each GPU" if tensor_parallel == 1 else f"each model over {tensor_parallel} GPUs"
-            precision = "fp8 in the layers' matrix products" if fp8 else "bfloat16"
-            again = f"{recompute} of {model.num_layers} layers computed again in backward, " if recompute else ""
-            reason = (
-                f"{split}, optimizer state over {ranks} data-parallel rank(s), {micro_batch} pack(s) of {length} at a "
-                f"time in one CUDA graph, {again}{precision}: {memory / GB:.0f} of {room / GB:.0f} usable GB a GPU "
-                "predicted"
-            )
-            return Layout(tensor_parallel, micro_batch, reason, fp8, recompute, memory)
+        # Up to a quarter of the layers again, a twelfth of the work, rather than split further.
+        most = model.num_layers // (1 if tensor_parallel == _tensor_parallels(model, gpus)[-1] else 4)
+        several = [m for m in (8, 4, 2) if share % m == 0 and m * length <= MOST_TOKENS]
+        # For 0.7 GB a block of the vision tower takes 1 ms again (18,816 patches), a layer of 3B 2 ms (8192 tokens).
+        choices = [(m, Compute(fp8)) for m in (*several, 1)]
+        choices += [(1, Compute(fp8, 0, blocks)) for blocks in range(1, _depth(model) + 1)]
+        choices += [(1, Compute(fp8, layers, _depth(model))) for layers in range(1, most + 1)]
+        for micro_batch, compute in choices:
+            memory = peak_memory(model, tensor_parallel, ranks, micro_batch * length, micro_batch * patches, compute)
+            if memory <= room:
+                packs, needs = f"{micro_batch} pack(s) of {length}", f"{memory / GB:.0f} of {room / GB:.0f}"
+                needs += " usable GB a GPU predicted"
+                reason = _reason(model, tensor_parallel, ranks, packs, compute, needs)
+                return Layout(tensor_parallel, micro_batch, reason, compute, memory)
     tensor_parallel = _tensor_parallels(model, gpus)[-1]
-    memory = peak_memory(model, tensor_parallel, gpus // tensor_parallel, length, fp8, model.num_layers)
+    compute = Compute(fp8, model.num_layers, _depth(model))
+    memory = peak_memory(model, tensor_parallel, gpus // tensor_parallel, length, patches, compute)
     raise UserError(
         f"{gpus} x {card} cannot train this model on packs of {length}: even over {tensor_parallel} GPU(s) a GPU needs "
-        f"{memory / GB:.0f} GB and has {room / GB:.0f} usable; {_smallest(model, gpus, card, length)}"
+        f"{memory / GB:.0f} GB and has {room / GB:.0f} usable; {_smallest(model, gpus, card, length, patches)}"
     )
 
 
+def _reason(model: ModelConfig, tensor_parallel: int, ranks: int, packs: str, compute: Compute, memory: str) -> str:
+    """The choice as one sentence."""
+    facts = [
+        "the whole model on each GPU" if tensor_parallel == 1 else f"each model over {tensor_parallel} GPUs",
+        f"optimizer state over {ranks} data-parallel rank(s)",
+        f"{packs} at a time in one CUDA graph",
+        "fp8 in the layers' matrix products" if compute.fp8 else "bfloat16",
+    ]
+    if compute.recomputed_blocks:
+        facts.append(f"{compute.recomputed_blocks} of {_depth(model)} blocks of the vision tower again in backward")
+    if compute.recomputed_layers:
+        facts.append(f"{compute.recomputed_layers} of {model.num_layers} layers again in backward")
+    return f"{', '.join(facts)}: {memory}"
+
+
 def peak_memory(
-    model: ModelConfig, tensor_parallel: int, ranks: int, tokens: int, fp8: bool, recompute: int = 0
+    model: ModelConfig, tensor_parallel: int, ranks: int, tokens: int, patches: int, compute: Compute
 ) -> float:
-    """Bytes of a GPU: weights, gradients, optimizer state, activations of `tokens` token slots, logits of a chunk."""
-    parameters = parameter_count(model) / tensor_parallel
+    """Bytes of a GPU: weights, gradients, optimizer state, activations of `tokens` token slots and `patches`, logits of
+    a chunk.
+    """
+    parameters, again = parameter_count(model) / tensor_parallel, compute.recomputed_layers
     # bfloat16 weights, float32 gradients; sharded over the ranks two moments and the other 16 bits of master weights
     state = parameters * (2 + 4 + 10 / ranks)
     h, q, kv, f = (
@@ -140,16 +155,35 @@ def peak_memory(
     # What a layer keeps of a token for its backward pass, in bfloat16: both norms' inputs; query, key and value, once
     # more turned by rope; attention's output; gate and up. And the inputs of its matrix products: both norms' outputs
     # and the product of gate and up, in 8 bits in fp8, where attention's output is kept once more.
-    inputs = (2 * h + q + f) if fp8 else 2 * (2 * h + f)
+    inputs = (2 * h + q + f) if compute.fp8 else 2 * (2 * h + f)
     layer = (2 * (2 * h + (q + 2 * kv) + (q + kv) + q + 2 * f) + inputs) / tensor_parallel
-    kept = (model.num_layers - recompute + (recompute > 0)) * layer + recompute * 2 * h / tensor_parallel
+    kept = (model.num_layers - again + (again > 0)) * layer + again * 2 * h / tensor_parallel
     activations = tokens * (kept + 8 * h)
     # In fp8 the layers' weights are cast in every forward pass, and kept in 8 bits for the backward pass.
     embeddings = model.vocab_size * h * (1 if model.tied else 2)
-    state += fp8 * (parameters - embeddings / tensor_parallel)
+    state += compute.fp8 * (parameters - embeddings / tensor_parallel)
     logits = 2 * min(tokens, CHUNK) * model.vocab_size / tensor_parallel
     embedding_gradient = 2 * model.vocab_size * model.hidden_size / tensor_parallel
-    return state + activations + logits + embedding_gradient
+    vision = patches * _patch_memory(model.vision, compute) if model.vision else 0
+    return state + activations + vision + logits + embedding_gradient
+
+
+def _patch_memory(vision: VisionConfig, compute: Compute) -> float:
+    """Bytes that the tower keeps of a patch for its backward pass; see peak_memory's layer."""
+    h, f, again = vision.hidden_size, vision.padded_intermediate_size, compute.recomputed_blocks
+    inputs = (2 * h + h + f) if compute.fp8 else 2 * (2 * h + f)
+    block = 2 * (2 * h + 3 * h + h + 2 * f) + inputs
+    merger = 2 * 4 * h  # the norm's input and output, both sides of gelu
+    embedding = 2 * vision.channels * vision.patch_size**2
+    return (vision.depth - again + (again > 0)) * block + again * 2 * h + merger + embedding
+
+
+def _fp8(model: ModelConfig, card: str) -> bool:
+    return CARDS[card].fp8 and model.hidden_size >= FP8_HIDDEN
+
+
+def _depth(model: ModelConfig) -> int:
+    return model.vision.depth if model.vision else 0
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -175,12 +209,12 @@ def _tensor_parallels(model: ModelConfig, gpus: int) -> list[int]:
     return [t for t in (1, 2, 4, 8) if gpus % t == 0 and all(count % t == 0 for count in divided)]
 
 
-def _smallest(model: ModelConfig, gpus: int, card: str, length: int) -> str:
+def _smallest(model: ModelConfig, gpus: int, card: str, length: int, patches: int) -> str:
     """What would do, in words."""
-    room, fp8 = CARDS[card].memory * USABLE, CARDS[card].fp8 and model.hidden_size >= FP8_HIDDEN
+    room, compute = CARDS[card].memory * USABLE, Compute(_fp8(model, card), model.num_layers, _depth(model))
     for more in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n > gpus):
         splits = _tensor_parallels(model, more)
-        if any(peak_memory(model, t, more // t, length, fp8, model.num_layers) <= room for t in splits):
+        if any(peak_memory(model, t, more // t, length, patches, compute) <= room for t in splits):
             return f"{more} are the fewest that can"
     return "no number of them up to 512 can: use a smaller model or shorter packs"
 
@@ -191,10 +225,14 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--card", choices=list(CARDS), default="H100")
     parser.add_argument("--length", type=int, default=8192, help="token slots a pack (8192)")
+    parser.add_argument(
+        "--patches", type=int, help="vision patches a pack; default: twice the length, half of all tokens"
+    )
     parser.add_argument("--global-batch", type=int, help="packs a step; default: 16 for each GPU")
     args = parser.parse_args()
     model = SIZES[args.model] if args.model in SIZES else ModelConfig.from_hf(args.model)
-    layout = decide(model, args.gpus, args.card, args.length, args.global_batch or 16 * args.gpus)
+    patches = 2 * args.length if args.patches is None else args.patches
+    layout = decide(model, args.gpus, args.card, args.length, args.global_batch or 16 * args.gpus, patches)
     memory = layout.memory or 0.0
     for name, value in {
         "model": f"{args.model}, {parameter_count(model):,} parameters",

@@ -66,7 +66,8 @@ class Run:
         elif config.init != "random":
             init = checkpoint.resolve(config.init)
             replace(checkpoint.read_state(init), run={}).require(start, init.uri)
-        layout = decide(model, world, card() if cuda else None, config.length, config.global_batch)
+        device = card() if cuda else None
+        layout = decide(model, world, device, config.length, config.global_batch, data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume)
 
 
@@ -106,9 +107,7 @@ class Trainer:
         self.held_out = self._open.enter_context(held_out) if held_out else None
         self.steps = config.steps or self.stream.steps(config.epochs or 0)
 
-        self.model = build_model(
-            run.model, runtime, trainable=config.trainable, fp8=layout.fp8, recompute=layout.recompute
-        )
+        self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
         if run.resume is None and config.init != "random":
             checkpoint.load(checkpoint.resolve(config.init), self.model)
         ddp_config = DistributedDataParallelConfig(

@@ -122,22 +122,22 @@ def test_equals_the_slow_reference(micro_batch: int) -> None:
         batch = make_batch([as_pack(i, pack) for i, pack in enumerate(chosen)], VISION)
         used, windows, images = check(batch, chosen)
         assert batch.vision is not None
-        assert len(batch.vision.patches) == max(used, 4)
-        if used:
-            assert len(batch.vision.cu_windows) == windows + 1
-            assert len(batch.vision.cu_images) == images + 1
+        assert len(batch.vision.patches) == max(-(-used // 64), 1) * 64
+        padded = len(batch.vision.patches) > used  # a window and an image more
+        assert len(batch.vision.cu_windows) == windows + 1 + padded
+        assert len(batch.vision.cu_images) == images + 1 + padded
         dtypes = {f.name: getattr(batch, f.name).dtype for f in fields(Batch) if f.name != "vision"}
         assert dtypes["position_ids"] == dtypes["labels"] == dtypes["input_ids"] == torch.int64
         assert (dtypes["loss_mask"], dtypes["cu_seqlens"]) == (torch.float32, torch.int32)
 
 
-def test_a_pack_without_images_runs_the_tower_on_one_dummy_token() -> None:
+def test_a_pack_without_images_runs_the_tower_on_one_dummy_window() -> None:
     rng = np.random.default_rng(0)
     vision = make_batch([as_pack(0, [random_sample(rng, 0, 20)])], VISION).vision
     assert vision is not None
-    assert vision.patches.shape == (4, 588)
-    assert vision.cu_windows.tolist() == vision.cu_images.tolist() == [0, 4]
-    assert vision.token_index.tolist() == [LENGTH]  # goes nowhere
+    assert vision.patches.shape == (64, 588)
+    assert vision.cu_windows.tolist() == vision.cu_images.tolist() == [0, 64]
+    assert vision.token_index.tolist() == [LENGTH] * 16  # goes nowhere
 
 
 def test_static_shapes_pad_without_touching_real_images() -> None:

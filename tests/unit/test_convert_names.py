@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.names import canonical, require_same, table
-from convert.transforms import GATE_UP, PATCH_EMBED, QKV
+from convert.transforms import GATE_UP, PATCH_EMBED, QKV, VISION_DOWN, VISION_GATE_UP
 from kanyun.errors import UserError
 from trainer.model import ModelConfig, VisionConfig
 
@@ -98,6 +98,25 @@ def test_gate_and_up(rows: int, width: int) -> None:
     assert torch.equal(fused[:rows], gate)
     assert torch.equal(fused[rows:], up)
     assert all(map(torch.equal, GATE_UP.to_hf(fused, CONFIG), (gate, up)))
+
+
+def test_neurons_of_the_vision_tower_are_padded_with_zeros() -> None:
+    """48 to 64 here, 3420 to 3456 in Qwen2.5-VL-3B."""
+    gate, up, down, bias = torch.randn(48, 32), torch.randn(48, 32), torch.randn(32, 48), torch.randn(48)
+    fused = VISION_GATE_UP.to_megatron([gate, up], CONFIG)
+    assert fused.shape == (128, 32)
+    assert torch.equal(fused[:48], gate)
+    assert torch.equal(fused[64:112], up)
+    assert not fused[48:64].any()
+    assert not fused[112:].any()
+    assert all(map(torch.equal, VISION_GATE_UP.to_hf(fused, CONFIG), (gate, up)))
+    assert VISION_GATE_UP.to_megatron([bias, bias], CONFIG).shape == (128,)
+    columns = VISION_DOWN.to_megatron([down], CONFIG)
+    assert columns.shape == (32, 64)
+    assert not columns[:, 48:].any()
+    assert torch.equal(VISION_DOWN.to_hf(columns, CONFIG)[0], down)
+    assert replace(VISION, intermediate_size=3420).padded_intermediate_size == 3456
+    assert replace(VISION, intermediate_size=3456).padded_intermediate_size == 3456
 
 
 def test_patch_embedding() -> None:

@@ -10,14 +10,18 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torch import Tensor
 
 from kanyun.errors import UserError
 from tests.model_golden import Example, batch_of, gradient_errors, load, transformers_answer
 from tests.qwen_assets import tiny_vl_folder
+from trainer.data.batch import Batch, StaticShape
 from trainer.model import ModelConfig, Qwen2_5VL, build_model, freeze
+from trainer.model.config import Compute
+from trainer.model.vision import VisionTower
 from trainer.runtime import Runtime
 
-LENGTH = 512
+LENGTH = 640
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def runtime() -> Iterator[Runtime]:
 @pytest.fixture(scope="module")
 def trio(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> tuple[Any, Any, Any]:
     """Our model and transformers', with the same weights, and transformers' processor."""
-    folder = tiny_vl_folder(tmp_path_factory.mktemp("vl"), layers=2)
+    folder = tiny_vl_folder(tmp_path_factory.mktemp("vl"), layers=2, min_pixels=28 * 28)
     reference = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     model = build_model(ModelConfig.from_hf(str(folder)), runtime)
     load(model, reference)
@@ -57,12 +61,15 @@ def example(processor: Any, text: str, *sizes: tuple[int, int]) -> Example:
     return Example(input_ids, trained, processed, images, grids)
 
 
-# Sizes: the smallest, odd ones, thin ones, one window exactly, windows cut off at the borders.
+# Sizes: the smallest (one visual token), the largest (256 of them), odd ones, thin ones (200 to 1), one window exactly,
+# windows cut off at the borders.
 PACKS = {
     "no image": [[("The quick brown fox.",), ("jumps over the lazy dog, again and again.",)]],
     "one image": [[("What is this?", (112, 112))]],
     "odd sizes": [[("Compare.", (56, 56), (301, 117)), ("Only text here.",), ("And?", (29, 411), (173, 90), (60, 61))]],
     "image first and last": [[("", (200, 140)), ("x", (140, 200))]],
+    "smallest and thinnest": [[("Dot.", (28, 28)), ("Line.", (28, 5600)), ("Text.",), ("Both.", (5000, 30), (28, 28))]],
+    "largest": [[("Big.", (448, 448)), ("Shrunk.", (1000, 300))]],
     "two packs": [[("One.", (150, 260))], [("Nothing.",), ("Two.", (260, 150))]],
 }
 
@@ -80,10 +87,11 @@ def test_each_sample_is_as_if_alone(trio: tuple[Any, Any, Any], name: str) -> No
             start += len(expected)
 
 
-def test_loss_and_every_gradient(trio: tuple[Any, Any, Any]) -> None:
+@pytest.mark.parametrize("name", ["odd sizes", "smallest and thinnest"])
+def test_loss_and_every_gradient(trio: tuple[Any, Any, Any], name: str) -> None:
     model, reference, processor = trio
     freeze(model, "all")
-    pack = [example(processor, *sample) for sample in PACKS["odd sizes"][0]]
+    pack = [example(processor, *sample) for sample in PACKS[name][0]]
     batch = batch_of(model.model_config, [pack], LENGTH)
     total = model(batch)
     expected = sum(transformers_answer(reference, sample)[1] for sample in pack)
@@ -95,6 +103,20 @@ def test_loss_and_every_gradient(trio: tuple[Any, Any, Any]) -> None:
     expected.backward()
     errors = gradient_errors(model, reference)
     assert max(errors.values()) < 5e-5, errors
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_loss_in_a_pack_is_the_loss_alone(trio: tuple[Any, Any, Any], name: str) -> None:
+    """Also where patches are padded to a static shape, as on a GPU."""
+    model, _, processor = trio
+    packs = [[example(processor, *sample) for sample in pack] for pack in PACKS[name]]
+    static = StaticShape(segments=16, patches=3200, windows=160, images=16)
+    with torch.no_grad():
+        alone = [model(batch_of(model.model_config, [[sample]], LENGTH)).item() for pack in packs for sample in pack]
+        assert min(alone) > 1
+        for shape in (None, static):
+            together = model(batch_of(model.model_config, packs, LENGTH, shape)).item()
+            assert together == pytest.approx(sum(alone), rel=1e-6)
 
 
 def test_pixels_reach_only_their_own_sample(trio: tuple[Any, Any, Any]) -> None:
@@ -143,9 +165,52 @@ def test_trainable_parts(trio: tuple[Any, Any, Any], trainable: str, prefixes: t
     freeze(model, "all")
 
 
+def kept(tower: VisionTower, batch: Batch) -> float:
+    """Values that the tower keeps for its backward pass, its weights aside; in units of a hidden state."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in tower.parameters()}
+    found: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            found.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        tower(batch.vision)
+    assert batch.vision is not None
+    return sum(found) / len(batch.vision.patches) / tower.config.hidden_size
+
+
+def test_frozen_blocks_have_no_backward_pass(trio: tuple[Any, Any, Any]) -> None:
+    model, _, processor = trio
+    batch = batch_of(model.model_config, [[example(processor, "What is this?", (112, 84))]], LENGTH)
+    freeze(model, "language")
+    assert kept(model.vision, batch) == 0
+    freeze(model, "language+merger")
+    assert 2 < kept(model.vision, batch) < 5  # the norm's input and output, both sides of gelu
+    freeze(model, "all")
+    assert kept(model.vision, batch) > 4 * 7
+
+
 def test_unknown_part(trio: tuple[Any, Any, Any]) -> None:
     with pytest.raises(UserError, match=r"'viison' is no part of this model: all, or some of language\+vision\+merger"):
         freeze(trio[0], "language+viison")
+
+
+def test_recomputed_blocks_change_nothing(trio: tuple[Any, Any, Any], runtime: Runtime) -> None:
+    model, _, processor = trio
+    freeze(model, "all")
+    batch = batch_of(model.model_config, [[example(processor, *sample) for sample in PACKS["odd sizes"][0]]], LENGTH)
+    again = build_model(model.model_config, runtime, compute=Compute(recomputed_blocks=3))
+    again.load_state_dict(model.state_dict())
+    runs = []
+    for each in (model, again):
+        each.zero_grad()
+        loss = each(batch)
+        loss.backward()
+        runs.append([loss, *(parameter.grad for parameter in each.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert kept(again.vision, batch) < kept(model.vision, batch) / 2
 
 
 def test_initial_weights(trio: tuple[Any, Any, Any], runtime: Runtime) -> None:
@@ -158,3 +223,6 @@ def test_initial_weights(trio: tuple[Any, Any, Any], runtime: Runtime) -> None:
     assert model.language.decoder.layers[0].mlp.linear_fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert torch.equal(model.vision.merger.norm.weight, torch.ones(64))
     assert torch.equal(model.vision.blocks[0].attn.qkv.bias, torch.zeros(192))
+    mlp = model.vision.blocks[0].mlp  # 84 neurons, padded to 128
+    assert mlp.gate_up.weight.unflatten(0, (2, 128)).abs().sum((0, 2)).gt(0).tolist() == [True] * 84 + [False] * 44
+    assert mlp.down.weight.abs().sum(0).gt(0).tolist() == [True] * 84 + [False] * 44

@@ -83,7 +83,7 @@ class BatchFormat:
 def make_batch(packs: Sequence[Pack], form: BatchFormat) -> Batch:
     """Decode and lay out packs end to end.
 
-    A model with a vision tower always gets at least the 4 patches of one visual token, so that the tower runs, and its
+    A model with a vision tower always gets at least one attention window of patches, so that the tower runs, and its
     gradients are reduced, on every rank in every step. Raises DatasetError naming the pack (and image) at fault.
     """
     input_ids = np.concatenate([pack.input_ids for pack in packs]).astype(np.int64)
@@ -122,7 +122,9 @@ def _positions(pack: Pack, form: BatchFormat) -> np.ndarray:
 def _vision(packs: Sequence[Pack], input_ids: np.ndarray, geometry: PatchGeometry, form: BatchFormat) -> VisionBatch:
     unit = geometry.merge**2  # patches a visual token
     used = sum(pack.patches for pack in packs)
-    total = form.static.patches if form.static else max(used, unit)
+    window = (geometry.window // geometry.patch) ** 2
+    # Without a static shape up to a whole window: fp8 wants a multiple of 8 rows, of visual tokens too.
+    total = form.static.patches if form.static else -(-max(used, 1) // window) * window
     if used > total:
         raise DatasetError(f"{used} patches in packs {_names(packs)}, but the layout has room for {total}")
     patches = torch.empty(total, geometry.pixels, dtype=torch.uint8, pin_memory=form.pinned)
@@ -148,7 +150,7 @@ def _vision(packs: Sequence[Pack], input_ids: np.ndarray, geometry: PatchGeometr
             windows.append(order.windows)
             images.append(height * width)
             start = end
-    windows.append(_pieces(total - used, (geometry.window // geometry.patch) ** 2))
+    windows.append(_pieces(total - used, window))
     padding_images = _pieces(total - used, PADDING_IMAGE)
     cu_windows = np.cumsum(np.concatenate(windows))
     cu_images = np.cumsum([*images, *padding_images])

@@ -100,7 +100,7 @@ class PackedData:
     @property
     def vision_budget(self) -> int:
         """The most patches any pack has; 0 = text only."""
-        return max(dataset.manifest.vision_budget for dataset in self.datasets)
+        return int(self.all.column("pack_patches").max(initial=0))
 
     def _check(self, dataset: PackedDataset, model: Fingerprint) -> None:
         manifest, uri = dataset.manifest, dataset.folder.uri

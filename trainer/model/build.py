@@ -6,22 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from kanyun.errors import UserError
-from trainer.model.config import ModelConfig
+from trainer.model.config import BFLOAT16, Compute, ModelConfig
 from trainer.model.qwen2_5 import Qwen2_5
 from trainer.model.qwen2_5_vl import Qwen2_5VL
+from trainer.model.vision import GatedMLP
 from trainer.runtime import Runtime
 
 
 def build_model(
-    config: ModelConfig, runtime: Runtime, *, trainable: str = "all", fp8: bool = False, recompute: int = 0
+    config: ModelConfig, runtime: Runtime, *, trainable: str = "all", compute: Compute = BFLOAT16
 ) -> Qwen2_5:
     """Qwen2_5, or Qwen2_5VL if the config has a vision tower, on the runtime's device, with random weights.
 
     The weights depend on the runtime's seed (and on CPU or CUDA), not on how many processes there are. Raises UserError
     for a `trainable` that names no part of this model, or a tensor parallelism that does not fit it.
     """
-    kind = Qwen2_5VL if config.vision else Qwen2_5
-    model = kind(config, runtime, fp8, recompute)
+    model = (Qwen2_5VL if config.vision else Qwen2_5)(config, runtime, compute)
     initialize(model, runtime)
     freeze(model, trainable)
     return model
@@ -62,6 +62,9 @@ def initialize(model: Qwen2_5, runtime: Runtime) -> None:
         std = vision.initializer_range if vision else config.initializer_range
         generator = torch.Generator(runtime.device).manual_seed(crc32(f"{runtime.seed} {name}".encode()))
         parameter.copy_(_draw(parameter, std, generator, runtime))
+    for module in model.modules():
+        if isinstance(module, GatedMLP):
+            module.clear_padding()
 
 
 def _draw(parameter: nn.Parameter, std: float, generator: torch.Generator, runtime: Runtime) -> Tensor:

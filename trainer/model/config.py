@@ -32,6 +32,18 @@ class VisionConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def padded_intermediate_size(self) -> int:
+        """As our weights have it: 3420 is no multiple of 8, which matrix products want (of 16 in fp8), so 36 neurons
+        are added that always give 0: their weights and biases are 0, and so are the gradients of those.
+        """
+        return -(-self.intermediate_size // 64) * 64
+
+    @property
+    def longest_window(self) -> int:
+        """Patches."""
+        return (self.window_size // self.patch_size) ** 2
+
+    @property
     def channels(self) -> int:
         return len(self.image_mean)
 
@@ -132,3 +144,16 @@ def _vision_config(vision: dict[str, Any], folder: Folder) -> VisionConfig:
         image_mean=tuple(processor["image_mean"]),
         image_std=tuple(processor["image_std"]),
     )
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model computes what it does; layout.py decides."""
+
+    fp8: bool = False  # matrix products of the layers in 8 bits, tensors scaled one by one
+    # So many, the first, keep only their input for the backward pass, and run again in it.
+    recomputed_layers: int = 0  # of the language model
+    recomputed_blocks: int = 0  # of the vision tower
+
+
+BFLOAT16 = Compute()

@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 
 from kanyun.errors import UserError
 from trainer.data.batch import Batch
-from trainer.model.config import ModelConfig
+from trainer.model.config import BFLOAT16, Compute, ModelConfig
 from trainer.model.loss import IGNORED, LinearCrossEntropy
 from trainer.runtime import Runtime
 
@@ -28,8 +28,8 @@ EXTRA_STATE = "._extra_state"
 class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
     """Batch in, loss out."""
 
-    def __init__(self, model_config: ModelConfig, runtime: Runtime, fp8: bool = False, recompute: int = 0) -> None:
-        super().__init__(core_config(model_config, runtime, fp8, recompute))
+    def __init__(self, model_config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT16) -> None:
+        super().__init__(core_config(model_config, runtime, compute))
         self.model_config = model_config
         self.language = GPTModel(
             self.config,
@@ -99,7 +99,7 @@ def _ignore_extra_state(model: Module, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(EXTRA_STATE)]
 
 
-def core_config(config: ModelConfig, runtime: Runtime, fp8: bool = False, recompute: int = 0) -> TransformerConfig:
+def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT16) -> TransformerConfig:
     """The facts of the model in megatron.core's words, and what its fused kernels may do on this device.
 
     Raises UserError if tensor parallelism does not divide the model.
@@ -136,15 +136,15 @@ def core_config(config: ModelConfig, runtime: Runtime, fp8: bool = False, recomp
         params_dtype=runtime.dtype,
         bf16=runtime.dtype == torch.bfloat16,
         # Scales of the tensors at hand, not of steps before: no history that a checkpoint or a CUDA graph would carry.
-        fp8="hybrid" if fp8 else None,
+        fp8="hybrid" if compute.fp8 else None,
         fp8_recipe="tensorwise",
         # Weights are cast in every micro-batch. megatron.core would do so in a step's first one, by a flag of the host
         # that a graph does not see: it replays the cast weights of the capture for ever.
         disable_parameter_transpose_cache=True,
         # The first layers: they wait longest for their backward pass.
-        recompute_granularity="full" if recompute else None,
-        recompute_method="block" if recompute else None,
-        recompute_num_layers=recompute or None,
+        recompute_granularity="full" if compute.recomputed_layers else None,
+        recompute_method="block" if compute.recomputed_layers else None,
+        recompute_num_layers=compute.recomputed_layers or None,
         tensor_model_parallel_size=runtime.tensor_parallel,
         sequence_parallel=runtime.tensor_parallel > 1,
         gradient_accumulation_fusion=False,

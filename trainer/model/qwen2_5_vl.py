@@ -5,21 +5,29 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trainer.data.batch import Batch
-from trainer.model.config import ModelConfig
+from trainer.model.config import BFLOAT16, Compute, ModelConfig
 from trainer.model.qwen2_5 import Qwen2_5
-from trainer.model.vision import VisionTower
+from trainer.model.vision import Layers, VisionTower, reference_layers
 from trainer.runtime import Runtime
 
 
 class Qwen2_5VL(Qwen2_5):  # noqa: N801 - the model's name
     """A batch always has patches, dummies if there is no image: every step of every rank does the same work."""
 
-    def __init__(self, model_config: ModelConfig, runtime: Runtime, fp8: bool = False, recompute: int = 0) -> None:
-        super().__init__(model_config, runtime, fp8, recompute)
+    def __init__(self, model_config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT16) -> None:
+        super().__init__(model_config, runtime, compute)
         assert model_config.vision is not None
+        # Whole on every tensor parallel rank.
         self.vision = VisionTower(
-            model_config.vision, runtime.device, runtime.dtype
-        )  # whole on every tensor parallel rank
+            model_config.vision, self._layers(runtime), runtime.device, runtime.dtype, compute.recomputed_blocks
+        )
+
+    def _layers(self, runtime: Runtime) -> Layers:
+        if runtime.cuda:
+            from trainer.model.vision_te import te_layers
+
+            return te_layers(self.config, runtime.device)
+        return reference_layers()
 
     def _embed(self, batch: Batch) -> Tensor:
         assert batch.vision is not None, "a batch for an image model carries patches, even if they are dummies"

@@ -1,0 +1,260 @@
+"""Training Qwen2.5-VL on one GPU: whole steps of ours, and of Hugging Face + Liger kernels on the same packs.
+
+usage: python benchmarks/train_vision.py DATA [--rows 2 4 6 mix] [--precisions bf16 fp8] [--steps 4] [--ours-only]
+DATA is what vision_data.py wrote; a row is the number of pictures in a pack. Each run is a process of its own, one
+after the other, on the same card. A step is all of it: reading packs, decoding pictures, forward, backward,
+clipping, optimizer. FLOPs are the model's, language and vision tower, without padding and recomputation
+(trainer/flops.py). The peer is given our packing and FlashAttention for segments, windows and whole images, Liger's
+kernels, torch's fused AdamW in bfloat16; for 6 pictures it must checkpoint activations, or it runs out of memory.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from itertools import islice, pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor
+
+from benchmarks.train_text import LENGTH, profile
+from benchmarks.vision_data import hf_config
+from trainer import layout
+from trainer.config import TrainConfig
+from trainer.data.batch import Batch
+
+CHECKPOINTED = {"6", "mix"}  # rows that the peer has no memory for otherwise
+STEPS = 1000  # of the schedule
+
+
+def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
+    model = folder / "hf"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(hf_config(args.model)))
+    for file in (Path(args.data) / "model").iterdir():
+        if file.name != "config.json":
+            (model / file.name).symlink_to(file.resolve())
+    return TrainConfig(
+        model=str(model),
+        data=f"{args.data}/packed/{args.row}",
+        output=str(folder / "out"),
+        length=LENGTH,
+        global_batch=args.global_batch,
+        steps=STEPS,
+        lr=1e-4,
+        warmup_steps=100,
+    )
+
+
+def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from trainer.optimizer import learning_rate
+    from trainer.runtime import Runtime
+    from trainer.trainer import Run, Trainer
+
+    started = time.perf_counter()
+    config = config_of(args, folder)
+    layout.FP8_HIDDEN = 1 << 30 if args.precision == "bf16" else 0
+    run = Run.prepare(config, 1, torch.cuda.is_available())
+    print(run.layout.reason, file=sys.stderr)
+    with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
+        if args.precision == "fp8-language":
+            trainer.model.vision.precision = nullcontext
+        seconds, flops, losses, waits, first = [], [], [], [], 0.0
+        begun, waited = time.perf_counter(), 0.0
+        for step, batches in enumerate(islice(trainer.stream.batches(0), args.steps + 2)):
+            result = trainer.train_step(batches, learning_rate(config, step, STEPS))
+            torch.cuda.synchronize()
+            now = time.perf_counter()
+            first = first or now - started
+            seconds.append(now - begun)
+            waits.append(trainer.stream.wait_seconds - waited)
+            begun, waited = now, trainer.stream.wait_seconds
+            losses.append(result.loss)
+            flops.append(result.flops)
+        if args.profile:
+            profile(lambda: trainer.train_step(batches, 1e-4))
+        counted = seconds[2:]  # the first captures, the second still fills queues
+        manifests = [dataset.manifest for dataset in run.data.datasets]
+        packs = sum(m.packs for m in manifests)
+        assert batches[0].vision is not None
+        return {
+            "tokens/s": args.global_batch * trainer.tokens_per_pack * len(counted) / sum(counted),
+            "TFLOP/s": sum(flops[2:]) / sum(counted) / 1e12,
+            "memory GB": torch.cuda.max_memory_reserved() / 1e9,
+            "predicted GB": (run.layout.memory or 0) / 1e9,
+            "micro-batch": run.layout.micro_batch,
+            "recomputed blocks, layers": [
+                run.layout.compute.recomputed_blocks,
+                run.layout.compute.recomputed_layers,
+            ],
+            "data wait": sum(waits[2:]) / sum(counted),
+            "useful patches": sum(m.patches for m in manifests)
+            / packs
+            / (len(batches[0].vision.patches) / run.layout.micro_batch),
+            "useful tokens": sum(m.tokens for m in manifests) / packs / LENGTH,
+            "first step s": first,
+            "step s": median(counted),
+            "losses": [round(losses[0], 3), round(losses[-1], 3)],
+        }
+
+
+def packed_attention() -> None:
+    """Give transformers FlashAttention, as torch ships it, for a pack's samples and for the tower's windows and images.
+
+    "flash" in its name makes transformers hand over the windows' lengths instead of attending to one after the other.
+    """
+    from transformers import AttentionInterface
+
+    from trainer.model.attention import segment_attention
+
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **facts: Any) -> tuple[Tensor, None]:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [1, heads, T, D] -> [T, heads, D]
+        if "cu_seq_lens_q" in facts:  # in the vision tower
+            ends, longest, causal = facts["cu_seq_lens_q"], facts["max_length_q"], False
+        else:
+            ends, longest, causal = facts["pack_ends"], facts["pack_longest"], True
+        return segment_attention(q, k, v, ends, int(longest), causal=causal)[None], None
+
+    AttentionInterface.register("flash_packed", attention)
+
+
+def inputs(batch: Batch, unit: int) -> dict[str, Any]:
+    """A batch of ours, of one pack, as transformers' Qwen2.5-VL takes it. unit: patches a visual token."""
+    vision, slots = batch.vision, len(batch.input_ids)
+    assert vision is not None
+    used = int((vision.token_index < slots).sum())  # visual tokens
+    order = vision.token_index[:used].argsort()  # transformers brings them into window order itself
+    mean, std = (
+        255 * torch.tensor(x) for x in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    )
+    patches = vision.patches[: used * unit].unflatten(0, (used, unit))[order].flatten(0, 1)
+    pixels = (patches.unflatten(1, (3, -1)) - mean[:, None]) / std[:, None]  # [P, 3, 14 * 14]
+    ends = [end for end in vision.cu_images.tolist() if end <= used * unit]
+    grids = [(1, *(vision.positions[a:b].amax(0) + 1).tolist()) for a, b in pairwise(ends) if a < b]
+    found = {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[:, None],
+        "shift_labels": torch.where(batch.loss_mask > 0, batch.labels, -100)[None],
+        "pixel_values": pixels[:, :, None].expand(-1, -1, 2, -1).flatten(1).bfloat16(),  # both frames of a picture
+        "image_grid_thw": torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        "pack_ends": batch.cu_seqlens,
+    }
+    if not grids:
+        del found["pixel_values"], found["image_grid_thw"]
+    return {"pack_longest": int(batch.cu_seqlens.diff().max()), "use_cache": False, **found}
+
+
+def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+    from kanyun.fingerprint import fingerprint
+    from kanyun.storage import Folder
+    from trainer.data.source import PackedData
+    from trainer.data.stream import PackStream
+    from trainer.flops import TRAINING, forward_flops
+    from trainer.layout import batch_format
+    from trainer.model import ModelConfig
+
+    packed_attention()
+    apply_liger_kernel_to_qwen2_5_vl()
+    # transformers 5 puts the three axes of mrope together before it: the plain kernel is the one that fits.
+    modeling_qwen2_5_vl.apply_rotary_pos_emb = liger_rotary_pos_emb
+    config = config_of(args, folder)
+    data = PackedData(config.data, LENGTH, fingerprint(Folder(config.model)))
+    with torch.device("cuda"):
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(config.model), attn_implementation="flash_packed", dtype=torch.bfloat16
+        )
+    model.train()
+    if args.row in CHECKPOINTED:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    facts = ModelConfig.from_hf(config.model)
+    assert facts.vision is not None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
+
+    seconds, flops, loss = [], [], 0.0
+    with PackStream(data, batch_format(facts), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
+        begun = time.perf_counter()
+        for batches in islice(stream.batches(0), args.peer_steps + 1):
+            flops.append(sum(TRAINING * forward_flops(facts, batch) for batch in batches))
+            for batch in batches:
+                given = inputs(batch, facts.vision.merge_size**2)
+                given = {name: x.to("cuda") if isinstance(x, Tensor) else x for name, x in given.items()}
+                out = model(labels=given["shift_labels"], **given)
+                (out.loss / len(batches)).backward()
+                loss = out.loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.synchronize()
+            now = time.perf_counter()
+            seconds.append(now - begun)
+            begun = now
+    counted = sum(seconds[1:])
+    manifests = [dataset.manifest for dataset in data.datasets]
+    useful = args.global_batch * sum(m.tokens for m in manifests) / sum(m.packs for m in manifests)
+    return {
+        "tokens/s": useful * len(seconds[1:]) / counted,
+        "TFLOP/s": sum(flops[1:]) / counted / 1e12,
+        "memory GB": torch.cuda.max_memory_reserved() / 1e9,
+        "checkpointed": args.row in CHECKPOINTED,
+        "losses": [round(loss, 3)],
+    }
+
+
+def child(args: argparse.Namespace, *options: str) -> dict[str, Any] | None:
+    """The result of this very script with these options, in a process of its own."""
+    done = subprocess.run([sys.executable, *sys.argv, *options], stdout=subprocess.PIPE, text=True)
+    *said, last = done.stdout.splitlines() or [""]
+    if not last.startswith("RESULT "):
+        print(f"{options} failed: {done.stdout[-2000:]}", flush=True)
+        return None
+    if said:
+        print("\n".join(said))
+    result: dict[str, Any] = json.loads(last.removeprefix("RESULT "))
+    shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+    print(*options[1::2], json.dumps(shown), flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--rows", nargs="+", default=["2", "4", "6"])
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8"], help="of bf16, fp8, fp8-language")
+    parser.add_argument("--model", default="Qwen2.5-VL-3B")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--peer-steps", type=int, default=2)
+    parser.add_argument("--global-batch", type=int, default=8)
+    parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    for name in ("--only", "--row", "--precision"):  # a child of this very script
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            result = (ours if args.only == "ours" else peer)(args, Path(folder))
+        print("RESULT " + json.dumps(result))
+        return
+    print(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "torch", torch.__version__)
+    for row in args.rows:
+        theirs = None if args.ours_only else child(args, "--only", "peer", "--row", row)
+        for precision in args.precisions:
+            mine = child(args, "--only", "ours", "--row", row, "--precision", precision)
+            if mine and theirs:
+                print(f"{row} {precision} ratio {mine['tokens/s'] / theirs['tokens/s']:.2f}x", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Real pictures and text as packs, for train_vision.py and load_images.py, through the real pipeline.
+
+usage: python benchmarks/vision_data.py OUT [PACKS]        writes OUT/model and OUT/packed/{2,4,6,mix}; 16 packs
+
+Pictures are crops of those that scikit-learn ships (and scikit-image and matplotlib, where they are installed), encoded
+anew; text is Python's documentation and library. A pack of 2, 4 or 6 has as many pictures of 784 x 784, each with as
+much text as fills its share of the pack. The mix (three times as many packs) has pictures of many sizes and forms, in
+JPEG, PNG and WebP, in conversations with one, several and none. OUT/model is Qwen2.5-VL-3B's folder without weights.
+Needs the pipeline (Spark) and PyPI's dashscope, which ships the vocabulary: run it on a CPU machine and copy OUT.
+"""
+
+import importlib.util
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from benchmarks.text_data import LENGTH, documents
+from pipeline.recipe import Recipe, RecipeDataset
+from tests.qwen_assets import real_tokenizer_folder
+from trainer.model.sizes import SIZES
+
+SIDE = 784  # pixels; 56 x 56 patches, 784 tokens
+PICTURES = {"sklearn": "datasets/images", "skimage": "data", "matplotlib": "mpl-data/sample_data"}
+QUESTION = "What do you see, and what do you know of it?"
+TURNS = (  # of the chat template
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|vision_end|>"
+    f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+)
+
+
+def hf_config(size: str) -> dict[str, Any]:
+    """config.json of a Qwen2.5-VL of sizes.py, as the hub has it."""
+    facts = SIZES[size]
+    vision = facts.vision
+    assert vision is not None
+    return {
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "vocab_size": facts.vocab_size,
+        "hidden_size": facts.hidden_size,
+        "intermediate_size": facts.intermediate_size,
+        "num_hidden_layers": facts.num_layers,
+        "num_attention_heads": facts.num_heads,
+        "num_key_value_heads": facts.num_kv_heads,
+        "max_position_embeddings": facts.max_positions,
+        "rms_norm_eps": facts.norm_eps,
+        "rope_theta": facts.rope_theta,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(facts.mrope_section)},
+        "tie_word_embeddings": facts.tied,
+        "hidden_act": "silu",
+        "dtype": "bfloat16",
+        "image_token_id": facts.image_token_id,
+        "video_token_id": 151_656,
+        "vision_start_token_id": 151_652,
+        "vision_end_token_id": 151_653,
+        "vision_config": {
+            "depth": vision.depth,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_heads": vision.num_heads,
+            "out_hidden_size": vision.out_hidden_size,
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "spatial_merge_size": vision.merge_size,
+            "window_size": vision.window_size,
+            "fullatt_block_indexes": list(vision.full_attention_blocks),
+            "hidden_act": "silu",
+            "in_chans": vision.channels,
+        },
+    }
+
+
+def pictures() -> list[Image.Image]:
+    """Every one of at least 300 x 300 pixels."""
+    found = []
+    for package, below in PICTURES.items():
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            continue
+        for path in sorted((Path(spec.origin).parent / below).glob("*.[jp][pn]g")):
+            with Image.open(path) as image:
+                if min(image.size) >= 300:
+                    found.append(image.convert("RGB"))
+    return found
+
+
+def crop(sources: list[Image.Image], rng: np.random.Generator, width: int, height: int, kind: str) -> bytes:
+    """A random part of a random picture, of this form, at this size."""
+    source = sources[int(rng.integers(len(sources)))]
+    scale = min(source.width / width, source.height / height) * rng.uniform(0.5, 1)
+    w, h = max(1, int(width * scale)), max(1, int(height * scale))
+    left, top = int(rng.integers(source.width - w + 1)), int(rng.integers(source.height - h + 1))
+    part = source.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    stream = io.BytesIO()
+    part.save(stream, kind, **({} if kind == "PNG" else {"quality": 60}))
+    return stream.getvalue()
+
+
+class Text:
+    """An endless text, in pieces of a given number of tokens."""
+
+    def __init__(self, model: Path):
+        self._tokenizer: Any = Tokenizer.from_file(str(model / "tokenizer.json"))
+        self._ids = [token for text in documents(3_000_000) for token in self._tokenizer.encode(text).ids]
+        self._at = 0
+
+    def take(self, count: int) -> str:
+        """Of `count` tokens, or a few less: what is cut apart need not be put together alike."""
+        if self._at + count > len(self._ids):
+            self._at = 0
+        text: str = self._tokenizer.decode(self._ids[self._at : self._at + count])
+        self._at += count
+        while (over := self.tokens(text) - count) > 0:
+            text = self._tokenizer.decode(self._tokenizer.encode(text).ids[:-over])
+        return text.strip() or "Nothing."
+
+    def tokens(self, text: str) -> int:
+        return len(self._tokenizer.encode(text).ids)
+
+
+def row(images: list[str], answer: str) -> dict[str, Any]:
+    messages = [
+        {"role": "user", "content": "<image>" * len(images) + QUESTION},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"messages": messages, "images": images}
+
+
+def equal_rows(raw: Path, each: int, packs: int, sources: list[Image.Image], text: Text) -> Iterator[dict[str, Any]]:
+    """Samples of one picture, `each` of which fill a pack."""
+    rng = np.random.default_rng(each)
+    around = text.tokens(TURNS) + (SIDE // 28) ** 2  # tokens besides the answer
+    for number in range(each * packs):
+        name = f"{number}.jpg"
+        (raw / name).write_bytes(crop(sources, rng, SIDE, SIDE, "JPEG"))
+        yield row([name], text.take(LENGTH // each - around))
+
+
+def mixed_rows(raw: Path, packs: int, sources: list[Image.Image], text: Text) -> Iterator[dict[str, Any]]:
+    """Half with pictures of 56 to 1,000 pixels a side, up to 4 of them; about 900 tokens each."""
+    rng = np.random.default_rng(0)
+    for number in range(9 * 3 * packs):
+        names = []
+        for place in range(int(rng.integers(1, 5)) if number % 2 else 0):
+            width, height = np.exp(rng.uniform(np.log(56), np.log(1000), 2)).astype(int).tolist()
+            kind = str(rng.choice(["JPEG", "WEBP", "PNG"], p=[0.7, 0.2, 0.1])) if width * height < 200_000 else "JPEG"
+            names.append(f"{number}_{place}.{kind.lower()}")
+            (raw / names[-1]).write_bytes(crop(sources, rng, width, height, kind))
+        yield row(names, text.take(int(rng.integers(20, 1_200))))
+
+
+def write(out: Path, name: str, packs: int, sources: list[Image.Image], text: Text) -> None:
+    """OUT/packed/NAME, the parent of a packed folder."""
+    work = out / "work"
+    raw = work / "raw"
+    raw.mkdir(parents=True)
+    rows = mixed_rows(raw, packs, sources, text) if name == "mix" else equal_rows(raw, int(name), packs, sources, text)
+    with (raw / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps(each) + "\n" for each in rows)
+    datasets = {name: RecipeDataset(str(raw), "messages")}
+    Recipe(str(work / "stages"), str(out / "model"), LENGTH, datasets).run(overwrite=True)
+    shutil.move(work / "stages" / "packed", out / "packed" / name)
+    for copy in (out / "packed" / name).glob("*/tokenizer"):
+        shutil.rmtree(copy)  # 11 MB; OUT/model has it
+    shutil.rmtree(work)
+
+
+def main(out: Path, packs: int) -> None:
+    model = real_tokenizer_folder(out / "model")
+    (model / "config.json").write_text(json.dumps(hf_config("Qwen2.5-VL-3B"), indent=2))
+    (out / "packed").mkdir()
+    sources, text = pictures(), Text(model)
+    print(f"{len(sources)} pictures")
+    for name in ("2", "4", "6", "mix"):
+        write(out, name, packs, sources, text)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 16)

@@ -1,0 +1,145 @@
+"""Qwen2.5-VL on GPU: patches padded to a static shape, heads of 80 channels, against transformers on single samples."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.gpu.test_model_cuda import in_ddp
+from tests.model_golden import assert_as_near, batch_of, load
+from tests.qwen_assets import tiny_vl_folder
+from tests.unit.test_model_vision import LENGTH, PACKS, example, kept
+from trainer.data.batch import Batch, StaticShape
+from trainer.graph import Graphed
+from trainer.model import ModelConfig, build_model, freeze
+from trainer.model.config import Compute
+from trainer.runtime import Runtime
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+STATIC = StaticShape(segments=16, patches=3200, windows=160, images=16)
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    with Runtime.start() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_vl_folder(tmp_path_factory.mktemp("vl"), min_pixels=28 * 28, vision_hidden_size=4 * 80)
+
+
+@pytest.fixture(scope="module")
+def references(folder: Any) -> list[Any]:
+    """transformers in float32 and in bfloat16."""
+    auto = transformers.AutoModelForImageTextToText
+    return [auto.from_pretrained(folder, dtype=t).to("cuda") for t in (torch.float32, torch.bfloat16)]
+
+
+@pytest.fixture
+def model(folder: Any, references: list[Any], runtime: Runtime) -> Any:
+    made = build_model(ModelConfig.from_hf(str(folder)), runtime)
+    load(made, references[0])
+    return made
+
+
+@pytest.fixture(scope="module")
+def packs(folder: Any) -> dict[str, Any]:
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    return {name: [[example(processor, *s) for s in pack] for pack in packs] for name, packs in PACKS.items()}
+
+
+def static_batch(model: Any, packs: Any) -> Batch:
+    return batch_of(model.model_config, packs, LENGTH, STATIC)
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_as_near_to_float32_as_transformers_is(
+    name: str, model: Any, references: list[Any], packs: dict[str, Any], runtime: Runtime
+) -> None:
+    batch = static_batch(model, packs[name]).to(runtime.device)
+    assert_as_near(in_ddp(model), *references, packs[name], batch)
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_loss_in_a_pack_is_the_loss_alone(name: str, model: Any, packs: dict[str, Any], runtime: Runtime) -> None:
+    batches = [static_batch(model, packs[name])]
+    batches += [batch_of(model.model_config, [[sample]], LENGTH) for pack in packs[name] for sample in pack]
+    with torch.no_grad():
+        together, *alone = (model(batch.to(runtime.device)).item() for batch in batches)
+    assert together == pytest.approx(sum(alone), rel=2e-3)
+
+
+def test_one_graph_serves_other_images(model: Any, packs: dict[str, Any], runtime: Runtime) -> None:
+    """A graph that baked in the first batch's windows, images or positions would be wrong on the others."""
+    ddp, total = in_ddp(model), torch.zeros((), device=runtime.device)
+
+    def work(batch: Batch) -> None:
+        loss = ddp(batch)
+        loss.backward()
+        total.add_(loss.detach())
+
+    def run(step: Callable[[Batch], None], batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+        total.zero_()
+        ddp.zero_grad_buffer()
+        step(batch)
+        return total.item(), {name: p.main_grad.clone() for name, p in model.named_parameters()}
+
+    batches = [static_batch(model, packs[name]) for name in packs if len(packs[name]) == 1]
+    graph = Graphed(work, runtime.device)
+    graph.prepare(batches[0])
+    losses = []
+    for batch in batches:
+        loss, gradients = run(graph, batch)
+        expected, exact = run(work, batch.to(runtime.device))
+        assert loss == pytest.approx(expected, rel=1e-3)
+        for name, gradient in exact.items():
+            assert (gradients[name] - gradient).norm() <= 0.02 * gradient.norm() + 1e-6, name
+        losses.append(loss)
+    assert len({round(loss) for loss in losses}) == len(losses)
+
+
+def test_recomputed_layers_and_blocks_change_nothing(
+    folder: Any, references: list[Any], packs: dict[str, Any], runtime: Runtime
+) -> None:
+    results = []
+    for fp8 in (False, True):
+        for again in ((0, 0), (1, 3)):
+            made = build_model(ModelConfig.from_hf(str(folder)), runtime, compute=Compute(fp8, *again))
+            load(made, references[0])
+            ddp = in_ddp(made)
+            loss = ddp(static_batch(made, packs["odd sizes"]).to(runtime.device))
+            loss.backward()
+            results.append((loss.item(), {name: p.main_grad.clone() for name, p in made.named_parameters()}))
+    for (loss, gradients), (again_loss, again) in (results[:2], results[2:]):
+        assert again_loss == pytest.approx(loss, rel=1e-3)
+        for name, gradient in gradients.items():
+            assert (again[name] - gradient).norm() <= 0.02 * gradient.norm() + 1e-6, name
+    assert results[2][0] == pytest.approx(results[0][0], rel=0.03)  # fp8
+    assert results[2][0] != results[0][0]
+
+
+def test_frozen_blocks_have_no_backward_pass(model: Any, packs: dict[str, Any], runtime: Runtime) -> None:
+    batch = static_batch(model, packs["odd sizes"]).to(runtime.device)
+    freeze(model, "language")
+    assert kept(model.vision, batch) == 0
+    freeze(model, "language+merger")
+    assert 2 < kept(model.vision, batch) < 5
+    ddp = in_ddp(model)
+    ddp(batch).backward()
+    for name, parameter in model.named_parameters():
+        trains = not name.startswith(("vision.blocks.", "vision.patch_embed."))
+        assert hasattr(parameter, "main_grad") is trains, name
+        assert not trains or parameter.main_grad.norm() > 0, name
+
+
+def test_padded_neurons_stay_zero(model: Any, packs: dict[str, Any], runtime: Runtime) -> None:
+    in_ddp(model)(static_batch(model, packs["odd sizes"]).to(runtime.device)).backward()
+    for block in model.vision.blocks:
+        rows = block.mlp.gate_up.weight.main_grad.unflatten(0, (2, 128)).abs().sum((0, 2))
+        columns = block.mlp.down.weight.main_grad.abs().sum(0)
+        for neurons in (rows, columns):
+            assert neurons.gt(0).tolist() == [True] * 84 + [False] * 44
