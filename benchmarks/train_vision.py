@@ -26,13 +26,55 @@ import torch
 from torch import Tensor
 
 from benchmarks.train_text import LENGTH, profile
-from benchmarks.vision_data import hf_config
 from trainer import layout
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
+from trainer.model.sizes import SIZES
 
 CHECKPOINTED = {"6", "mix"}  # rows that the peer has no memory for otherwise
 STEPS = 1000  # of the schedule
+
+
+def hf_config(size: str) -> dict[str, Any]:
+    """config.json of a Qwen2.5-VL of sizes.py, as the hub has it."""
+    facts = SIZES[size]
+    vision = facts.vision
+    assert vision is not None
+    return {
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "vocab_size": facts.vocab_size,
+        "hidden_size": facts.hidden_size,
+        "intermediate_size": facts.intermediate_size,
+        "num_hidden_layers": facts.num_layers,
+        "num_attention_heads": facts.num_heads,
+        "num_key_value_heads": facts.num_kv_heads,
+        "max_position_embeddings": facts.max_positions,
+        "rms_norm_eps": facts.norm_eps,
+        "rope_theta": facts.rope_theta,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(facts.mrope_section)},
+        "tie_word_embeddings": facts.tied,
+        "hidden_act": "silu",
+        "dtype": "bfloat16",
+        "image_token_id": facts.image_token_id,
+        "video_token_id": 151_656,
+        "vision_start_token_id": 151_652,
+        "vision_end_token_id": 151_653,
+        "vision_config": {
+            "depth": vision.depth,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_heads": vision.num_heads,
+            "out_hidden_size": vision.out_hidden_size,
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "spatial_merge_size": vision.merge_size,
+            "window_size": vision.window_size,
+            "fullatt_block_indexes": list(vision.full_attention_blocks),
+            "hidden_act": "silu",
+            "in_chans": vision.channels,
+        },
+    }
 
 
 def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:

@@ -25,9 +25,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from benchmarks.text_data import LENGTH, documents
+from benchmarks.train_vision import hf_config
 from pipeline.recipe import Recipe, RecipeDataset
 from tests.qwen_assets import real_tokenizer_folder
-from trainer.model.sizes import SIZES
 
 SIDE = 784  # pixels; 56 x 56 patches, 784 tokens
 PICTURES = {"sklearn": "datasets/images", "skimage": "data", "matplotlib": "mpl-data/sample_data"}
@@ -36,48 +36,6 @@ TURNS = (  # of the chat template
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|vision_end|>"
     f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
 )
-
-
-def hf_config(size: str) -> dict[str, Any]:
-    """config.json of a Qwen2.5-VL of sizes.py, as the hub has it."""
-    facts = SIZES[size]
-    vision = facts.vision
-    assert vision is not None
-    return {
-        "model_type": "qwen2_5_vl",
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "vocab_size": facts.vocab_size,
-        "hidden_size": facts.hidden_size,
-        "intermediate_size": facts.intermediate_size,
-        "num_hidden_layers": facts.num_layers,
-        "num_attention_heads": facts.num_heads,
-        "num_key_value_heads": facts.num_kv_heads,
-        "max_position_embeddings": facts.max_positions,
-        "rms_norm_eps": facts.norm_eps,
-        "rope_theta": facts.rope_theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(facts.mrope_section)},
-        "tie_word_embeddings": facts.tied,
-        "hidden_act": "silu",
-        "dtype": "bfloat16",
-        "image_token_id": facts.image_token_id,
-        "video_token_id": 151_656,
-        "vision_start_token_id": 151_652,
-        "vision_end_token_id": 151_653,
-        "vision_config": {
-            "depth": vision.depth,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "out_hidden_size": vision.out_hidden_size,
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "spatial_merge_size": vision.merge_size,
-            "window_size": vision.window_size,
-            "fullatt_block_indexes": list(vision.full_attention_blocks),
-            "hidden_act": "silu",
-            "in_chans": vision.channels,
-        },
-    }
 
 
 def pictures() -> list[Image.Image]:

@@ -1,7 +1,10 @@
 """Trainer of Qwen2.5 and Qwen2.5-VL on megatron.core."""
 
 import logging
+import sys
 import warnings
+from importlib.abc import MetaPathFinder
+from typing import Any
 
 # What megatron.core says when it is imported (no Apex, no Transformer Engine), builds a GPTModel (deprecated in 0.19,
 # but its successor has no mrope), steps its optimizer or loads a checkpoint is known; it hides what people should read.
@@ -9,3 +12,19 @@ warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\.")
 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
 logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+class _NeedsGpu(MetaPathFinder):
+    """Without a GPU, Transformer Engine is not there, even where it is installed: megatron.core would take its CUDA
+    kernels for the optimizer as soon as it can import it.
+    """
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name == "transformer_engine":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ModuleNotFoundError("Transformer Engine needs a GPU", name=name)
+
+
+sys.meta_path.insert(0, _NeedsGpu())

@@ -48,22 +48,17 @@ def build_optimizer(config: TrainConfig, ddp: DistributedDataParallel, runtime: 
 class _WholeMasterWeights(DistributedOptimizer):
     """Checkpoints hold float32 master weights, whatever the device: joined when saved, and split when loaded.
 
-    Transformer Engine's FusedAdam rounds a master weight m to its upper half p and keeps r = m - p, as integers of the
-    bits. With megatron.core 0.19.2's own methods a checkpoint would hold r alone.
+    With megatron.core 0.19.2's own methods a checkpoint would hold the remainders in their place.
     """
 
     def _get_main_param_and_optimizer_states(self, model_param: Tensor) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = super()._get_main_param_and_optimizer_states(model_param)
-        weight, remainder = self._shard(model_param), tensors["param"]
-        bits = (weight.view(torch.int16).int() << 16) + remainder.int()
-        return {**tensors, "param": bits.view(torch.float32)}
+        # On the CPU, where they go anyway: a GPU that trains has no room for copies.
+        return {**tensors, "param": joined(self._shard(model_param).cpu(), tensors["param"].cpu())}
 
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        weight = self._shard(model_param)
-        bits = tensors["param"].to(weight.device).view(torch.int32)
-        upper = (bits + 0x8000) >> 16
-        weight.view(torch.int16).copy_(upper)
-        remainder = (bits - (upper << 16)).to(torch.int16)
+        weight, remainder = split(tensors["param"].cpu())
+        self._shard(model_param).copy_(weight)
         super()._set_main_param_and_optimizer_states(model_param, {**tensors, "param": remainder})
 
     def _shard(self, model_param: Tensor) -> Tensor:
@@ -71,6 +66,21 @@ class _WholeMasterWeights(DistributedOptimizer):
         group, index = self.model_param_group_index_map[model_param]
         shard: Tensor = self.optimizer.param_groups[group]["params"][index]
         return shard.detach()
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 -> the nearest bfloat16 weight, and int16 what it lacks, as the bits' integers: master = weight + remainder.
+
+    As Transformer Engine's FusedAdam has them (store_param_remainders).
+    """
+    bits = master.view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
+
+
+def joined(weight: Tensor, remainder: Tensor) -> Tensor:
+    """The inverse of `split`."""
+    return ((weight.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

@@ -1,30 +1,104 @@
 """The whole Trainer on a GPU."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.training_job import train, write_job
+from trainer.config import TrainConfig
+from trainer.runtime import Runtime
+from trainer.trainer import Run, Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@contextmanager
+def training(values: dict[str, Any]) -> Iterator[Trainer]:
+    run = Run.prepare(TrainConfig(**values), world=1, cuda=True)
+    with Runtime.start(seed=run.config.seed) as runtime, Trainer(run, runtime) as trainer:
+        yield trainer
+
+
+def train_on_cpu(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """In a process that sees no GPU."""
+    script = "import json, sys; from tests.training_job import train; print(json.dumps(train(json.loads(sys.argv[1]))))"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(values)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return metrics
+
+
+def optimizer_state(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    """Of each parameter, as it is saved."""
+    (sharded,) = trainer.optimizer.chained_optimizers
+    return {
+        name: {key: value.cpu() for key, value in sharded._get_main_param_and_optimizer_states(parameter).items()}
+        for name, parameter in trainer.model.named_parameters()
+    }
 
 
 def test_trainer_follows_the_cpu(tmp_path: Any) -> None:
     """The same config on GPU and CPU: graph, Transformer Engine and bfloat16 against the reference in float32."""
     values = write_job(tmp_path, images=True)
-    cuda = train(values)
-    script = "import json, sys; from tests.training_job import train; print(json.dumps(train(json.loads(sys.argv[1]))))"
-    values["output"] = str(tmp_path / "cpu")
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(values)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    cpu = json.loads(done.stdout.splitlines()[-1])
+    cuda, cpu = train(values), train_on_cpu(values | {"output": str(tmp_path / "cpu")})
     for ours, reference in zip(cuda, cpu, strict=True):
         assert ours["loss"] == pytest.approx(reference["loss"], rel=0.01)
         assert ours["trained_tokens"] == reference["trained_tokens"]
     assert cuda[-1]["validation_loss"] == pytest.approx(cpu[-1]["validation_loss"], rel=0.01)
+
+
+def test_goes_on_from_a_checkpoint_on_a_gpu_and_on_a_cpu(tmp_path: Any) -> None:
+    """Master weights are stored as bfloat16 weights and what they lack; a checkpoint has them whole."""
+    values = write_job(tmp_path, images=False) | {"keep_last": 2}
+    elsewhere = values | {"output": str(tmp_path / "cpu")}
+    whole = train(values)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    (checkpoints / "latest").write_text("step_00000003\n")
+    shutil.rmtree(checkpoints / "step_00000006")
+    shutil.copytree(values["output"], elsewhere["output"])
+
+    states = []
+    for _ in range(2):
+        with training(values) as trainer:
+            assert trainer.step == 3
+            states.append(optimizer_state(trainer))
+            trainer.save()
+    for name, state in states[0].items():
+        assert all(torch.equal(states[1][name][key], value) for key, value in state.items()), name
+        if trainer.model.get_parameter(name).dim() > 1:
+            assert (state["param"] != state["param"].bfloat16().float()).float().mean() > 0.5, name
+
+    for metrics in (train(values), train_on_cpu(elsewhere)):
+        assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+        for line, expected in zip(metrics, whole, strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=0.01)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Any) -> None:
+    values = write_job(tmp_path, images=False)
+    with training(values) as trainer:
+        first, second = (list(step) for step in islice(trainer.stream.batches(0), 2))
+        assert math.isfinite(trainer.train_step(first, 1e-3).grad_norm)
+        norm = trainer.model.language.decoder.final_layernorm.weight
+        before, sound = optimizer_state(trainer), norm[3].item()
+        norm.data[3] = math.inf
+        assert not math.isfinite(trainer.train_step(second, 1e-3).grad_norm)
+        norm.data[3] = sound
+        for name, state in optimizer_state(trainer).items():
+            assert all(torch.equal(before[name][key], value) for key, value in state.items()), name
+        assert math.isfinite(trainer.train_step(second, 1e-3).grad_norm)
+        after = optimizer_state(trainer)
+        assert any(not torch.equal(before[name]["param"], after[name]["param"]) for name in after)

@@ -21,17 +21,18 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Sum over tokens of the cross entropy of hidden @ weight.T.
 
     hidden [T, h]; weight [V, h], whose gradient is added to `weight.main_grad` (float32, as megatron.core's DDP makes
-    it); labels [T] int64, IGNORED where not trained. Returns a float32 scalar.
+    it); labels [T] int64, IGNORED where not trained; gradients: whether there will be a backward pass, which autograd
+    does not tell. Returns a float32 scalar.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, gradients: bool) -> Tensor:
         from transformer_engine.pytorch.cpp_extensions import general_gemm
 
         from trainer.model.kernels import cross_entropy_
 
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        to_hidden, to_weight, _ = ctx.needs_input_grad
+        to_hidden, to_weight = (gradients and needed for needed in ctx.needs_input_grad[:2])
         gradient = torch.empty_like(hidden) if to_hidden else None
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
@@ -49,7 +50,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, None, None, None]:
         """`scale` must be 1: the weight's gradient has been added already."""
         (gradient,) = ctx.saved_tensors
-        return gradient, None, None
+        return gradient, None, None, None

@@ -90,7 +90,7 @@ class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
 def _fused_head(hidden_states: Tensor, output_layer: Module, output_weight: Tensor | None, **facts: Any) -> Tensor:
     """GPTModel's output processor: the summed loss of the decoder's output [T, 1, hidden]."""
     weight = output_layer.weight if output_weight is None else output_weight
-    total: Tensor = LinearCrossEntropy.apply(hidden_states[:, 0], weight, facts["labels"])
+    total: Tensor = LinearCrossEntropy.apply(hidden_states[:, 0], weight, facts["labels"], torch.is_grad_enabled())
     return total
 
 
@@ -150,7 +150,6 @@ def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
-        use_te_activation_func=cuda,  # SwiGLU at 3.0 TB/s, what a copy does; megatron.core's own at 2.4 in backward
         bias_dropout_fusion=cuda,
         apply_rope_fusion=cuda,
         cross_entropy_loss_fusion=cuda,
