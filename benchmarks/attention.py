@@ -3,14 +3,11 @@
 usage: python benchmarks/attention.py
 Forward and backward of one layer on packs of 8192 cut into 6, 64 and 400 segments (lengths are an exponential draw),
 eight packs at once, in a CUDA graph. `bound`: the longest segment that the kernel is told of, which sets its grid: the
-whole micro-batch, or a pack. FLOPs are causal and per segment.
+whole micro-batch, a pack, or the truth. FLOPs are causal and per segment.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +17,43 @@ from transformer_engine.pytorch import DotProductAttention
 
 LENGTH, PACKS, REPEATS = 8192, 8, 10
 SHAPES = {"0.5B": (14, 2, 64), "1.5B": (12, 2, 128)}  # heads, groups, dimension
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Inputs of a layer's attention, and the two kernels on them."""
+
+    query: Tensor  # [T, heads, D]
+    key: Tensor  # [T, groups, D]
+    value: Tensor
+    ends: Tensor  # cumulative lengths
+    module: DotProductAttention
+
+    @classmethod
+    def make(cls, heads: int, groups: int, width: int, ends: np.ndarray) -> "Layer":
+        module = DotProductAttention(heads, width, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd")
+        inputs = (
+            torch.randn(PACKS * LENGTH, count, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for count in (heads, groups, groups)
+        )
+        return cls(*inputs, torch.tensor(ends, device="cuda"), module)
+
+    def cudnn(self, bound: int) -> Tensor:
+        ends = {"cu_seqlens_q": self.ends, "cu_seqlens_kv": self.ends}
+        bounds = {"max_seqlen_q": bound, "max_seqlen_kv": bound}
+        out: Tensor = self.module(self.query, self.key, self.value, **ends, **bounds, attn_mask_type="padding_causal")
+        return out
+
+    def flash(self, bound: int) -> Tensor:
+        groups = self.query.shape[1] // self.key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (self.key, self.value))
+        out = varlen_attn(self.query, key, value, self.ends, self.ends, bound, bound, window_size=(-1, 0))
+        assert isinstance(out, Tensor)
+        return out.flatten(1)
+
+    def both_passes(self, kernel: Callable[[int], Tensor], bound: int) -> None:
+        out = kernel(bound)
+        torch.autograd.grad(out, (self.query, self.key, self.value), torch.ones_like(out))
 
 
 def cuts(segments: int) -> np.ndarray:
@@ -33,7 +67,7 @@ def cuts(segments: int) -> np.ndarray:
     return np.array(ends, np.int32)
 
 
-def seconds(work: Callable[[], None]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     """Of one replay of `work` as a CUDA graph."""
     for _ in range(2):
         work()
@@ -51,50 +85,30 @@ def seconds(work: Callable[[], None]) -> float:
     return begin.elapsed_time(end) / REPEATS / 1e3
 
 
+def report(name: str, segments: int) -> None:
+    heads, groups, width = SHAPES[name]
+    ends = cuts(segments)
+    lengths = np.diff(ends).astype(float)
+    flops = 3.5 * 4 * heads * width * (lengths * (lengths + 1) / 2).sum()  # backward: 5 products, forward 2
+    layer = Layer.make(heads, groups, width, ends)
+    for what, kernel in (("cuDNN", layer.cudnn), ("FlashAttention 2", layer.flash)):
+        for bound in (PACKS * LENGTH, LENGTH, int(lengths.max())):
+            with torch.no_grad():
+                forward = seconds(lambda kernel=kernel, bound=bound: kernel(bound))  # type: ignore[misc]
+            took = seconds(lambda kernel=kernel, bound=bound: layer.both_passes(kernel, bound))  # type: ignore[misc]
+            print(
+                f"{name} {segments:4} segments, {what:16} bound {bound:6}: forward {forward * 1e3:6.2f} ms, "
+                f"with backward {took * 1e3:6.2f} ms, {flops / took / 1e12:4.0f} TFLOP/s",
+                flush=True,
+            )
+
+
 def main() -> None:
     torch.cuda.set_stream(torch.cuda.Stream())
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    for name, (heads, groups, width) in SHAPES.items():
-        cudnn = DotProductAttention(heads, width, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd")
+    for name in SHAPES:
         for segments in (6, 64, 400):
-            ends = cuts(segments)
-            lengths = np.diff(ends).astype(float)
-            flops = 3.5 * 4 * heads * width * (lengths * (lengths + 1) / 2).sum()  # backward: 5 products, forward 2
-            cu_seqlens = torch.tensor(ends, device="cuda")
-            shape = (PACKS * LENGTH, heads, width), (PACKS * LENGTH, groups, width), (PACKS * LENGTH, groups, width)
-            q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shape)
-            gradient = torch.randn(PACKS * LENGTH, heads * width, device="cuda", dtype=torch.bfloat16)
-
-            def by_cudnn(bound: int) -> Tensor:
-                return cudnn(
-                    q,
-                    k,
-                    v,
-                    cu_seqlens_q=cu_seqlens,
-                    cu_seqlens_kv=cu_seqlens,
-                    max_seqlen_q=bound,
-                    max_seqlen_kv=bound,
-                    attn_mask_type="padding_causal",
-                )
-
-            def by_flash(bound: int) -> Tensor:
-                repeated = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
-                return varlen_attn(q, *repeated, cu_seqlens, cu_seqlens, bound, bound, window_size=(-1, 0)).flatten(1)
-
-            for kernel, attention in (("cuDNN", by_cudnn), ("FlashAttention 2", by_flash)):
-                for bound in (PACKS * LENGTH, LENGTH, int(lengths.max())):
-
-                    def both() -> None:
-                        torch.autograd.grad(attention(bound), (q, k, v), gradient)
-
-                    with torch.no_grad():
-                        forward = seconds(lambda: attention(bound))
-                    took = seconds(both)
-                    print(
-                        f"{name} {segments:4} segments, {kernel:16} bound {bound:6}: forward {forward * 1e3:6.2f} ms, "
-                        f"with backward {took * 1e3:6.2f} ms, {flops / took / 1e12:4.0f} TFLOP/s",
-                        flush=True,
-                    )
+            report(name, segments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python -m trainer.layout Qwen2.5-7B --gpus 8 --card H100 --length 8192
 
 import argparse
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,21 +16,11 @@ from trainer.data.source import Packs
 from trainer.model.config import BFLOAT16, Compute, ModelConfig, VisionConfig
 from trainer.model.loss import CHUNK
 from trainer.model.sizes import SIZES
+from trainer.speed import CARDS, SEGMENT, step_seconds
 
 GB = 1e9
 
 
-class Card(NamedTuple):
-    memory: float  # bytes, as CUDA reports it
-    flops: float  # dense bfloat16 peak, FLOP/s, from NVIDIA's data sheets
-    fp8: bool
-
-
-CARDS = {
-    "H100": Card(85.0e9, 989e12, fp8=True),
-    "H200": Card(150.0e9, 989e12, fp8=True),
-    "A100": Card(85.0e9, 312e12, fp8=False),
-}
 # From this width on fp8 pays: 1.5B trains 18 % faster than in bfloat16; 0.5B's products are too small. Losses over 300
 # steps of 0.5B at equal tokens: 4.635 in bfloat16, 4.630 in fp8 (benchmarks/README.md).
 FP8_HIDDEN = 1536
@@ -232,14 +221,19 @@ def main() -> int:
     args = parser.parse_args()
     model = SIZES[args.model] if args.model in SIZES else ModelConfig.from_hf(args.model)
     patches = 2 * args.length if args.patches is None else args.patches
-    layout = decide(model, args.gpus, args.card, args.length, args.global_batch or 16 * args.gpus, patches)
-    memory = layout.memory or 0.0
+    packs = args.global_batch or 16 * args.gpus
+    layout = decide(model, args.gpus, args.card, args.length, packs, patches)
+    memory, split, parameters = layout.memory or 0.0, layout.tensor_parallel, parameter_count(model)
+    share = packs * split / args.gpus  # packs of a step that a model has
+    work = round(share * args.length), round(share * patches), layout.compute
+    rate = packs * args.length / step_seconds(model, parameters, CARDS[args.card], args.gpus, split, *work)
     for name, value in {
-        "model": f"{args.model}, {parameter_count(model):,} parameters",
-        "tensor parallel": layout.tensor_parallel,
-        "data parallel": args.gpus // layout.tensor_parallel,
+        "model": f"{args.model}, {parameters:,} parameters",
+        "tensor parallel": split,
+        "data parallel": args.gpus // split,
         "micro-batch": f"{layout.micro_batch} pack(s) of {args.length}",
         "memory": f"{memory / GB:.1f} GB a GPU predicted, {CARDS[args.card].memory * USABLE / GB:.0f} usable",
+        "tokens/s": f"{rate:,.0f}, {rate / args.gpus:,.0f} a GPU predicted, in samples of about {SEGMENT} tokens",
         "why": layout.reason,
     }.items():
         print(f"{name:16} {value}")

@@ -69,9 +69,9 @@ class _WholeMasterWeights(DistributedOptimizer):
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 -> the nearest bfloat16 weight, and int16 what it lacks, as the bits' integers: master = weight + remainder.
+    """float32 -> the nearest bfloat16 weight, and int16 what it lacks: as integers of the bits, the sum is the master.
 
-    As Transformer Engine's FusedAdam has them (store_param_remainders).
+    Transformer Engine's FusedAdam has them so (store_param_remainders).
     """
     bits = master.view(torch.int32)
     upper = (bits + 0x8000) >> 16
