@@ -143,7 +143,7 @@ def equal_rows(raw: Path, each: int, packs: int, sources: list[Image.Image], tex
     for number in range(each * packs):
         name = f"{number}.jpg"
         (raw / name).write_bytes(crop(sources, rng, SIDE, SIDE, "JPEG"))
-        yield row([name], text.take(LENGTH // each - around))
+        yield row([name], text.take(LENGTH // each - around - 2))  # 2: the answer's ends may cut otherwise
 
 
 def mixed_rows(raw: Path, packs: int, sources: list[Image.Image], text: Text) -> Iterator[dict[str, Any]]:
