@@ -30,20 +30,26 @@ from benchmarks.vision_data import hf_config
 from trainer import layout
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
+from trainer.model.config import ModelConfig
+from trainer.model.sizes import SIZES
 
 CHECKPOINTED = {"6", "mix"}  # rows that the peer has no memory for otherwise
 STEPS = 1000  # of the schedule
 
 
-def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
-    model = folder / "hf"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(hf_config(args.model)))
-    for file in (Path(args.data) / "model").iterdir():
+def model_folder(facts: ModelConfig, data: str, folder: Path) -> Path:
+    """A Hugging Face folder of this model with the data's tokenizer and processor settings; no weights."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config(facts)))
+    for file in (Path(data) / "model").iterdir():
         if file.name != "config.json":
-            (model / file.name).symlink_to(file.resolve())
+            (folder / file.name).symlink_to(file.resolve())
+    return folder
+
+
+def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
     return TrainConfig(
-        model=str(model),
+        model=str(model_folder(SIZES[args.model], args.data, folder / "hf")),
         data=f"{args.data}/packed/{args.row}",
         output=str(folder / "out"),
         length=LENGTH,
@@ -118,7 +124,9 @@ def packed_attention() -> None:
     def attention(
         module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **facts: Any
     ) -> tuple[Tensor, None]:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [1, heads, T, D] -> [T, heads, D]
+        # [1, heads, T, D] -> [T, heads, D]; rope gives float32 under autocast
+        dtype = torch.bfloat16 if q.is_cuda else q.dtype
+        q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (q, k, v))
         if "cu_seq_lens_q" in facts:  # in the vision tower
             ends, longest, causal = facts["cu_seq_lens_q"], facts["max_length_q"], False
         else:
@@ -171,7 +179,6 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trainer.data.stream import PackStream
     from trainer.flops import TRAINING, forward_flops
     from trainer.layout import batch_format
-    from trainer.model import ModelConfig
 
     packed_attention()
     apply_liger_kernel_to_qwen2_5_vl()

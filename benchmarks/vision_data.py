@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from benchmarks.text_data import LENGTH, documents
 from pipeline.recipe import Recipe, RecipeDataset
 from tests.qwen_assets import real_tokenizer_folder
+from trainer.model.config import ModelConfig
 from trainer.model.sizes import SIZES
 
 SIDE = 784  # pixels; 56 x 56 patches, 784 tokens
@@ -38,9 +39,8 @@ TURNS = (  # of the chat template
 )
 
 
-def hf_config(size: str) -> dict[str, Any]:
-    """config.json of a Qwen2.5-VL of sizes.py, as the hub has it."""
-    facts = SIZES[size]
+def hf_config(facts: ModelConfig) -> dict[str, Any]:
+    """config.json of a Qwen2.5-VL, as the hub has it."""
     vision = facts.vision
     assert vision is not None
     return {
@@ -177,7 +177,7 @@ def write(out: Path, name: str, packs: int, sources: list[Image.Image], text: Te
 
 def main(out: Path, packs: int) -> None:
     model = real_tokenizer_folder(out / "model")
-    (model / "config.json").write_text(json.dumps(hf_config("Qwen2.5-VL-3B"), indent=2))
+    (model / "config.json").write_text(json.dumps(hf_config(SIZES["Qwen2.5-VL-3B"]), indent=2))
     (out / "packed").mkdir()
     sources, text = pictures(), Text(model)
     print(f"{len(sources)} pictures")
