@@ -55,15 +55,16 @@ def ours(data: bytes, out: np.ndarray) -> None:
     write_patches(out, data, GRID, GEOMETRY)
 
 
-def a_second(work: Callable[[bytes], None], images: list[bytes]) -> float:
-    """Images a second of CPU time, the best of ROUNDS."""
-    times = []
+def a_second(works: list[Callable[[bytes], None]], images: list[bytes]) -> list[float]:
+    """Images a second of CPU time of each, the best of ROUNDS, in turn."""
+    times: list[list[float]] = [[] for _ in works]
     for _ in range(ROUNDS):
-        begun = time.process_time()
-        for data in images:
-            work(data)
-        times.append(time.process_time() - begun)
-    return len(images) / min(times)
+        for work, taken in zip(works, times):
+            begun = time.process_time()
+            for data in images:
+                work(data)
+            taken.append(time.process_time() - begun)
+    return [len(images) / min(taken) for taken in times]
 
 
 def loader(data: Path, row: str, steps: int = 24) -> float:
@@ -84,7 +85,7 @@ def main(data: Path) -> None:
     print(f"{'one core':28} {'floor/s':>8} {'ours/s':>8} {'share':>6}")
     for name, (width, height, kind) in CASES.items():
         images = [crop(sources, rng, width, height, kind) for _ in range(COUNT)]
-        bare, mine = a_second(floor, images), a_second(lambda data: ours(data, out), images)
+        bare, mine = a_second([floor, lambda data: ours(data, out)], images)
         print(f"{name:28} {bare:8.0f} {mine:8.0f} {mine / bare:6.0%}")
     for row in ("6", "mix"):
         print(f"loader, {row}: {loader(data, row):.0f} images/s by {_threads()} threads")
