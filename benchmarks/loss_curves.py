@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from benchmarks.train_text import LENGTH, config_of, packed_attention
 from trainer import layout
 from trainer.config import TrainConfig
+from trainer.data.batch import Batch
 from trainer.optimizer import learning_rate
 
 RUNS = ("bf16", "fp8", "transformers")
@@ -41,7 +43,7 @@ def ours(args: argparse.Namespace, config: TrainConfig) -> list[float]:
     from trainer.trainer import Run, Trainer
 
     layout.FP8_HIDDEN = 0 if args.only == "fp8" else 1 << 30
-    run = Run.prepare(config, 1, True)
+    run = Run.prepare(config, 1, torch.cuda.is_available())
     with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
         batches = islice(trainer.stream.batches(0), args.steps)
         return [trainer.train_step(b, learning_rate(config, n, args.steps)).loss for n, b in enumerate(batches)]
@@ -50,6 +52,25 @@ def ours(args: argparse.Namespace, config: TrainConfig) -> list[float]:
 def transformers(args: argparse.Namespace, config: TrainConfig) -> list[float]:
     from transformers import AutoModelForCausalLM
 
+    packed_attention()
+    model = AutoModelForCausalLM.from_pretrained(
+        Path(args.work) / "hf", attn_implementation="packed", dtype=torch.float32
+    ).to("cuda")
+
+    def logits(pack: Batch) -> Tensor:
+        batch = pack.to(torch.device("cuda"))
+        ends: dict[str, Any] = {"cu_seqlens": batch.cu_seqlens, "longest": LENGTH, "use_cache": False}
+        hidden = model.model(batch.input_ids[None], position_ids=batch.position_ids[:1], **ends)[0][0]
+        found: Tensor = model.lm_head(hidden)
+        return found
+
+    return plain_loop(args, config, model, logits)
+
+
+def plain_loop(
+    args: argparse.Namespace, config: TrainConfig, model: Any, logits: Callable[[Batch], Tensor]
+) -> list[float]:
+    """Losses of a model of transformers on our packs, `logits` [T, vocabulary] of each, by torch's AdamW."""
     from kanyun.fingerprint import fingerprint
     from kanyun.storage import Folder
     from trainer.data.source import PackedData
@@ -58,10 +79,6 @@ def transformers(args: argparse.Namespace, config: TrainConfig) -> list[float]:
     from trainer.layout import batch_format
     from trainer.model import ModelConfig
 
-    packed_attention()
-    model = AutoModelForCausalLM.from_pretrained(
-        Path(args.work) / "hf", attn_implementation="packed", dtype=torch.float32
-    ).to("cuda")
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -79,13 +96,10 @@ def transformers(args: argparse.Namespace, config: TrainConfig) -> list[float]:
             trained = sum(int(pack.loss_mask.sum()) for pack in packs)
             total: Tensor | float = 0.0
             for pack in packs:
-                batch = pack.to(torch.device("cuda"))
-                with torch.autocast("cuda", torch.bfloat16):
-                    ends: dict[str, Any] = {"cu_seqlens": batch.cu_seqlens, "longest": LENGTH, "use_cache": False}
-                    hidden = model.model(batch.input_ids[None], position_ids=batch.position_ids[:1], **ends)[0][0]
-                    logits = model.lm_head(hidden)
-                labels = torch.where(batch.loss_mask > 0, batch.labels, -100)
-                loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / trained
+                labels = torch.where(pack.loss_mask > 0, pack.labels, -100).to(model.device)
+                with torch.autocast(model.device.type, torch.bfloat16):
+                    guessed = logits(pack)
+                loss = torch.nn.functional.cross_entropy(guessed.float(), labels, reduction="sum") / trained
                 loss.backward()
                 total += loss.detach()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
@@ -97,18 +111,16 @@ def transformers(args: argparse.Namespace, config: TrainConfig) -> list[float]:
     return losses
 
 
-def make_weights(args: argparse.Namespace, work: Path) -> None:
-    """transformers' random weights in work/hf, the same as a checkpoint of ours in work/init."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def make_weights(source: Path, auto: str, work: Path) -> None:
+    """transformers' random weights for the folder `source` in work/hf; in work/init as a checkpoint of ours."""
+    import transformers
 
-    with tempfile.TemporaryDirectory() as folder:
-        source = config(args, Path(folder)).model
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-        model.to(torch.bfloat16).save_pretrained(work / "hf")
-        for file in Path(source).iterdir():
-            if not (work / "hf" / file.name).exists():
-                (work / "hf" / file.name).write_bytes(file.read_bytes())
+    torch.manual_seed(0)
+    model = getattr(transformers, auto).from_config(transformers.AutoConfig.from_pretrained(source))
+    model.to(torch.bfloat16).save_pretrained(work / "hf")
+    for file in source.iterdir():
+        if not (work / "hf" / file.name).exists():
+            (work / "hf" / file.name).write_bytes(file.read_bytes())
     subprocess.run([sys.executable, "-m", "convert", "to-megatron", work / "hf", work / "init"], check=True)
 
 
@@ -136,13 +148,20 @@ def draw(losses: dict[str, list[float]], smooth: int = 10) -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(
+    about: str | None,
+    auto: str,
+    steps: int,
+    config: Callable[[argparse.Namespace, Path], TrainConfig],
+    transformers: Callable[[argparse.Namespace, TrainConfig], list[float]],
+) -> None:
+    """The command line: all RUNS, each in a process of its own. `auto`: transformers' class for the model."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("out")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--global-batch", type=int, default=2)
-    parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)  # a child of this very script
+    parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)  # a child of the very script
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     out = Path(args.out)
@@ -153,9 +172,9 @@ def main() -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     losses = {}
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, tempfile.TemporaryDirectory() as folder:
         args.work = work
-        make_weights(args, Path(work))
+        make_weights(Path(config(args, Path(folder)).model), auto, Path(work))
         for only in RUNS:
             subprocess.run([sys.executable, *sys.argv, "--only", only, "--work", work], check=True)
             losses[only] = json.loads((out / f"{only}.json").read_text())
@@ -169,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "AutoModelForCausalLM", 300, config, transformers)

@@ -29,15 +29,15 @@ from benchmarks.train_text import LENGTH, profile
 from trainer import layout
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
+from trainer.model.config import ModelConfig
 from trainer.model.sizes import SIZES
 
 CHECKPOINTED = {"6", "mix"}  # rows that the peer has no memory for otherwise
 STEPS = 1000  # of the schedule
 
 
-def hf_config(size: str) -> dict[str, Any]:
-    """config.json of a Qwen2.5-VL of sizes.py, as the hub has it."""
-    facts = SIZES[size]
+def hf_config(facts: ModelConfig) -> dict[str, Any]:
+    """config.json of a Qwen2.5-VL, as the hub has it."""
     vision = facts.vision
     assert vision is not None
     return {
@@ -77,15 +77,19 @@ def hf_config(size: str) -> dict[str, Any]:
     }
 
 
-def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
-    model = folder / "hf"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(hf_config(args.model)))
-    for file in (Path(args.data) / "model").iterdir():
+def model_folder(facts: ModelConfig, data: str, folder: Path) -> Path:
+    """A Hugging Face folder of this model with the data's tokenizer and processor settings; no weights."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config(facts)))
+    for file in (Path(data) / "model").iterdir():
         if file.name != "config.json":
-            (model / file.name).symlink_to(file.resolve())
+            (folder / file.name).symlink_to(file.resolve())
+    return folder
+
+
+def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
     return TrainConfig(
-        model=str(model),
+        model=str(model_folder(SIZES[args.model], args.data, folder / "hf")),
         data=f"{args.data}/packed/{args.row}",
         output=str(folder / "out"),
         length=LENGTH,
@@ -149,23 +153,28 @@ def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def packed_attention() -> None:
-    """Give transformers FlashAttention, as torch ships it, for a pack's samples and for the tower's windows and images.
-
-    "flash" in its name makes transformers hand over the windows' lengths instead of attending to one after the other.
+    """Give transformers FlashAttention, as torch ships it, for a pack's samples and for the tower's windows and images,
+    which it would attend to one after the other if it did not take this for a FlashAttention.
     """
     from transformers import AttentionInterface
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
     from trainer.model.attention import segment_attention
 
-    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **facts: Any) -> tuple[Tensor, None]:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [1, heads, T, D] -> [T, heads, D]
+    def attention(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **facts: Any
+    ) -> tuple[Tensor, None]:
+        # [1, heads, T, D] -> [T, heads, D]; rope gives float32 under autocast
+        dtype = torch.bfloat16 if q.is_cuda else q.dtype
+        q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (q, k, v))
         if "cu_seq_lens_q" in facts:  # in the vision tower
             ends, longest, causal = facts["cu_seq_lens_q"], facts["max_length_q"], False
         else:
             ends, longest, causal = facts["pack_ends"], facts["pack_longest"], True
         return segment_attention(q, k, v, ends, int(longest), causal=causal)[None], None
 
-    AttentionInterface.register("flash_packed", attention)
+    AttentionInterface.register("packed", attention)
+    modeling_qwen2_5_vl.is_flash_attention_requested = lambda config: True
 
 
 def inputs(batch: Batch, unit: int) -> dict[str, Any]:
@@ -181,17 +190,21 @@ def inputs(batch: Batch, unit: int) -> dict[str, Any]:
     pixels = (patches.unflatten(1, (3, -1)) - mean[:, None]) / std[:, None]  # [P, 3, 14 * 14]
     ends = [end for end in vision.cu_images.tolist() if end <= used * unit]
     grids = [(1, *(vision.positions[a:b].amax(0) + 1).tolist()) for a, b in pairwise(ends) if a < b]
-    found = {
+    found: dict[str, Any] = {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[:, None],
         "shift_labels": torch.where(batch.loss_mask > 0, batch.labels, -100)[None],
         "pixel_values": pixels[:, :, None].expand(-1, -1, 2, -1).flatten(1).bfloat16(),  # both frames of a picture
         "image_grid_thw": torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         "pack_ends": batch.cu_seqlens,
+        "pack_longest": int(batch.cu_seqlens.diff().max()),
+        "max_seqlen": max((rows * columns for _, rows, columns in grids), default=0),
+        "max_window_seqlen": 64,
+        "use_cache": False,
     }
     if not grids:
         del found["pixel_values"], found["image_grid_thw"]
-    return {"pack_longest": int(batch.cu_seqlens.diff().max()), "use_cache": False, **found}
+    return found
 
 
 def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -206,7 +219,6 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trainer.data.stream import PackStream
     from trainer.flops import TRAINING, forward_flops
     from trainer.layout import batch_format
-    from trainer.model import ModelConfig
 
     packed_attention()
     apply_liger_kernel_to_qwen2_5_vl()
@@ -216,7 +228,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     data = PackedData(config.data, LENGTH, fingerprint(Folder(config.model)))
     with torch.device("cuda"):
         model = AutoModelForImageTextToText.from_config(
-            AutoConfig.from_pretrained(config.model), attn_implementation="flash_packed", dtype=torch.bfloat16
+            AutoConfig.from_pretrained(config.model), attn_implementation="packed", dtype=torch.bfloat16
         )
     model.train()
     if args.row in CHECKPOINTED:

@@ -28,6 +28,7 @@ from benchmarks.text_data import LENGTH, documents
 from benchmarks.train_vision import hf_config
 from pipeline.recipe import Recipe, RecipeDataset
 from tests.qwen_assets import real_tokenizer_folder
+from trainer.model.sizes import SIZES
 
 SIDE = 784  # pixels; 56 x 56 patches, 784 tokens
 PICTURES = {"sklearn": "datasets/images", "skimage": "data", "matplotlib": "mpl-data/sample_data"}
@@ -101,7 +102,7 @@ def equal_rows(raw: Path, each: int, packs: int, sources: list[Image.Image], tex
     for number in range(each * packs):
         name = f"{number}.jpg"
         (raw / name).write_bytes(crop(sources, rng, SIDE, SIDE, "JPEG"))
-        yield row([name], text.take(LENGTH // each - around))
+        yield row([name], text.take(LENGTH // each - around - 2))  # 2: the answer's ends may cut otherwise
 
 
 def mixed_rows(raw: Path, packs: int, sources: list[Image.Image], text: Text) -> Iterator[dict[str, Any]]:
@@ -135,7 +136,7 @@ def write(out: Path, name: str, packs: int, sources: list[Image.Image], text: Te
 
 def main(out: Path, packs: int) -> None:
     model = real_tokenizer_folder(out / "model")
-    (model / "config.json").write_text(json.dumps(hf_config("Qwen2.5-VL-3B"), indent=2))
+    (model / "config.json").write_text(json.dumps(hf_config(SIZES["Qwen2.5-VL-3B"]), indent=2))
     (out / "packed").mkdir()
     sources, text = pictures(), Text(model)
     print(f"{len(sources)} pictures")

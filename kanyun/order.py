@@ -54,6 +54,19 @@ class Order:
         turn = shuffled(len(window), self._key + first)[step - first]
         return places[int(falling[turn])]
 
+    def costs(self, step: int) -> np.ndarray:
+        """[global_batch] of the pack that `locate` gives each slot of a step. Needs the packs' costs."""
+        assert self._costs is not None
+        first = step - step % WINDOW
+        window = np.arange(first, min(first + WINDOW, self.steps))
+        positions = np.arange(self._global_batch)[:, None] * self.steps + window
+        number = np.searchsorted(self._ends, positions, side="right")
+        batch = self._batches[number]
+        row = positions - self._ends[number] + self._packs_per_batch[batch]
+        rising = np.sort(self._costs[self._first_pack[batch] + row], axis=1)
+        turn = shuffled(len(window), self._key + first)[step - first]
+        return rising[:, len(window) - 1 - turn]
+
     def _at(self, position: int) -> tuple[int, int]:
         """What lies at a position of the line of shuffled record batches."""
         number = int(np.searchsorted(self._ends, position, side="right"))

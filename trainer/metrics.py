@@ -32,6 +32,7 @@ class StepMetrics:
     tokens_per_second: float  # useful token slots: all but padding
     mfu: float | None  # share of the GPUs' peak; None where that is not known
     data_wait: float  # share of the time that the model waited for data
+    imbalance: float  # cost of the packs of the rank that has most, over the ranks' mean; 1 = all alike
     seconds: float
     memory_gb: float  # peak of rank 0's device; on a CPU, of its process
     validation_loss: float | None
@@ -100,6 +101,7 @@ class Metrics:
             f"{metrics.tokens_per_second:,.0f} tokens/s",
             f"MFU {metrics.mfu:.1%}" if metrics.mfu is not None else "MFU n/a",
             f"data wait {metrics.data_wait:.0%}",
+            f"ranks max/mean {metrics.imbalance:.2f}",
             f"{metrics.memory_gb:.1f} GB",
             f"ETA {left}",
         ]

@@ -237,6 +237,7 @@ class Trainer:
                 tokens_per_second=self.config.global_batch * self.tokens_per_pack / seconds,
                 mfu=result.flops / peak if peak else None,
                 data_wait=waited / seconds,
+                imbalance=self.stream.imbalance((self.step - 1) * self.config.global_batch),
                 seconds=seconds,
                 memory_gb=peak_memory_gb(self.runtime.device),
                 validation_loss=held_out,

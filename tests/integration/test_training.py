@@ -292,6 +292,7 @@ def test_metrics_are_there_for_people_and_programs(whole: dict[str, Any]) -> Non
         assert line["mfu"] is None  # no GPU
         assert line["tokens_per_second"] * line["seconds"] == pytest.approx(4 * useful_tokens(whole), rel=1e-6)
         assert 0 <= line["data_wait"] <= 1
+        assert line["imbalance"] == 1  # one rank
     state = checkpoint.read_state(checkpoint.resolve(whole["output"]))
     assert (state.step, state.consumed, state.skipped) == (6, 24, 0)
     assert json.loads(Path(whole["output"], "run.json").read_text())["lr"] == whole["lr"]

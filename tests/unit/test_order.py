@@ -51,6 +51,15 @@ def test_packs_of_a_step_cost_about_the_same() -> None:
     assert even < 1 + (plain - 1) / 2
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 7), st.integers(0, 2**31))
+def test_costs_are_those_of_the_packs_of_a_step(sizes: list[int], global_batch: int, seed: int) -> None:
+    costs = np.random.default_rng(seed).integers(1, 100, sum(sizes))
+    order, first = Order(np.array(sizes), global_batch, "digest", seed, 0, costs), np.cumsum([0, *sizes])
+    expected = [int(costs[first[batch] + row]) for batch, row in walk(order, global_batch)]
+    assert [int(cost) for step in range(order.steps) for cost in order.costs(step)] == expected
+
+
 def test_shuffle_never_changes() -> None:
     """A value written down: resuming must find the same order after any library was upgraded."""
     assert shuffled(8, 42).tolist() == [1, 2, 0, 5, 6, 7, 3, 4]

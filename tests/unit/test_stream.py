@@ -15,7 +15,7 @@ from kanyun.errors import DatasetError, UserError
 from kanyun.fingerprint import Fingerprint
 from kanyun.layout import dataset_name, shard_name
 from kanyun.schema import Pack
-from tests.packed_data import IMAGE, MODEL, random_packs, write_packed
+from tests.packed_data import IMAGE, MODEL, PAD, random_packs, write_packed
 from trainer.data.batch import Batch, BatchFormat, make_batch
 from trainer.data.images import PatchGeometry
 from trainer.data.source import PackCost, PackedData, Packs
@@ -115,6 +115,24 @@ def test_any_number_of_ranks_gives_the_same_global_batches(data: PackedData, cos
             assert len(ranks[0][step]) == 8 // world // micro_batch
             together = [key for rank in ranks for key in keys(rank[step])]
             assert together == keys(alone[step])
+
+
+def test_imbalance_is_that_of_the_ranks_costs(data: PackedData) -> None:
+    def cost(batch: Batch) -> int:
+        assert batch.vision is not None
+        patches = 4 * (batch.vision.token_index < LENGTH).sum()
+        samples = batch.cu_seqlens[: -1 if batch.input_ids[-1] == PAD else None]  # a tail is no sample
+        return int((samples.diff() ** 2).sum() + 30 * patches)
+
+    facts = {"cost": PackCost(1.0, 30.0), "global_batch": 8, "micro_batch": 1}
+    ranks = [take(data, 7, rank=rank, world=4, **facts) for rank in range(4)]  # 5 steps of one epoch, 2 of the next
+    costs = [[sum(map(cost, step)) for step in steps] for steps in ranks]
+    with stream(data, rank=2, world=4, **facts) as packs:
+        found = [packs.imbalance(8 * step) for step in range(7)]
+    assert found == pytest.approx([max(of_ranks) / np.mean(of_ranks) for of_ranks in zip(*costs)])
+    assert len(set(found)) == 7
+    with stream(data, **facts) as packs:
+        assert packs.imbalance(8) == 1  # one rank alone
 
 
 def test_cost_evens_out_the_steps(data: PackedData) -> None:

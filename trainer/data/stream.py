@@ -5,6 +5,7 @@ global batch, consumed packs), not of the number of ranks: each rank takes an eq
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import batched
 from types import TracebackType
 from typing import Self
@@ -73,8 +74,9 @@ class PackStream(_Stream):
         super().__init__(data, form, micro_batch)
         self._seed, self._global_batch = seed, global_batch
         share = global_batch // world
-        self._slots = range(rank * share, (rank + 1) * share)
+        self._world, self._slots = world, range(rank * share, (rank + 1) * share)
         self._costs = [packs.costs(cost) if cost else None for packs in data.epochs]
+        self._order = lru_cache(maxsize=2)(self._make_order)  # of the epoch, and of the next, which is read ahead
 
     def steps(self, epochs: int) -> int:
         """Steps of the first `epochs` training epochs. Epoch e reads sampled epoch e % (how many there are)."""
@@ -99,6 +101,12 @@ class PackStream(_Stream):
             epoch += 1
         return epoch, step - self.steps(epoch)
 
+    def imbalance(self, consumed: int) -> float:
+        """Of the step after `consumed` packs: what the rank with most work has, over the ranks' mean. Needs `cost`."""
+        epoch, step = self.locate(consumed)
+        ranks = self._order(epoch).costs(step).reshape(self._world, -1).sum(axis=1)
+        return float(ranks.max() / ranks.mean())
+
     def batches(self, consumed: int) -> Iterator[tuple[Batch, ...]]:
         """The micro-batches of each step from `consumed` packs on, without end.
 
@@ -107,12 +115,15 @@ class PackStream(_Stream):
         micro_batches = self._loader.run(self._picks(*self.locate(consumed)))
         return batched(micro_batches, len(self._slots) // self._micro_batch)
 
+    def _make_order(self, epoch: int) -> Order:
+        sampled = epoch % len(self._data.epochs)
+        packs, costs = self._data.epochs[sampled], self._costs[sampled]
+        return Order(packs.packs_per_batch, self._global_batch, packs.digest, self._seed, epoch, costs)
+
     def _picks(self, epoch: int, step: int) -> Iterator[list[Pick]]:
         """The packs of each micro-batch. Record batches are held for a window of the order: it jumps about in there."""
         while True:
-            sampled = epoch % len(self._data.epochs)
-            packs, costs = self._data.epochs[sampled], self._costs[sampled]
-            order = Order(packs.packs_per_batch, self._global_batch, packs.digest, self._seed, epoch, costs)
+            packs, order = self._data.epochs[epoch % len(self._data.epochs)], self._order(epoch)
             while step < order.steps:
                 steps = range(step, min(step - step % WINDOW + WINDOW, order.steps))
                 places = [[order.locate(s * self._global_batch + slot) for slot in self._slots] for s in steps]
