@@ -39,10 +39,15 @@ class _Hdfs(HdfsFileSystem):
         return {"host": host or None, "port": int(port) if port else None}
 
 
+# Waiting for a NameNode is `retried`'s. By default a call asks on for 3 minutes and six calls are made: a trainer took
+# 18 minutes to say that HDFS is gone. Two more attempts reach any of three NameNodes.
+_SETTINGS = {"dfs.client.failover.max.attempts": "2"}
+
+
 @cache
 def _hdfs(host: str | None, port: int | None) -> _Hdfs:
     """One client a NameNode, for as long as the process lives."""
-    return _Hdfs(host=host, port=port)
+    return _Hdfs(host=host, port=port, **_SETTINGS)
 
 
 class Folder:
