@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,6 +58,12 @@ class FaultRun:
             finally:
                 driver.kill()
                 driver.communicate()
+
+    def beside(self, name: str) -> "FaultRun":
+        """The same recipe and output, with other files that processes see."""
+        here = self.here / name
+        here.mkdir()
+        return replace(self, here=here)
 
     def run(self, *faults: str, conf: str = "", **environment: str) -> str:
         """To its end, which must be a good one; stdout."""
