@@ -79,6 +79,7 @@ class FaultRun:
         """The one sentence with which the driver ends."""
         driver.communicate(timeout=500)
         assert driver.returncode == 2, self.errors()[-6000:]
+        assert "Traceback" not in self.errors()
         (said,) = (line for line in self.errors().splitlines() if line.startswith("error: "))
         return said.removeprefix("error: ")
 
