@@ -53,7 +53,7 @@ _LOCAL_SETTINGS = {
 _SAID = re.compile(r"^kanyun\.\w+\.\w+Error: (.+)$", re.MULTILINE)
 _REFUSED = re.compile(
     r"(?:QuotaExceededException|AccessControlException|SafeModeException|ChecksumException|ConnectException"
-    r"|FileSystemException|ParquetDecodingException): ([^\n]+)"
+    r"|FileSystemException|ParquetDecodingException)\)?: ([^\n]+)"
 )
 
 
