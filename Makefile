@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt jobs/setup.sh
 	@jobs/setup.sh
 	@touch $@
 
-.PHONY: help setup demo test test-faults test-gpu lint format clean cluster-up cluster-down cluster-status \
+.PHONY: help setup demo test test-gpu lint format clean cluster-up cluster-down cluster-status \
   spark-preprocess spark-filter spark-sample spark-build spark-pack train convert-megatron convert-hf
 
 help: ## this list
@@ -29,11 +29,7 @@ demo: $(STAMP) ## raw scans and text -> packs -> training -> Hugging Face -> sco
 
 test: $(STAMP) ## all tests that need no GPU
 #example make test
-	@$(PYTHON) -m pytest tests/unit tests/integration -m "not faults" $(ARGS)
-
-test-faults: $(STAMP) ## what goes wrong on a cluster, on real daemons: half an hour on two cores
-#example make test-faults
-	@$(PYTHON) -m pytest tests/integration -m faults $(ARGS)
+	@$(PYTHON) -m pytest tests/unit tests/integration $(ARGS)
 
 test-gpu: $(STAMP) ## tests that need a CUDA machine
 #example make test-gpu

@@ -53,7 +53,8 @@ class Cluster:
     """The daemons of one state folder, each found by its pid, and only if its command line names this folder.
 
     `settings`: those of a cluster that is to start; None takes the ones it was started with.
-    `tied`: the daemons end with the process that started them, however it ends (Linux).
+    `tied`: the daemons end with the process that started them, however it ends. Linux takes the thread for it, so they
+    are to be started by the main one.
     """
 
     def __init__(self, state: Path, settings: Settings | None = None, tied: bool = False):

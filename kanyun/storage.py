@@ -10,6 +10,7 @@ import posixpath
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import IO, Any, cast
 
@@ -39,10 +40,25 @@ class _Hdfs(HdfsFileSystem):
         return {"host": host or None, "port": int(port) if port else None}
 
 
+# Waiting for a NameNode is `retried`'s. By default a call asks on for 3 minutes and six calls are made: a trainer took
+# 18 minutes to say that HDFS is gone. Two more attempts reach any of three NameNodes.
+_SETTINGS = {"dfs.client.failover.max.attempts": "2"}
+
+
 @cache
 def _hdfs(host: str | None, port: int | None) -> _Hdfs:
     """One client a NameNode, for as long as the process lives."""
-    return _Hdfs(host=host, port=port)
+    return _Hdfs(host=host, port=port, **_SETTINGS)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is directly below a folder."""
+
+    name: str
+    is_folder: bool  # a link to one on a local disk is none
+    size: int  # bytes
+    modified: int  # ns on a local disk, ms on HDFS
 
 
 class Folder:
@@ -107,21 +123,27 @@ class Folder:
         except FileNotFoundError:
             return False
 
-    @patient
-    def facts(self) -> dict[str, dict[str, Any]]:
-        """Full path -> what the storage tells of it ("size", a time of modification) for every file at any depth; of
-        the file itself, if this is one. Raises UserError if a folder below is not readable, or goes meanwhile."""
-        if not self.exists():
-            return {}
-        try:
-            with self._readable():  # by default fsspec leaves out what it cannot list
-                return cast(dict[str, dict[str, Any]], self.fs.find(self.path, detail=True, on_error="raise"))
-        except FileNotFoundError as error:
-            raise UserError(f"{self.uri} changes while it is listed: wait until nothing writes there") from error
+    def entries(self) -> Iterator[Entry]:
+        """What is directly below, in no order, as the storage lists it: never all of it in memory.
 
+        Raises UserError if the folder may not be read, or goes meanwhile. Not patient: see `retried`.
+        """
+        with self._listable():
+            if isinstance(self.fs, LocalFileSystem):
+                with os.scandir(self.path) as found:
+                    yield from map(_local_entry, found)
+            else:
+                for one in self.fs.client.list_status(self.path):
+                    yield Entry(posixpath.basename(one.path), one.isdir, one.length, one.modification_time)
+
+    @patient
     def files(self) -> list[tuple[str, int]]:
-        """(relative name, bytes) of every file at any depth, sorted by name."""
-        return sorted((path[len(self.path) :].lstrip("/"), int(fact["size"])) for path, fact in self.facts().items())
+        """(relative name, bytes) of every file at any depth, sorted by name. Raises UserError as `entries`."""
+        if not self.exists():
+            return []
+        with self._listable():  # by default fsspec leaves out what it cannot list
+            facts = self.fs.find(self.path, detail=True, on_error="raise")
+        return sorted((path[len(self.path) :].lstrip("/"), int(fact["size"])) for path, fact in facts.items())
 
     @patient
     def size(self, name: str) -> int:
@@ -246,12 +268,28 @@ class Folder:
             raise FileNotFoundError(f"{where} does not exist") from error
 
     @contextmanager
+    def _listable(self) -> Iterator[None]:
+        try:
+            with self._readable():
+                yield
+        except FileNotFoundError as error:
+            raise UserError(f"{self.uri} changes while it is listed: wait until nothing writes there") from error
+
+    @contextmanager
     def _writable(self) -> Iterator[None]:
         try:
             with refused(f"cannot write below {self.uri}", "choose an output you may write to"):
                 yield
         except FileNotFoundError as error:
             raise FileNotFoundError(first_line(error)) from error
+
+
+def _local_entry(found: os.DirEntry[str]) -> Entry:
+    try:
+        facts = found.stat()
+    except FileNotFoundError:  # of a link to nowhere
+        facts = found.stat(follow_symlinks=False)
+    return Entry(found.name, found.is_dir(follow_symlinks=False), facts.st_size, facts.st_mtime_ns)
 
 
 class _Output:

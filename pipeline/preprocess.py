@@ -1,10 +1,11 @@
 """preprocess RAW OUT --dataset NAME: raw rows to samples, each checked, its images copied to blobs."""
 
 import json
+import posixpath
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from pyspark.sql import Row as SparkRow
 
 from kanyun.errors import UserError
 from kanyun.manifest import canonical
+from kanyun.refusals import retried
 from kanyun.storage import Folder
 from pipeline.checks import (
     RowError,
@@ -66,7 +68,10 @@ class Preprocess(Stage):
         return {}
 
     def input_digest(self, inputs: dict[str, Report]) -> str:
-        """Of the names, sizes and times of all files below RAW, images too; of RAW alone if it is a file."""
+        """Of the names, sizes and times of all files below RAW, images too; of RAW alone if it is a file.
+
+        The sum of a digest a file, which needs neither an order nor memory: there may be an image a sample.
+        """
         if f"{Folder(self.output).uri}/".startswith(f"{Folder(self.source).uri}/"):
             raise UserError(f"the output {self.output} is in the raw folder {self.source}: choose another output")
         return self._files[1]
@@ -81,21 +86,18 @@ class Preprocess(Stage):
     @cached_property
     def _files(self) -> tuple[list[tuple[str, int]], str]:
         """((path below RAW, bytes) of every file of rows, digest of all files); those of HIDDEN are left out."""
-        source, root = Folder(self.source), self._root
-        found = source.facts()
-        digest = xxhash.xxh3_128()
-        files = []
-        for path, info in sorted(found.items()):
-            name = path[len(root.path) :].lstrip("/")
-            if any(part.startswith(HIDDEN) for part in name.split("/")):
-                continue
-            digest.update(canonical([name, info["size"], info.get("mtime", info.get("modification_time"))]))
-            if name.lower().endswith(SUFFIXES):
-                files.append((name, int(info["size"])))
+        source = Folder(self.source)
+        folders, files, total, count = [""], [], 0, 0
+        only = "" if source.is_folder() else source.name
+        while folders:
+            listing = retried(partial(_list, self._root, folders.pop(), only))
+            folders += listing.folders
+            files += listing.files
+            total, count = total + listing.digest, count + listing.count
         if not any(size for _, size in files):
-            what = f"{len(files)} files, all empty" if files else f"none among {len(found)} files"
+            what = f"{len(files)} files, all empty" if files else f"none among {count} files"
             raise UserError(f"{self.source} has no rows: it needs {_known_suffixes()} files and has {what}")
-        return files, digest.hexdigest()
+        return sorted(files), f"{total % 2**128:032x}"
 
     def read(self, spark: SparkSession, attempt: Attempt) -> DataFrame:
         """One row and one partition a task."""
@@ -133,6 +135,34 @@ class Preprocess(Stage):
         for image in images:
             with suppress(RowError, OSError, UserError):
                 yield copier.read(image, rejected["file"])
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What a folder has; names are below RAW."""
+
+    folders: list[str]
+    files: list[tuple[str, int]]  # of rows
+    digest: int  # the sum of those of its files
+    count: int  # of its files
+
+
+def _list(root: Folder, folder: str, only: str) -> _Listing:
+    """`only`: the one file to look at, if it is not empty."""
+    folders, files, digest, count = [], [], 0, 0
+    for entry in (root / folder if folder else root).entries():
+        if entry.name.startswith(HIDDEN) or (only and entry.name != only):
+            continue
+        name = posixpath.join(folder, entry.name)
+        if entry.is_folder:
+            folders.append(name)
+            continue
+        known_by = f"{name}\0{entry.size}\0{entry.modified}"
+        digest += xxhash.xxh3_128_intdigest(known_by.encode(errors="surrogateescape"))  # a name may be any bytes
+        count += 1
+        if name.lower().endswith(SUFFIXES):
+            files.append((name, entry.size))
+    return _Listing(folders, files, digest, count)
 
 
 @dataclass(frozen=True)

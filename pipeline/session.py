@@ -53,7 +53,7 @@ _LOCAL_SETTINGS = {
 _SAID = re.compile(r"^kanyun\.\w+\.\w+Error: (.+)$", re.MULTILINE)
 _REFUSED = re.compile(
     r"(?:QuotaExceededException|AccessControlException|SafeModeException|ChecksumException|ConnectException"
-    r"|FileSystemException|ParquetDecodingException): ([^\n]+)"
+    r"|FileSystemException|ParquetDecodingException)\)?: ([^\n]+)"
 )
 
 
@@ -71,6 +71,8 @@ def spark_session() -> SparkSession:
         settings |= _LOCAL_SETTINGS
         if master.startswith("local"):  # a laptop's own name may lead nowhere
             settings["spark.driver.host"] = "127.0.0.1"
+    if user := os.environ.get("HADOOP_USER_NAME"):  # Spark's JVMs tell each other, Python workers read it themselves
+        settings["spark.executorEnv.HADOOP_USER_NAME"] = user
     for key, value in settings.items():
         builder = builder.config(key, value)
     session = builder.getOrCreate()

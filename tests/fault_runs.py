@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -59,6 +59,12 @@ class FaultRun:
                 driver.kill()
                 driver.communicate()
 
+    def beside(self, name: str) -> "FaultRun":
+        """The same recipe and output, with other files that processes see."""
+        here = self.here / name
+        here.mkdir()
+        return replace(self, here=here)
+
     def run(self, *faults: str, conf: str = "", **environment: str) -> str:
         """To its end, which must be a good one; stdout."""
         with self.started(*faults, conf=conf, **environment) as driver:
@@ -73,6 +79,7 @@ class FaultRun:
         """The one sentence with which the driver ends."""
         driver.communicate(timeout=500)
         assert driver.returncode == 2, self.errors()[-6000:]
+        assert "Traceback" not in self.errors()
         (said,) = (line for line in self.errors().splitlines() if line.startswith("error: "))
         return said.removeprefix("error: ")
 

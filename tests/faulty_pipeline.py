@@ -26,7 +26,7 @@ from pyspark import TaskContext
 from pyspark.sql import DataFrame
 
 from kanyun.errors import run_cli
-from pipeline import pack, preprocess
+from pipeline import attempt, pack, preprocess
 from pipeline.recipe import Recipe
 from pipeline.session import map_rows
 
@@ -117,6 +117,7 @@ def main() -> None:
     faults = list(map(Fault.parse, texts))
     preprocess.Preprocess.task_bytes = (5000, 5000)
     pack.Pack.bucket_samples = 20
+    attempt.BEAT, attempt.DEAD_AFTER = 1.0, 10
 
     def faulty(where: str) -> Callable[[DataFrame, Callable[[Rows], Rows], pa.Schema], DataFrame]:
         mine = tuple(fault for fault in faults if fault.where == where)

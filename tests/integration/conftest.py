@@ -37,10 +37,3 @@ def fault_run(cluster: Cluster, undisturbed: FaultRun, tmp_path: Path) -> FaultR
     raw = f"{cluster.hdfs}/faults/raw"
     copy_folder(Folder(undisturbed.raw), Folder(raw), "put")  # what is there is not copied again
     return FaultRun(raw, undisturbed.model, Folder(f"{cluster.hdfs}/{tmp_path.name}"), tmp_path, cluster.env)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Faults are a target of their own, `make test-faults`: they wait for daemons to die and to come back."""
-    for item in items:
-        if item.path.name.startswith("test_faults_"):
-            item.add_marker(pytest.mark.faults)

@@ -205,7 +205,7 @@ def test_datanode_killed_while_writing_and_reading(cluster: Cluster, hdfs: Folde
 def test_namenode_away_for_a_moment_only_delays(cluster: Cluster, hdfs: Folder) -> None:
     hdfs.write("file", BYTES)
     code = f"import time\nfor i in range(20): print(len(Folder({hdfs.uri!r}).read('file', i << 20))); time.sleep(0.2)"
-    # In a process of its own: hdfs-native holds Python's lock while it waits for the NameNode.
+    # In a process of its own, so that daemons are started by this one's main thread: see Cluster.
     command = [sys.executable, "-c", f"from kanyun.storage import Folder\n{code}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdout is not None
@@ -217,6 +217,18 @@ def test_namenode_away_for_a_moment_only_delays(cluster: Cluster, hdfs: Folder) 
     assert reader.returncode == 0
     assert lengths == [len(BYTES) - (i << 20) for i in range(1, 20)]
     cluster.wait_for_hdfs()
+
+
+def test_a_call_is_over_soon_when_there_is_no_namenode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting is for `retried`: six calls of three minutes, as hdfs-native has it, are 18 for a trainer to fail in."""
+    monkeypatch.setattr("kanyun.refusals._PAUSES", (0.1,))
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        folder = Folder(f"hdfs://127.0.0.1:{taken.getsockname()[1]}/x")
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"cannot read .*Connection refused"):
+            folder.read("file")
+        assert time.monotonic() - started < 30, "two calls"
 
 
 # --- put and fetch

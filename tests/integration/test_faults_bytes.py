@@ -1,8 +1,13 @@
 """Data on HDFS that is damaged, changes, or is not there: found where it is read, never passed on."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,8 +25,11 @@ from pipeline.filter import Filter
 from pipeline.pack import Pack
 from pipeline.preprocess import Preprocess
 from pipeline.recipe import RATIOS, Recipe, RecipeDataset
+from pipeline.report import Counts, Report
 from pipeline.sample import Sample
 from tests.fault_runs import LENGTH, PACKED, FaultRun
+
+STAGES = ("preprocess/chat", "filter/chat", "sample", "build", PACKED)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +58,12 @@ def flipped(folder: Folder, name: str, position: int) -> Iterator[None]:
         yield
     finally:
         folder.write(name, before)
+
+
+def rows_of(folder: Folder) -> list[dict[str, Any]]:
+    """Of a folder of parquet files."""
+    names = (name for name in folder.names() if name.startswith("part-"))
+    return [row for name in names for row in pq.read_table(pa.BufferReader(folder.read(name))).to_pylist()]
 
 
 def first(folder: Folder, prefix: str) -> str:
@@ -107,7 +121,7 @@ def test_a_byte_of_a_stage_s_rows(made: tuple[Recipe, Folder], stage: str, colum
     assert not [name for name in out.names() if "again" in name and (out / name).files()]
 
 
-@pytest.mark.parametrize("stage", ["preprocess/chat", "filter/chat", "sample", "build", PACKED])
+@pytest.mark.parametrize("stage", STAGES)
 def test_any_byte_of_a_report(made: tuple[Recipe, Folder], stage: str) -> None:
     recipe, out = made
     report = (out / stage).read("report.json")
@@ -155,8 +169,35 @@ def test_every_row_is_bad(cluster: Cluster, undisturbed: FaultRun, spark: SparkS
     (root / "raw").write("a.jsonl", b"{}\n[]\n{\nnull\n")
     with pytest.raises(UserError, match=r"build has no samples: all rows were quarantined or dropped"):
         recipe_for(root, undisturbed.model).run(overwrite=False)
-    bad = root / "out/filter/chat/quarantine"
-    tables = [pq.read_table(pa.BufferReader(bad.read(name))) for name in bad.names() if name.startswith("part-")]
-    rows = [row for table in tables for row in table.to_pylist()]
-    assert {row["raw"]: row["reason"] for row in rows} == dict.fromkeys(("{}", "[]", "{", "null"), "malformed_row")
-    assert (root / "out/packed").names() == []
+    out = root / "out"
+    bad = rows_of(out / "filter/chat/quarantine")
+    assert {row["raw"]: row["reason"] for row in bad} == dict.fromkeys(("{}", "[]", "{", "null"), "malformed_row")
+    counts = {name: Report.load(out / name, name.split("/")[0]).counts for name in STAGES[:-1]}
+    assert counts["preprocess/chat"] == Counts(4, 4)
+    assert counts["filter/chat"] == Counts(4, 0, quarantined={"malformed_row": 4})
+    assert counts["sample"] == counts["build"] == Counts(0, 0)
+    assert (out / "packed").names() == []
+
+
+def test_images_that_may_not_be_read(
+    cluster: Cluster, undisturbed: FaultRun, spark: SparkSession, tmp_path: Path
+) -> None:
+    """They cost their rows. By a user of its own: root may read everything."""
+    root = Folder(f"{cluster.hdfs}/{tmp_path.name}")
+    copy_folder(Folder(undisturbed.raw), root / "raw", "put")
+    cluster.shell("-chmod", "600", f"{root.path}/raw/images/3.png")
+    cluster.shell("-chmod", "777", root.path)
+    command = [sys.executable, "-m", "pipeline", "preprocess", f"{root.uri}/raw", f"{root.uri}/out"]
+    env = os.environ | cluster.env | {"HADOOP_USER_NAME": "somebody", "SPARK_MASTER": "local[2]"}
+    done = subprocess.run([*command, "--dataset", "messages"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = rows_of(root / "out/data")
+    named = {"images/3.png": "image_unreadable", "images/none.png": "image_missing"}
+    for row in rows:
+        images = json.loads(row["raw"])["images"]
+        assert row["reason"] == (named.get(images[0]) if images else None)
+        assert ("may not be read: Permission denied: user=somebody" in (row["evidence"] or "")) == (
+            images == ["images/3.png"]
+        )
+    assert len(rows) == 120
+    assert "images/3.png" in {image for row in rows for image in json.loads(row["raw"])["images"]}

@@ -20,11 +20,36 @@ def sound(cluster: Cluster) -> Iterator[None]:
     cluster.wait_for_hdfs()
 
 
-def test_namenode_away_in_preprocess_and_datanode_killed_in_pack(
+def test_refusals_then_namenode_away_in_preprocess_and_datanode_killed_in_pack(
     cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun
 ) -> None:
+    """One after the other on one output, which in the end is what it would have been."""
+    out = fault_run.out
+    out.make()
+    cluster.shell("-chmod", "755", out.path)
+    with fault_run.started(HADOOP_USER_NAME="somebody") as driver:
+        assert "Permission denied: user=somebody, access=WRITE" in fault_run.refused(driver)
+    assert out.files() == []
+
+    safe = fault_run.beside("safe")
+    with safe.started("preprocess:1:4:1:meet", conf=ONE_TRY) as driver:
+        with safe.meeting(driver, "preprocess"):
+            cluster.dfsadmin("-safemode", "enter")
+        try:
+            assert "in safe mode" in safe.refused(driver)
+        finally:
+            cluster.dfsadmin("-safemode", "leave")
+
+    cluster.dfsadmin("-setSpaceQuota", "1m", out.path)  # less than a block, so nothing can be written
+    with fault_run.started() as driver:
+        assert "quota" in fault_run.refused(driver)
+    cluster.dfsadmin("-setSpaceQuota", "40m", out.path)  # two blocks of 8 MiB in two replicas, while they are written
+    with fault_run.started(conf=ONE_TRY) as driver:
+        assert "The DiskSpace quota of" in fault_run.refused(driver)
+    cluster.dfsadmin("-clrSpaceQuota", out.path)
+
     with fault_run.started("preprocess:1:4:1:meet", "pack:0:2:1:meet") as driver:
-        with fault_run.meeting(driver, "preprocess"), namenode_away(cluster, 25):
+        with fault_run.meeting(driver, "preprocess"), namenode_away(cluster, 9):
             (fault_run.here / "preprocess-go").touch()
         with fault_run.meeting(driver, "pack"):
             cluster.kill("datanode-1")
@@ -32,42 +57,13 @@ def test_namenode_away_in_preprocess_and_datanode_killed_in_pack(
     assert fault_run.digest() == undisturbed.digest()
 
 
-def test_safe_mode_and_quota_and_permission(cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun) -> None:
-    """One after the other on one output, which in the end is what it would have been."""
-    out = fault_run.out
-    out.make()
-    cluster.shell("-chmod", "755", out.path)
-    with fault_run.started(HADOOP_USER_NAME="somebody") as driver:
-        assert "Permission denied: user=somebody" in fault_run.refused(driver)
-    assert out.files() == []
-
-    with fault_run.started("preprocess:1:4:1:meet", conf=ONE_TRY) as driver:
-        with fault_run.meeting(driver, "preprocess"):
-            cluster.dfsadmin("-safemode", "enter")
-        try:
-            assert "in safe mode" in fault_run.refused(driver)
-        finally:
-            cluster.dfsadmin("-safemode", "leave")
-
-    cluster.dfsadmin("-setSpaceQuota", "1m", out.path)  # less than a block, so nothing can be written
-    with fault_run.started() as driver:
-        assert "quota" in fault_run.refused(driver)
-    cluster.dfsadmin("-clrSpaceQuota", out.path)
-    cluster.dfsadmin("-setSpaceQuota", "40m", out.path)  # two blocks of 8 MiB in two replicas, while they are written
-    with fault_run.started(conf=ONE_TRY) as driver:
-        assert "The DiskSpace quota of" in fault_run.refused(driver)
-    cluster.dfsadmin("-clrSpaceQuota", out.path)
-    fault_run.run()
-    assert fault_run.digest() == undisturbed.digest()
-
-
-def test_raw_files_that_may_not_be_read(cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun) -> None:
+def test_raw_files_that_may_not_be_read(cluster: Cluster, fault_run: FaultRun) -> None:
     hidden = Folder(fault_run.raw) / "part-1.jsonl"
     cluster.shell("-chmod", "600", hidden.path)
     fault_run.out.make()
     cluster.shell("-chmod", "777", fault_run.out.path)
     try:
-        with fault_run.started(HADOOP_USER_NAME="somebody") as driver:
+        with fault_run.started(conf=ONE_TRY, HADOOP_USER_NAME="somebody") as driver:
             assert "Permission denied: user=somebody, access=READ" in fault_run.refused(driver)
     finally:
         cluster.shell("-chmod", "644", hidden.path)

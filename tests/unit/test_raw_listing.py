@@ -1,0 +1,91 @@
+"""What preprocess finds in a raw folder, and by what it knows the folder again."""
+
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from kanyun.errors import UserError
+from pipeline.preprocess import Preprocess
+
+
+def listed(raw: Path) -> tuple[list[tuple[str, int]], str]:
+    return Preprocess(str(raw), f"{raw}-out", "messages")._files
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    folder = tmp_path / "raw"
+    for name in ("b.jsonl", "deep/er/a.jsonl.gz", "deep/images/1.png", "deep/images/2.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"some bytes")
+    return folder
+
+
+def test_digest_tells_every_change_and_nothing_else(raw: Path) -> None:
+    files, before = listed(raw)
+    assert files == [("b.jsonl", 10), ("deep/er/a.jsonl.gz", 10)]
+    image, times = raw / "deep/images/1.png", (raw / "b.jsonl").stat()
+    seen = {before}
+
+    def changed() -> bool:
+        seen.add(digest := listed(raw)[1])
+        return digest != before
+
+    for hidden in ("_logs/x.jsonl", "deep/.x.png", "deep/cache-1.arrow"):
+        (raw / hidden).parent.mkdir(exist_ok=True)
+        (raw / hidden).write_bytes(b"no data")
+    assert not changed()
+    image.rename(raw / "deep/images/3.png")
+    assert changed()
+    (raw / "deep/images/3.png").rename(raw / "deep/1.png")
+    assert changed()
+    (raw / "deep/1.png").rename(image)
+    assert not changed()
+    os.utime(raw / "b.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    assert changed()
+    (raw / "b.jsonl").write_bytes(b"some bytes more")
+    os.utime(raw / "b.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert changed()
+    (raw / "b.jsonl").write_bytes(b"some bytes")
+    os.utime(raw / "b.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not changed()
+    image.unlink()
+    assert changed()
+    assert len(seen) == 6, "each its own"
+
+
+def test_a_file_alone_is_known_by_itself(raw: Path) -> None:
+    before = listed(raw / "b.jsonl")
+    assert before[0] == [("b.jsonl", 10)]
+    (raw / "deep/images/1.png").write_bytes(b"other")
+    (raw / "c.jsonl").write_bytes(b"other")
+    assert listed(raw / "b.jsonl") == before
+
+
+def test_names_that_are_no_text(raw: Path) -> None:
+    before = listed(raw)[1]
+    Path(os.fsdecode(bytes(raw / "deep/images") + b"/\xff.png")).touch()
+    assert listed(raw)[1] != before
+
+
+def test_links_to_nowhere_and_folders_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/image.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="none among 1 files"):
+        listed(tmp_path / "raw")
+
+
+def test_images_take_no_memory_of_the_driver(raw: Path) -> None:
+    """An image a sample: 0.8 kB each, of a listing held in memory, were 15 MB here and 59 GB of 77 M samples."""
+    for number in range(20_000):
+        (raw / f"deep/images/{number}.png").touch()
+    listed(raw)
+    tracemalloc.start()
+    try:
+        listed(raw)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
