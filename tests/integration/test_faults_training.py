@@ -75,7 +75,6 @@ def test_no_step_is_lost_when_a_datanode_dies_and_the_namenode_restarts(
         cluster.start("datanode-1")
         cluster.wait_for_hdfs()
     assert_same_curve(remote, local)
-    assert max(line["seconds"] for line in metrics_of(remote)) > 1, "it was waited for"
 
 
 def test_a_flipped_byte_stops_training_naming_the_place(remote: dict[str, Any]) -> None:
