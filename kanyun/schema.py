@@ -68,7 +68,7 @@ class Sample:
     input_ids: np.ndarray  # [tokens] int32
     loss_mask: np.ndarray  # [tokens] bool
     image_grid_thw: Sequence[Sequence[int]]  # [images][3]
-    images: Sequence[bytes]  # [images] encoded
+    images: Sequence[bytes | memoryview]  # [images] encoded
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from hdfs_native.fsspec import HdfsFileSystem
 
 from kanyun.errors import UserError
 from kanyun.refusals import first_line, patient, refused, retried
+from kanyun.streams import Output, Ranges
 
 
 class _Hdfs(HdfsFileSystem):
@@ -157,6 +158,10 @@ class Folder:
             stream.seek(min(offset, stream.size))  # hdfs-native panics beyond the end
             return cast(bytes, stream.read(-1 if size is None else size))
 
+    def ranges(self, name: str) -> Ranges:
+        """A file of which many ranges are read."""
+        return Ranges(self.fs, self._full(name), lambda: self._readable(name))
+
     def pieces(self, name: str, step: int = 16 << 20) -> Iterator[bytes]:
         """A file's bytes in order, `step` of them at a time."""
         offset = 0
@@ -184,10 +189,10 @@ class Folder:
             stream.close()
 
     @patient
-    def _open(self, name: str) -> "_Output":
+    def _open(self, name: str) -> Output:
         with self._writable():
             self.fs.makedirs(posixpath.dirname(self._full(name)), exist_ok=True)
-            return _Output(self, self.fs.open(self._full(name), "wb"))
+            return Output(self.fs.open(self._full(name), "wb"), self._writable)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file so that a reader sees all of it or none: to a hidden neighbour, then rename."""
@@ -290,18 +295,3 @@ def _local_entry(found: os.DirEntry[str]) -> Entry:
     except FileNotFoundError:  # of a link to nowhere
         facts = found.stat(follow_symlinks=False)
     return Entry(found.name, found.is_dir(follow_symlinks=False), facts.st_size, facts.st_mtime_ns)
-
-
-class _Output:
-    """A stream for writing, whose errors are a Folder's."""
-
-    def __init__(self, folder: Folder, stream: Any):
-        self._folder, self._stream = folder, stream
-
-    def write(self, data: bytes) -> int:
-        with self._folder._writable():
-            return int(self._stream.write(data))
-
-    def close(self) -> None:
-        with self._folder._writable():
-            self._stream.close()

@@ -16,6 +16,7 @@ from pyspark import TaskContext
 from kanyun.errors import DatasetError
 from kanyun.schema import Sample
 from kanyun.storage import Folder
+from kanyun.streams import Ranges
 from kanyun.writer import RESULT_SCHEMA, ShardWriter
 from pipeline.images import short_digest
 from pipeline.packing import pack
@@ -97,7 +98,7 @@ class _Rows:
         start, end = self._images[number], self._images[number + 1]
         return [ImageRef(*values) for values in zip(*(column[start:end] for column in self._refs))]
 
-    def sample(self, number: int, images: dict[ImageRef, bytes]) -> Sample:
+    def sample(self, number: int, images: dict[ImageRef, memoryview]) -> Sample:
         start, end = self._offsets[number], self._offsets[number + 1]
         sample_id, copy, piece = (int(values[number]) for values in self._facts)
         return Sample(
@@ -112,13 +113,13 @@ class _Rows:
         )
 
 
-_Window = tuple[list[np.ndarray], dict[ImageRef, bytes]]
+_Window = tuple[list[np.ndarray], dict[ImageRef, memoryview]]
 
 
 def _with_images(rows: _Rows, packs: Iterable[np.ndarray]) -> Iterator[_Window]:
     """A few packs at a time and the bytes of their images, while those of the next few are being read."""
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        reading: deque[tuple[list[np.ndarray], list[Future[dict[ImageRef, bytes]]]]] = deque()
+        reading: deque[tuple[list[np.ndarray], list[Future[dict[ImageRef, memoryview]]]]] = deque()
         for window, refs in _windows(rows, packs):
             reading.append((window, [threads.submit(_read, refs_in_range) for refs_in_range in ranges(refs)]))
             if len(reading) == 2:
@@ -127,8 +128,8 @@ def _with_images(rows: _Rows, packs: Iterable[np.ndarray]) -> Iterator[_Window]:
             yield _finished(*reading.popleft())
 
 
-def _finished(window: list[np.ndarray], reads: list[Future[dict[ImageRef, bytes]]]) -> _Window:
-    images: dict[ImageRef, bytes] = {}
+def _finished(window: list[np.ndarray], reads: list[Future[dict[ImageRef, memoryview]]]) -> _Window:
+    images: dict[ImageRef, memoryview] = {}
     for read in reads:
         images |= read.result()
     return window, images
@@ -163,13 +164,12 @@ def ranges(refs: Iterable[ImageRef]) -> list[list[ImageRef]]:
     return groups
 
 
-def _read(refs: Sequence[ImageRef]) -> dict[ImageRef, bytes]:
+def _read(refs: Sequence[ImageRef]) -> dict[ImageRef, memoryview]:
     """The images of one group, by one read. Raises DatasetError if the blob does not hold what they say."""
     first, end = refs[0], max(ref.offset + ref.size for ref in refs)
     wrong = ""
-    for _ in range(2):  # a second read may come from another replica
-        folder = _folder(posixpath.dirname(first.blob))
-        data = folder.read(posixpath.basename(first.blob), first.offset, end - first.offset)
+    for opened in (_blob, _blob.__wrapped__):  # opened anew, the second read may come from another replica
+        data = memoryview(opened(first.blob).read(first.offset, end - first.offset))
         images = {ref: data[ref.offset - first.offset : ref.offset - first.offset + ref.size] for ref in refs}
         damaged = [ref for ref, image in images.items() if short_digest(xxhash.xxh3_128_digest(image)) != ref.digest]
         if not damaged:
@@ -180,6 +180,6 @@ def _read(refs: Sequence[ImageRef]) -> dict[ImageRef, bytes]:
     raise DatasetError(f"{first.blob} was changed after preprocess ({wrong}): run the stages again from there")
 
 
-@lru_cache(maxsize=64)
-def _folder(uri: str) -> Folder:
-    return Folder(uri)
+@lru_cache(maxsize=64)  # open files; a blob never changes
+def _blob(uri: str) -> Ranges:
+    return Folder(posixpath.dirname(uri)).ranges(posixpath.basename(uri))

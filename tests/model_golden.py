@@ -150,7 +150,7 @@ def assert_as_near(
     `batch` holds the packs; `ddp` has the weights of `exact`, and of `rounded`, in main_grad its gradients.
     """
     model, device, length = ddp.module, batch.input_ids.device, len(batch.input_ids) // len(packs)
-    samples = [[_moved(sample, device) for sample in pack] for pack in packs]
+    samples = [[moved(sample, device) for sample in pack] for pack in packs]
     with torch.no_grad():
         logits = model.logits(batch)
         for row, pack in enumerate(samples):
@@ -170,19 +170,19 @@ def assert_as_near(
         reference.zero_grad()
     for value in (total, *losses):
         value.backward()
-    true, near = (expected_tensors(model, _gradients(reference)) for reference in (exact, rounded))
+    true, near = (expected_tensors(model, gradients(reference)) for reference in (exact, rounded))
     for name, expected in true.items():
         error, theirs = (model.get_parameter(name).main_grad - expected).norm(), (near[name] - expected).norm()
         # Exactly zero where transformers has none: the vision tower's of a pack without images.
         assert error <= 1.5 * theirs + 0.01 * expected.norm(), f"{name}: {error} against {theirs} of {expected.norm()}"
 
 
-def _gradients(reference: Any) -> dict[str, Tensor]:
+def gradients(reference: Any) -> dict[str, Tensor]:
     parameters = reference.named_parameters()
     return {name: torch.zeros_like(p.data).float() if p.grad is None else p.grad.float() for name, p in parameters}
 
 
-def _moved(sample: Example, device: torch.device) -> Example:
+def moved(sample: Example, device: torch.device) -> Example:
     processed = {name: value.to(device) for name, value in sample.processed.items()}
     return replace(
         sample, input_ids=sample.input_ids.to(device), trained=sample.trained.to(device), processed=processed

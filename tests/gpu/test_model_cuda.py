@@ -9,12 +9,22 @@ import torch
 import transformers
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from tests.model_golden import assert_as_near, batch_of, load
+from tests.model_golden import (
+    assert_as_near,
+    batch_of,
+    expected_tensors,
+    gradients,
+    load,
+    moved,
+    transformers_answer,
+)
 from tests.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.unit.test_model_text import examples
+from tests.unit.test_model_vision import PACKS, example
 from trainer.data.batch import Batch
 from trainer.graph import Graphed
 from trainer.model import ModelConfig, Qwen2_5, build_model
+from trainer.model.spec import SegmentAttention
 from trainer.runtime import Runtime
 
 accumulate_in_place = pytest.importorskip("trainer.model.spec_te", exc_type=ImportError).accumulate_in_place
@@ -39,6 +49,42 @@ def test_as_near_to_float32_as_transformers_is(tied: bool, runtime: Runtime, tmp
     assert_as_near(
         in_ddp(model), exact, rounded, [pack], batch_of(model.model_config, [pack], LENGTH).to(runtime.device)
     )
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "vision"])
+def test_float32_agrees_with_transformers(kind: str, runtime: Runtime, tmp_path: Any) -> None:
+    """Transformer Engine's layers in float32, around torch's attention: cuDNN's takes 16-bit numbers only.
+
+    Transformer Engine multiplies float32 in TF32, which has 10 bits of 23.
+    """
+    folder = tiny_vl_folder(tmp_path) if kind == "vision" else tiny_text_folder(tmp_path, tied=kind == "tied")
+    auto = transformers.AutoModelForImageTextToText if kind == "vision" else transformers.AutoModelForCausalLM
+    reference = auto.from_pretrained(folder, dtype=torch.float32).to("cuda")
+    model = build_model(ModelConfig.from_hf(str(folder)), replace(runtime, dtype=torch.float32))
+    for layer in model.language.decoder.layers:
+        layer.self_attention.core_attention = SegmentAttention(model.config)
+    load(model, reference)
+    if kind == "vision":
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        pack = [example(processor, *sample) for sample in PACKS["odd sizes"][0]]
+    else:
+        pack = examples(model.model_config.vocab_size, 200, 1, 150, 33)
+    batch = batch_of(model.model_config, [pack], 640).to(runtime.device)
+    samples = [moved(sample, runtime.device) for sample in pack]
+    expected = [transformers_answer(reference, sample) for sample in samples]
+    with torch.no_grad():
+        logits = model.logits(batch)[: sum(len(answer) for answer, _ in expected)]
+    assert relative(logits, torch.cat([answer for answer, _ in expected])) < 2e-3
+    total, true = in_ddp(model)(batch), sum(loss for _, loss in expected)
+    assert total.item() == pytest.approx(true.item(), rel=1e-4)
+    total.backward()
+    true.backward()
+    for name, gradient in expected_tensors(model, gradients(reference)).items():
+        assert relative(model.get_parameter(name).main_grad, gradient) < 0.01, name
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 def test_checkpoint_names_are_those_of_the_cpu(runtime: Runtime, tmp_path: Any) -> None:

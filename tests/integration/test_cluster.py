@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,18 @@ def test_folder_streams_large_files(root: Folder) -> None:
     assert b"".join(root.pieces("deep/er/large", 5 << 20)) == BYTES
     edge = 8 << 20
     assert root.read("deep/er/large", edge - 5, 10) == BYTES[edge - 5 : edge + 5], "over the edge of a block"
+
+
+def test_folder_reads_ranges_of_a_file_that_it_opens_once(root: Folder) -> None:
+    root.write("large", BYTES)
+    opened, step = root.ranges("large"), 300_001
+    starts = range(0, len(BYTES), step)
+    with ThreadPoolExecutor(8) as threads:
+        assert b"".join(threads.map(lambda start: opened.read(start, step), starts)) == BYTES
+    assert [opened.read(len(BYTES) + beyond, 5) for beyond in (-3, 0, 9)] == [BYTES[-3:], b"", b""]
+    root.delete("large")
+    with pytest.raises(FileNotFoundError, match="large does not exist"):
+        root.ranges("large").read(0, 1)
 
 
 def test_folder_moves_and_deletes(root: Folder) -> None:

@@ -13,7 +13,7 @@ def segment_attention(
     query [T, heads, D]; key and value [T, groups, D], groups divides heads; cu_seqlens [segments + 1] int32, from 0 to
     T, where repeated entries are empty segments; no segment is over `longest`. Returns [T, heads, D].
     """
-    if query.is_cuda:
+    if query.is_cuda and query.dtype == torch.bfloat16:  # FlashAttention has no float32
         return _varlen(query, key, value, cu_seqlens, longest, causal)
     lengths = [length for length in cu_seqlens.diff().tolist() if length]
     grouped = key.shape[1] != query.shape[1]
