@@ -1,6 +1,6 @@
 """Training Qwen2.5 on one GPU: whole steps of ours, and of Hugging Face + Liger kernels on the same packs.
 
-usage: python benchmarks/train_text.py DATA [--models 0.5B 1.5B] [--steps 6] [--global-batch 32] [--ours-only]
+usage: python benchmarks/train_text.py DATA [--models 0.5B 1.5B 3B] [--precisions bf16 fp8] [--ours-only] [--profile]
 DATA is what text_data.py wrote. Each run is a process of its own, one after the other, on the same card. A step is all
 of it: reading packs, forward, backward, clipping, optimizer. FLOPs are the model's (trainer/flops.py), MFU is against
 the card's dense bfloat16 peak. The peer is given our packing: samples laid end to end, attention by FlashAttention's
@@ -11,9 +11,7 @@ import argparse
 import cProfile
 import json
 import pstats
-import subprocess
 import sys
-import tempfile
 import time
 from itertools import islice
 from pathlib import Path
@@ -24,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from benchmarks.side_by_side import main
 from trainer import layout
 from trainer.config import TrainConfig
 from trainer.model.sizes import SIZES
@@ -76,8 +75,7 @@ def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     started = time.perf_counter()
     config = config_of(args, folder)
-    if args.precision:
-        layout.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
+    layout.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
     run = Run.prepare(config, 1, True)
     with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
         seconds, flops, losses, waits, first = [], 0.0, [], [], 0.0
@@ -101,7 +99,7 @@ def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "memory GB": torch.cuda.max_memory_reserved() / 1e9,
             "predicted GB": (run.layout.memory or 0) / 1e9,
             "micro-batch": run.layout.micro_batch,
-            "recomputed layers": run.layout.compute.recomputed_layers,
+            "again in backward": f"{run.layout.compute.recomputed_layers} layers",
             "data wait": sum(waits[2:]) / sum(seconds[2:]),
             "first step s": first,
             "step s": step,
@@ -196,42 +194,6 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
-    parser.add_argument("--models", nargs="+", default=["0.5B", "1.5B"])
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--peer-steps", type=int, default=2)
-    parser.add_argument("--global-batch", type=int, default=32)
-    parser.add_argument("--ours-only", action="store_true")
-    parser.add_argument("--precision", choices=["bf16", "fp8"], help="other than layout.py's choice")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--only", choices=["ours", "peer"], help=argparse.SUPPRESS)  # a child of this very script
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.only:
-        with tempfile.TemporaryDirectory() as folder:
-            result = (ours if args.only == "ours" else peer)(args, Path(folder))
-        print("RESULT " + json.dumps(result))
-        return
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    for model in args.models:
-        results = {}
-        for only in ["ours"] if args.ours_only else ["ours", "peer"]:
-            done = subprocess.run(
-                [sys.executable, *sys.argv, "--only", only, "--model", model], stdout=subprocess.PIPE, text=True
-            )
-            *said, last = done.stdout.splitlines() or [""]
-            if not last.startswith("RESULT "):
-                print(f"{model} {only} failed: {done.stdout[-2000:]}")
-                continue
-            print("\n".join(said))
-            results[only] = json.loads(last.removeprefix("RESULT "))
-            shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in results[only].items()}
-            print(model, only, json.dumps(shown), flush=True)
-        if len(results) == 2:
-            print(f"{model} ratio {results['ours']['tokens/s'] / results['peer']['tokens/s']:.2f}x", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    about = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    main(about, "model", ["0.5B", "1.5B", "3B"], ours, peer)

