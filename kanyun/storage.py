@@ -9,7 +9,7 @@ import os
 import posixpath
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import IO, Any, cast
@@ -259,7 +259,7 @@ class Folder:
     @patient
     def delete(self, name: str = "") -> None:
         """Delete a file or a whole folder; nothing happens if it does not exist."""
-        with self._writable():
+        with suppress(FileNotFoundError), self._writable():  # another process may delete it as well
             if self.fs.exists(self._full(name)):
                 self.fs.rm(self._full(name), recursive=True)
 

@@ -52,7 +52,10 @@ class Attempt:
         attempt = cls(_hidden_neighbour(target), target, inputs)
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         try:
-            attempt.folder.write(DRIVER, json.dumps(me).encode())
+            try:
+                attempt.folder.write(DRIVER, json.dumps(me).encode())
+            except FileNotFoundError as error:  # a folder without a claim is taken for a dead driver's
+                raise UserError(f"another run on {target.path} begins at this very moment: start this again") from error
             with _beating(attempt.folder):
                 attempt._clear_others()
                 yield attempt

@@ -79,7 +79,7 @@ def test_driver_that_was_taken_for_dead_does_not_publish(root: Folder, monkeypat
 
 def test_of_drivers_that_start_together_at_most_one_goes_on(root: Folder) -> None:
     began: list[str] = []
-    refused: list[str] = []
+    refused: list[Exception] = []
     together = threading.Barrier(4)
 
     def drive() -> None:
@@ -88,8 +88,8 @@ def test_of_drivers_that_start_together_at_most_one_goes_on(root: Folder) -> Non
             with Attempt.begin(root / "out", {}) as mine:
                 began.append(mine.folder.name)
                 time.sleep(8)
-        except UserError as error:
-            refused.append(str(error))
+        except Exception as error:
+            refused.append(error)
 
     threads = [threading.Thread(target=drive) for _ in range(4)]
     for thread in threads:
@@ -98,6 +98,7 @@ def test_of_drivers_that_start_together_at_most_one_goes_on(root: Folder) -> Non
         thread.join()
     assert len(began) <= 1
     assert len(began) + len(refused) == 4
+    assert all(isinstance(error, UserError) for error in refused), refused
     assert root.names() == []
 
 
