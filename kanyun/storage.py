@@ -292,6 +292,6 @@ class Folder:
 def _local_entry(found: os.DirEntry[str]) -> Entry:
     try:
         facts = found.stat()
-    except FileNotFoundError:  # of a link to nowhere
+    except OSError:  # of a link to nowhere, or in a circle
         facts = found.stat(follow_symlinks=False)
     return Entry(found.name, found.is_dir(follow_symlinks=False), facts.st_size, facts.st_mtime_ns)

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.checks import MAX_PIXELS, Reason, RowError, check_size
 
@@ -47,6 +47,8 @@ def probe(data: bytes) -> dict[str, Any]:
             raise RowError(Reason.IMAGE_TOO_LARGE, str(error)) from error
         except RowError:
             raise
+        except UnidentifiedImageError as error:  # whose text has an address of memory, another one in each run
+            raise RowError(Reason.IMAGE_UNREADABLE, f"{len(data)} bytes that are no image of a known format") from error
         except _DAMAGED as error:
             raise RowError(Reason.IMAGE_UNREADABLE, f"{len(data)} bytes: {error}") from error
         except Exception as error:

@@ -70,10 +70,11 @@ def test_names_that_are_no_text(raw: Path) -> None:
     assert listed(raw)[1] != before
 
 
-def test_links_to_nowhere_and_folders_without_rows(tmp_path: Path) -> None:
+def test_links_to_nowhere_or_themselves_and_folders_without_rows(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/image.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="none among 1 files"):
+    (tmp_path / "raw/loop.png").symlink_to("loop.png")
+    with pytest.raises(UserError, match="none among 2 files"):
         listed(tmp_path / "raw")
 
 
