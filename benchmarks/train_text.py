@@ -25,15 +25,15 @@ import torch
 from benchmarks.side_by_side import main
 from trainer import layout
 from trainer.config import TrainConfig
+from trainer.model.config import ModelConfig
 from trainer.model.sizes import SIZES
 
 LENGTH = 8192
 
 
-def model_folder(size: str, tokenizer: Path, folder: Path) -> Path:
-    """A Hugging Face folder of this size with the data's tokenizer; no weights."""
-    facts = SIZES[f"Qwen2.5-{size}"]
-    config = {
+def text_config(facts: ModelConfig) -> dict[str, Any]:
+    """config.json of a Qwen2.5, as the hub has it."""
+    return {
         "model_type": "qwen2",
         "architectures": ["Qwen2ForCausalLM"],
         "vocab_size": facts.vocab_size,
@@ -48,16 +48,21 @@ def model_folder(size: str, tokenizer: Path, folder: Path) -> Path:
         "tie_word_embeddings": facts.tied,
         "hidden_act": "silu",
     }
+
+
+def model_folder(config: dict[str, Any], data: str, folder: Path) -> Path:
+    """A Hugging Face folder with this config.json and the tokenizer and processor settings of the data; no weights."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    for file in tokenizer.iterdir():
-        (folder / file.name).symlink_to(file.resolve())
+    for file in Path(data, "model").iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file.resolve())
     return folder
 
 
 def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
     return TrainConfig(
-        model=str(model_folder(args.model, Path(args.data) / "model", folder / "hf")),
+        model=str(model_folder(text_config(SIZES[f"Qwen2.5-{args.model}"]), args.data, folder / "hf")),
         data=f"{args.data}/stages/packed",
         output=str(folder / "out"),
         length=LENGTH,

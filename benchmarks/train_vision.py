@@ -9,7 +9,6 @@ kernels, torch's fused AdamW in bfloat16; for 6 pictures it must checkpoint acti
 """
 
 import argparse
-import json
 import sys
 import time
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import main
-from benchmarks.train_text import LENGTH, profile
+from benchmarks.train_text import LENGTH, model_folder, profile, text_config
 from trainer import layout
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
@@ -40,20 +39,10 @@ def hf_config(facts: ModelConfig) -> dict[str, Any]:
     vision = facts.vision
     assert vision is not None
     return {
+        **text_config(facts),
         "model_type": "qwen2_5_vl",
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "vocab_size": facts.vocab_size,
-        "hidden_size": facts.hidden_size,
-        "intermediate_size": facts.intermediate_size,
-        "num_hidden_layers": facts.num_layers,
-        "num_attention_heads": facts.num_heads,
-        "num_key_value_heads": facts.num_kv_heads,
-        "max_position_embeddings": facts.max_positions,
-        "rms_norm_eps": facts.norm_eps,
-        "rope_theta": facts.rope_theta,
         "rope_scaling": {"type": "mrope", "mrope_section": list(facts.mrope_section)},
-        "tie_word_embeddings": facts.tied,
-        "hidden_act": "silu",
         "dtype": "bfloat16",
         "image_token_id": facts.image_token_id,
         "video_token_id": 151_656,
@@ -76,19 +65,9 @@ def hf_config(facts: ModelConfig) -> dict[str, Any]:
     }
 
 
-def model_folder(facts: ModelConfig, data: str, folder: Path) -> Path:
-    """A Hugging Face folder of this model with the data's tokenizer and processor settings; no weights."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf_config(facts)))
-    for file in (Path(data) / "model").iterdir():
-        if file.name != "config.json":
-            (folder / file.name).symlink_to(file.resolve())
-    return folder
-
-
 def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
     return TrainConfig(
-        model=str(model_folder(SIZES[args.size], args.data, folder / "hf")),
+        model=str(model_folder(hf_config(SIZES[args.size]), args.data, folder / "hf")),
         data=f"{args.data}/packed/{args.row}",
         output=str(folder / "out"),
         length=LENGTH,

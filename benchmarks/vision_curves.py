@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.loss_curves import main, plain_loop
-from benchmarks.train_text import LENGTH
-from benchmarks.train_vision import inputs, model_folder, packed_attention
+from benchmarks.train_text import LENGTH, model_folder
+from benchmarks.train_vision import hf_config, inputs, packed_attention
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.model.sizes import SIZES
@@ -37,7 +37,7 @@ SMALL = replace(
 
 def config(args: argparse.Namespace, folder: Path) -> TrainConfig:
     return TrainConfig(
-        model=str(model_folder(SMALL, args.data, folder / "hf")),
+        model=str(model_folder(hf_config(SMALL), args.data, folder / "hf")),
         init=str(Path(args.work) / "init"),
         data=f"{args.data}/packed/mix",
         output=str(folder / "out"),

@@ -40,15 +40,15 @@ class Ranges:
 
     def _read(self, offset: int, size: int) -> bytes:
         with self._guard():
-            stream = self._stream or self._opened()
-            self._stream = None
-            if isinstance(self._fs, LocalFileSystem):
-                data = os.pread(stream.fileno(), size, offset)
-            else:  # hdfs-native panics beyond the end
-                end = min(offset + size, stream.size)
-                data = cast(bytes, stream.read_range(offset, end - offset)) if end > offset else b""
-            self._stream = stream
-            return data
+            stream = self._stream = self._stream or self._opened()
+            try:
+                if isinstance(self._fs, LocalFileSystem):
+                    return os.pread(stream.fileno(), size, offset)
+                size = min(size, stream.size - offset)  # hdfs-native panics beyond the end
+                return cast(bytes, stream.read_range(offset, size)) if size > 0 else b""
+            except BaseException:
+                self._stream = None
+                raise
 
     def _opened(self) -> Any:
         if isinstance(self._fs, LocalFileSystem):

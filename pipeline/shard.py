@@ -2,7 +2,7 @@
 
 import posixpath
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -118,10 +118,11 @@ _Window = tuple[list[np.ndarray], dict[ImageRef, memoryview]]
 
 def _with_images(rows: _Rows, packs: Iterable[np.ndarray]) -> Iterator[_Window]:
     """A few packs at a time and the bytes of their images, while those of the next few are being read."""
+    blob = lru_cache(maxsize=64)(_blob)  # kept open for this task, not for the worker: a later run may find others
     with ThreadPoolExecutor(READ_THREADS) as threads:
         reading: deque[tuple[list[np.ndarray], list[Future[dict[ImageRef, memoryview]]]]] = deque()
         for window, refs in _windows(rows, packs):
-            reading.append((window, [threads.submit(_read, refs_in_range) for refs_in_range in ranges(refs)]))
+            reading.append((window, [threads.submit(_read, neighbours, blob) for neighbours in ranges(refs)]))
             if len(reading) == 2:
                 yield _finished(*reading.popleft())
         while reading:
@@ -164,11 +165,11 @@ def ranges(refs: Iterable[ImageRef]) -> list[list[ImageRef]]:
     return groups
 
 
-def _read(refs: Sequence[ImageRef]) -> dict[ImageRef, memoryview]:
+def _read(refs: Sequence[ImageRef], blob: Callable[[str], Ranges]) -> dict[ImageRef, memoryview]:
     """The images of one group, by one read. Raises DatasetError if the blob does not hold what they say."""
     first, end = refs[0], max(ref.offset + ref.size for ref in refs)
     wrong = ""
-    for opened in (_blob, _blob.__wrapped__):  # opened anew, the second read may come from another replica
+    for opened in (blob, _blob):  # opened anew, the second read may come from another replica
         data = memoryview(opened(first.blob).read(first.offset, end - first.offset))
         images = {ref: data[ref.offset - first.offset : ref.offset - first.offset + ref.size] for ref in refs}
         damaged = [ref for ref, image in images.items() if short_digest(xxhash.xxh3_128_digest(image)) != ref.digest]
@@ -180,6 +181,5 @@ def _read(refs: Sequence[ImageRef]) -> dict[ImageRef, memoryview]:
     raise DatasetError(f"{first.blob} was changed after preprocess ({wrong}): run the stages again from there")
 
 
-@lru_cache(maxsize=64)  # open files; a blob never changes
 def _blob(uri: str) -> Ranges:
     return Folder(posixpath.dirname(uri)).ranges(posixpath.basename(uri))

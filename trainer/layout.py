@@ -83,11 +83,12 @@ def decide(model: ModelConfig, gpus: int, card: str | None, length: int, global_
         reason = f"the whole model on each of {gpus} CPU process(es), one pack at a time: it needs the least memory"
         return Layout(tensor_parallel=1, micro_batch=1, reason=reason)
     room, fp8 = CARDS[card].memory * USABLE, _fp8(model, card)
-    for tensor_parallel in _tensor_parallels(model, gpus):
+    splits = _tensor_parallels(model, gpus)
+    for tensor_parallel in splits:
         ranks = gpus // tensor_parallel
         share = global_batch // ranks  # packs of a step that one rank has
         # Up to a quarter of the layers again, a twelfth of the work, rather than split further.
-        most = model.num_layers // (1 if tensor_parallel == _tensor_parallels(model, gpus)[-1] else 4)
+        most = model.num_layers // (1 if tensor_parallel == splits[-1] else 4)
         several = [m for m in (8, 4, 2) if share % m == 0 and m * length <= MOST_TOKENS]
         # For 0.7 GB a block of the vision tower takes 1 ms again (18,816 patches), a layer of 3B 2 ms (8192 tokens).
         choices = [(m, Compute(fp8)) for m in (*several, 1)]
@@ -100,7 +101,6 @@ def decide(model: ModelConfig, gpus: int, card: str | None, length: int, global_
                 needs += " usable GB a GPU predicted"
                 reason = _reason(model, tensor_parallel, ranks, packs, compute, needs)
                 return Layout(tensor_parallel, micro_batch, reason, compute, memory)
-    tensor_parallel = _tensor_parallels(model, gpus)[-1]
     compute = Compute(fp8, model.num_layers, _depth(model))
     memory = peak_memory(model, tensor_parallel, gpus // tensor_parallel, length, patches, compute)
     raise UserError(
@@ -130,9 +130,10 @@ def peak_memory(
     """Bytes of a GPU: weights, gradients, optimizer state, activations of `tokens` token slots and `patches`, logits of
     a chunk.
     """
-    parameters, again = parameter_count(model) / tensor_parallel, compute.recomputed_layers
+    tower = _vision_parameters(model.vision) if model.vision else 0  # whole on every rank
+    language, again = (parameter_count(model) - tower) / tensor_parallel, compute.recomputed_layers
     # bfloat16 weights, float32 gradients; sharded over the ranks two moments and the other 16 bits of master weights
-    state = parameters * (2 + 4 + 10 / ranks)
+    state = (language + tower) * (2 + 4 + 10 / ranks)
     h, q, kv, f = (
         model.hidden_size,
         model.num_heads * model.head_dim,
@@ -148,7 +149,7 @@ def peak_memory(
     activations = tokens * (kept + 8 * h)
     # In fp8 the layers' weights are cast in every forward pass, and kept in 8 bits for the backward pass.
     embeddings = model.vocab_size * h * (1 if model.tied else 2)
-    state += compute.fp8 * (parameters - embeddings / tensor_parallel)
+    state += compute.fp8 * (language + tower - embeddings / tensor_parallel)
     logits = 2 * min(tokens, CHUNK) * model.vocab_size / tensor_parallel
     embedding_gradient = 2 * model.vocab_size * model.hidden_size / tensor_parallel
     vision = patches * _patch_memory(model.vision, compute) if model.vision else 0

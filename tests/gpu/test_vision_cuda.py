@@ -1,18 +1,17 @@
 """Qwen2.5-VL on GPU: patches padded to a static shape, heads of 80 channels, against transformers on single samples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from tests.gpu.test_model_cuda import in_ddp
+from tests.gpu.test_model_cuda import in_ddp, losses_of_one_graph
 from tests.model_golden import assert_as_near, batch_of, load
 from tests.qwen_assets import tiny_vl_folder
 from tests.unit.test_model_vision import LENGTH, PACKS, example, kept
 from trainer.data.batch import Batch, StaticShape
-from trainer.graph import Graphed
 from trainer.model import ModelConfig, build_model, freeze
 from trainer.model.config import Compute
 from trainer.runtime import Runtime
@@ -75,30 +74,8 @@ def test_loss_in_a_pack_is_the_loss_alone(name: str, model: Any, packs: dict[str
 
 def test_one_graph_serves_other_images(model: Any, packs: dict[str, Any], runtime: Runtime) -> None:
     """A graph that baked in the first batch's windows, images or positions would be wrong on the others."""
-    ddp, total = in_ddp(model), torch.zeros((), device=runtime.device)
-
-    def work(batch: Batch) -> None:
-        loss = ddp(batch)
-        loss.backward()
-        total.add_(loss.detach())
-
-    def run(step: Callable[[Batch], None], batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-        total.zero_()
-        ddp.zero_grad_buffer()
-        step(batch)
-        return total.item(), {name: p.main_grad.clone() for name, p in model.named_parameters()}
-
     batches = [static_batch(model, packs[name]) for name in packs if len(packs[name]) == 1]
-    graph = Graphed(work, runtime.device)
-    graph.prepare(batches[0])
-    losses = []
-    for batch in batches:
-        loss, gradients = run(graph, batch)
-        expected, exact = run(work, batch.to(runtime.device))
-        assert loss == pytest.approx(expected, rel=1e-3)
-        for name, gradient in exact.items():
-            assert (gradients[name] - gradient).norm() <= 0.02 * gradient.norm() + 1e-6, name
-        losses.append(loss)
+    losses = losses_of_one_graph(model, batches, runtime)
     assert len({round(loss) for loss in losses}) == len(losses)
 
 

@@ -84,10 +84,12 @@ def test_folder_streams_large_files(root: Folder) -> None:
     assert root.read("deep/er/large", edge - 5, 10) == BYTES[edge - 5 : edge + 5], "over the edge of a block"
 
 
-def test_folder_reads_ranges_of_a_file_that_it_opens_once(root: Folder) -> None:
+def test_folder_reads_ranges_of_a_file_that_it_opens_once(root: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     root.write("large", BYTES)
     opened, step = root.ranges("large"), 300_001
     starts = range(0, len(BYTES), step)
+    assert opened.read(0, 1) == BYTES[:1]
+    monkeypatch.setattr(opened, "_opened", lambda: pytest.fail("opened again"))
     with ThreadPoolExecutor(8) as threads:
         assert b"".join(threads.map(lambda start: opened.read(start, step), starts)) == BYTES
     assert [opened.read(len(BYTES) + beyond, 5) for beyond in (-3, 0, 9)] == [BYTES[-3:], b"", b""]
