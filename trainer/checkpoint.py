@@ -28,10 +28,10 @@ from kanyun.errors import UserError
 from kanyun.fingerprint import copy_tokenizer
 from kanyun.storage import Folder
 from trainer.model import Qwen2_5
+from trainer.optimizer_state import OptimizerState
 
 _STEP = re.compile(r"step_\d{8}")
-# One key a layer, and optimizer state in the shape of its parameters: loads into any number of processes.
-_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+_METADATA = {"non_homogeneous_layers": True}  # one key a layer
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def save(
         remove_leftovers(output)
         attempt.make()
     dist.barrier()
-    dist_checkpointing.save(_tensors(model, optimizer, loading=False), attempt.path)
+    dist_checkpointing.save(_tensors(model, optimizer)[0], attempt.path)
     if dist.get_rank() == 0:
         copy_tokenizer(hf, attempt / "hf")
         for name in ("config.json", "generation_config.json"):
@@ -129,14 +129,16 @@ def load(step: Folder, model: Qwen2_5, optimizer: ChainedOptimizer | None = None
     Raises UserError if the checkpoint is damaged, has other tensors, or holds anything but plain data.
     """
     _refuse_code(step)
+    tensors, optimizer_state = _tensors(model, optimizer)
     try:
-        loaded = dist_checkpointing.load(_tensors(model, optimizer, loading=True), step.path)
+        loaded = dist_checkpointing.load(tensors, step.path)
     except (CheckpointException, CheckpointingException, OSError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise UserError(f"{step.uri} does not hold this model ({str(cause)[:200]}): use another checkpoint") from error
     model.load_state_dict(loaded["model"])
-    if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+    if optimizer_state is not None:
+        state = read_state(step)
+        optimizer_state.loaded(state.step - state.skipped)
 
 
 def remove_leftovers(output: Folder) -> None:
@@ -155,12 +157,11 @@ def _remove(folder: Folder) -> None:
         hidden.delete()
 
 
-def _tensors(model: Qwen2_5, optimizer: ChainedOptimizer | None, loading: bool) -> dict[str, Any]:
-    """What megatron.core saves, or the frame that it loads into."""
-    tensors: dict[str, Any] = {"model": model.sharded_state_dict(metadata=_METADATA)}
-    if optimizer is not None:
-        tensors["optimizer"] = optimizer.sharded_state_dict(tensors, is_loading=loading, metadata=_METADATA)
-    return tensors
+def _tensors(model: Qwen2_5, optimizer: ChainedOptimizer | None) -> tuple[dict[str, Any], OptimizerState | None]:
+    """What megatron.core saves, or loads into."""
+    weights = model.sharded_state_dict(metadata=_METADATA)
+    state = OptimizerState(optimizer, weights) if optimizer is not None else None
+    return {"model": weights, "optimizer": state.tensors if state is not None else {}}, state
 
 
 class _PlainMetadata(pickle.Unpickler):

@@ -132,8 +132,8 @@ def peak_memory(
     """
     tower = _vision_parameters(model.vision) if model.vision else 0  # whole on every rank
     language, again = (parameter_count(model) - tower) / tensor_parallel, compute.recomputed_layers
-    # bfloat16 weights, float32 gradients; sharded over the ranks two moments and the other 16 bits of master weights
-    state = (language + tower) * (2 + 4 + 10 / ranks)
+    # bfloat16 weights, float32 gradients; sharded over the ranks, two moments and the other half of master weights
+    state = (language + tower) * (2 + 4 + 6 / ranks)
     h, q, kv, f = (
         model.hidden_size,
         model.num_heads * model.head_dim,

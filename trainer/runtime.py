@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
 from torch.overrides import TorchFunctionMode
 
@@ -111,7 +110,6 @@ class _CpuAsCuda(TorchFunctionMode):
             # Checkpoints are written in this process. megatron.core starts another one to pass it the writer's results,
             # which takes 4 s and outlives a kill -9.
             (filesystem_async, "_results_queue", queue.SimpleQueue()),
-            (DistributedOptimizer, _SET_STATE, _with_steps(getattr(DistributedOptimizer, _SET_STATE))),
         ]
         self._saved: list[tuple[Any, str, Any]] = []
 
@@ -165,25 +163,6 @@ class _Stream:
 
     def synchronize(self) -> None:
         pass
-
-
-_SET_STATE = "_set_main_param_and_optimizer_states"
-
-
-def _with_steps(set_state: Callable[..., None]) -> Callable[..., None]:
-    """Let DistributedOptimizer load a checkpoint into torch's AdamW, which counts steps in a tensor a parameter.
-
-    megatron.core 0.19.2 was made for Transformer Engine's, which counts in one number: it gives all parameters the same
-    tensor (which each then increments: wrong bias correction), and misses "step" among what it loads (KeyError).
-    """
-
-    def set_state_with_step(self: DistributedOptimizer, parameter: torch.Tensor, tensors: dict[str, Any]) -> None:
-        group, index = self.model_param_group_index_map[parameter]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
-        state["step"] = state["step"].clone()
-        set_state(self, parameter, {**tensors, "step": state["step"]})
-
-    return set_state_with_step
 
 
 def _nothing(*args: Any) -> None:

@@ -48,6 +48,7 @@ def test_file_and_changes(tmp_path: Path) -> None:
         (["epochs=1"], "give steps or epochs, one of them: steps is 10, epochs is 1"),
         (["steps=null"], "give steps or epochs, one of them: steps is None, epochs is None"),
         (["min_lr=1"], "min_lr 1.0 is above lr 0.001"),
+        (["adam_beta2=0.999"], "adam_beta2 is 0.999: moments are bfloat16 on a GPU"),
         (["data=[a"], "not a YAML file"),
         (["lr=-1", "stps=4"], "lr is -1: it should be greater than 0; unknown key 'stps' in the config"),
     ],

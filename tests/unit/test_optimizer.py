@@ -1,8 +1,8 @@
-"""Master weights as bfloat16 weights and remainders."""
+"""Master weights as bfloat16 weights and remainders; a range of a matrix as rectangles."""
 
 import torch
 
-from trainer.optimizer import joined, split
+from trainer.optimizer_state import cut, joined, split
 
 
 def test_every_bit_of_a_master_weight_is_kept() -> None:
@@ -24,3 +24,15 @@ def test_the_weight_is_the_nearest() -> None:
     exact = rounded.float()
     assert torch.equal(split(exact)[0], rounded)
     assert not split(exact)[1].any()
+
+
+def test_rectangles_cover_a_range_and_nothing_else() -> None:
+    for rows, width in ((5, 7), (5, 1), (1, 7)):
+        for first in range(rows * width + 1):
+            for last in range(rows * width + 1):
+                covered = torch.zeros(rows, width, dtype=torch.int)
+                found = list(cut(first, last, width))
+                for row, column, high, wide in found:
+                    covered[row : row + high, column : column + wide] += 1
+                assert covered.flatten().tolist() == [int(first <= i < last) for i in range(rows * width)]
+                assert len(found) <= 3

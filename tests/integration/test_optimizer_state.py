@@ -1,0 +1,91 @@
+"""Optimizer state that data-parallel ranks wrote, each its part, is read by ranks that split the model, and by one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from kanyun.storage import Folder
+from tests.model_golden import Example, batch_of
+from tests.qwen_assets import tiny_text_folder
+from trainer import checkpoint
+from trainer.checkpoint import State
+from trainer.config import TrainConfig
+from trainer.model import ModelConfig, Qwen2_5, build_model
+from trainer.optimizer import build_optimizer, take_step
+from trainer.optimizer_state import OptimizerState
+from trainer.runtime import Runtime
+
+
+def test_every_split_reads_what_another_wrote(tmp_path: Path) -> None:
+    tiny_text_folder(tmp_path / "hf", tied=False)
+    for action, processes in (("two data-parallel", 2), ("two tensor-parallel", 2), ("one", 1)):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        worker = ["-m", "tests.integration.test_optimizer_state", str(tmp_path), action]
+        subprocess.run([*torchrun, *worker], cwd=Path(__file__).parents[2], check=True, timeout=300)
+    written, rewritten, trained = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("written", "rewritten", "trained")
+    )
+    assert len({name for name in trained if ".exp_avg_sq." in name}) > 15
+    for name, values in trained.items():
+        assert torch.equal(written[name], rewritten[name]), name
+        # Adam's first step moves a weight by the learning rate, whichever way a gradient near 0 is rounded.
+        torch.testing.assert_close(written[name], values, rtol=1e-3, atol=2 * LR if ".param." in name else 1e-6)
+        assert values.any(), name
+
+
+LR = 1e-3
+
+
+def work(folder: Path, action: str) -> None:
+    tensor_parallel = 2 if action == "two tensor-parallel" else 1
+    with Runtime.start(tensor_parallel=tensor_parallel, seed=7) as runtime:
+        model, optimizer = one_step(folder, runtime)
+        written, rewritten = Folder(str(folder / "written")), Folder(str(folder / "rewritten"))
+        state = State(1, 1, 0, "", {}, {})
+        if action == "two data-parallel":
+            checkpoint.save(written, state, model, optimizer, Folder(str(folder / "hf")))
+        elif action == "two tensor-parallel":
+            checkpoint.load(checkpoint.resolve(written.path), model, optimizer)
+            checkpoint.save(rewritten, state, model, optimizer, Folder(str(folder / "hf")))
+        else:
+            dump(folder / "trained.pt", model, optimizer)
+            for found in (written, rewritten):
+                for values in state_of(model, optimizer).values():
+                    values.fill_(9)
+                checkpoint.load(checkpoint.resolve(found.path), model, optimizer)
+                dump(folder / f"{found.name}.pt", model, optimizer)
+
+
+def one_step(folder: Path, runtime: Runtime) -> tuple[Qwen2_5, ChainedOptimizer]:
+    """A model whose moments are not 0, after the same two packs however many processes there are."""
+    config = ModelConfig.from_hf(str(folder / "hf"))
+    model = build_model(config, runtime)
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    facts = {"model": "", "data": "", "output": "", "length": 256, "global_batch": 2, "steps": 1, "lr": LR}
+    optimizer = build_optimizer(TrainConfig.model_validate(facts), ddp, runtime)
+    trained = torch.zeros(())
+    for seed in range(runtime.data_rank, 2, runtime.data_world):
+        ids = torch.randint(0, config.vocab_size, (250,), generator=torch.Generator().manual_seed(seed))
+        batch = batch_of(config, [[Example(ids[:150], ids[:150] > 9), Example(ids[150:], ids[150:] > 9)]], length=256)
+        ddp(batch).backward()
+        trained += batch.loss_mask.sum()
+    finalize_model_grads([ddp], trained)
+    take_step(optimizer, clip_grad=1.0)
+    return model, optimizer
+
+
+def state_of(model: Qwen2_5, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
+    weights = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    return {name: part.data for name, part in OptimizerState(optimizer, weights).tensors.items()}
+
+
+def dump(file: Path, model: Qwen2_5, optimizer: ChainedOptimizer) -> None:
+    torch.save({name: values.clone() for name, values in state_of(model, optimizer).items()}, file)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), sys.argv[2])
