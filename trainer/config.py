@@ -48,7 +48,7 @@ class TrainConfig(BaseModel):
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}: the schedule falls from lr to min_lr")
         if self.adam_beta2 > 0.99:
             raise ValueError(
-                f"adam_beta2 is {self.adam_beta2}: moments are bfloat16 on a GPU, where a moment that falls by less than "
+                f"adam_beta2 is {self.adam_beta2}: moments are bfloat16 on a GPU, where one that falls by less than "
                 "1 % a step may be rounded back to what it was; use 0.99 or less"
             )
         return self
