@@ -75,12 +75,11 @@ def test_goes_on_from_a_checkpoint_on_a_gpu_and_on_a_cpu(tmp_path: Any) -> None:
             assert trainer.step == 3
             states.append(optimizer_state(trainer))
             trainer.save()
-    for name, values in states[0].items():
-        assert torch.equal(states[1][name], values), name
-        if ".param." in name and values.dim() > 1:
-            assert (values != values.bfloat16().float()).float().mean() > 0.5, name
-        else:
-            assert values.dtype == (torch.float32 if ".param." in name else torch.bfloat16), name
+    for name, saved in states[0].items():
+        assert torch.equal(states[1][name], saved), name
+        assert saved.dtype == (torch.float32 if ".param." in name else torch.bfloat16), name
+        if ".param." in name and saved.dim() > 1:
+            assert (saved != saved.bfloat16().float()).float().mean() > 0.5, name
 
     for metrics in (train(values), train_on_cpu(elsewhere)):
         assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
@@ -98,8 +97,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Any) -> None:
         norm.data[3] = math.inf
         assert not math.isfinite(trainer.train_step(second, 1e-3).grad_norm)
         norm.data[3] = sound
-        for name, values in optimizer_state(trainer).items():
-            assert torch.equal(before[name], values), name
+        for name, saved in optimizer_state(trainer).items():
+            assert torch.equal(before[name], saved), name
         assert math.isfinite(trainer.train_step(second, 1e-3).grad_norm)
         after = optimizer_state(trainer)
         assert any(not torch.equal(before[name], after[name]) for name in after if ".param." in name)
