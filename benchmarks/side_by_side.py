@@ -5,11 +5,17 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.profiles import print_profile
+from trainer import layout
+from trainer.config import TrainConfig
 
 Run = Callable[[argparse.Namespace, Path], dict[str, Any]]  # works in a folder of its own
 # Column of the table -> how its value is written.
@@ -57,6 +63,52 @@ def main(parser: argparse.ArgumentParser, what: str, default: list[str], ours: R
             if mine:
                 lines.append(_line(row, f"ours, {precision}", mine, theirs))
     print("\n".join(["", *lines]))
+
+
+def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
+    """Ours: whole steps, as Trainer does them, and what they took; the first two are not counted."""
+    from trainer.optimizer import learning_rate
+    from trainer.runtime import Runtime
+    from trainer.trainer import Run, Trainer
+
+    started = time.perf_counter()
+    layout.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
+    run = Run.prepare(config, 1, torch.cuda.is_available())
+    with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
+        seconds, flops, losses, waits, first = [], [], [], [], 0.0
+        begun, waited = time.perf_counter(), 0.0
+        for step, batches in enumerate(islice(trainer.stream.batches(0), args.steps + 2)):
+            result = trainer.train_step(batches, learning_rate(config, step, config.steps or 0))
+            now = time.perf_counter()
+            first = first or now - started
+            seconds.append(now - begun)
+            waits.append(trainer.stream.wait_seconds - waited)
+            begun, waited = now, trainer.stream.wait_seconds
+            losses.append(result.loss)
+            flops.append(result.flops)
+        if args.profile:
+            print_profile(run, lambda: trainer.train_step(batches, 1e-4), batches)
+        counted, compute, micro_batch = sum(seconds[2:]), run.layout.compute, run.layout.micro_batch
+        manifests = [dataset.manifest for dataset in run.data.datasets]
+        packs, rate = sum(m.packs for m in manifests), sum(flops[2:]) / counted
+        found = {
+            "tokens/s": config.global_batch * trainer.tokens_per_pack * args.steps / counted,
+            "TFLOP/s": rate / 1e12,
+            "MFU": rate / trainer.peak if trainer.peak else 0,
+            "memory GB": torch.cuda.max_memory_reserved() / 1e9,
+            "predicted GB": (run.layout.memory or 0) / 1e9,
+            "micro-batch": micro_batch,
+            "again in backward": f"{compute.recomputed_blocks} blocks, {compute.recomputed_layers} layers",
+            "data wait": sum(waits[2:]) / counted,
+            "useful tokens": sum(m.tokens for m in manifests) / packs / config.length,
+            "first step s": first,
+            "step s": counted / args.steps,
+            "losses": [round(losses[0], 3), round(losses[-1], 3)],
+        }
+        if batches[0].vision is not None:
+            slots = len(batches[0].vision.patches) / micro_batch
+            found["useful patches"] = sum(m.patches for m in manifests) / packs / slots
+        return found
 
 
 def _line(row: str, who: str, result: dict[str, Any], theirs: dict[str, Any]) -> str:

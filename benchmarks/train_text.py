@@ -8,9 +8,7 @@ variable-length kernel, Liger's fused norm, rope, SwiGLU and linear cross entrop
 """
 
 import argparse
-import cProfile
 import json
-import pstats
 import sys
 import time
 from itertools import islice
@@ -22,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from benchmarks.side_by_side import main
-from trainer import layout
+from benchmarks.side_by_side import main, train
 from trainer.config import TrainConfig
 from trainer.model.config import ModelConfig
 from trainer.model.sizes import SIZES
@@ -74,53 +71,7 @@ def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
 
 
 def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from trainer.optimizer import learning_rate
-    from trainer.runtime import Runtime
-    from trainer.trainer import Run, Trainer
-
-    started = time.perf_counter()
-    config = config_of(args, folder)
-    layout.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
-    run = Run.prepare(config, 1, True)
-    with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
-        seconds, flops, losses, waits, first = [], 0.0, [], [], 0.0
-        for step, batches in enumerate(islice(trainer.stream.batches(0), args.steps + 2)):
-            begun, waited = time.perf_counter(), trainer.stream.wait_seconds
-            result = trainer.train_step(batches, learning_rate(config, step, 1000))
-            torch.cuda.synchronize()
-            first = first or time.perf_counter() - started
-            seconds.append(time.perf_counter() - begun)
-            waits.append(trainer.stream.wait_seconds - waited)
-            losses.append(result.loss)
-            flops = result.flops
-        if args.profile:
-            profile(lambda: trainer.train_step(batches, 1e-4))
-        assert trainer.peak is not None
-        step = median(seconds[2:])
-        return {
-            "tokens/s": args.global_batch * trainer.tokens_per_pack / step,
-            "TFLOP/s": flops / step / 1e12,
-            "MFU": flops / step / trainer.peak,
-            "memory GB": torch.cuda.max_memory_reserved() / 1e9,
-            "predicted GB": (run.layout.memory or 0) / 1e9,
-            "micro-batch": run.layout.micro_batch,
-            "again in backward": f"{run.layout.compute.recomputed_layers} layers",
-            "data wait": sum(waits[2:]) / sum(seconds[2:]),
-            "first step s": first,
-            "step s": step,
-            "losses": [round(losses[0], 3), round(losses[-1], 3)],
-        }
-
-
-def profile(step: Any) -> None:
-    """The kernels that take most time, and what the host does meanwhile."""
-    host = cProfile.Profile()
-    host.runcall(step)
-    pstats.Stats(host).sort_stats("cumulative").print_stats(45)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
-        step()
-        torch.cuda.synchronize()
-    print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=90))
+    return train(args, config_of(args, folder))
 
 
 def packed_attention() -> None:

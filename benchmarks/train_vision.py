@@ -11,10 +11,8 @@ kernels, torch's fused AdamW in bfloat16; for 6 pictures it must checkpoint acti
 import argparse
 import sys
 import time
-from contextlib import nullcontext
 from itertools import islice, pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -22,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.side_by_side import main
-from benchmarks.train_text import LENGTH, model_folder, profile, text_config
-from trainer import layout
+from benchmarks.side_by_side import main, train
+from benchmarks.train_text import LENGTH, model_folder, text_config
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.model.config import ModelConfig
@@ -79,52 +76,7 @@ def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
 
 
 def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from trainer.optimizer import learning_rate
-    from trainer.runtime import Runtime
-    from trainer.trainer import Run, Trainer
-
-    started = time.perf_counter()
-    config = config_of(args, folder)
-    layout.FP8_HIDDEN = 1 << 30 if args.precision == "bf16" else 0
-    run = Run.prepare(config, 1, torch.cuda.is_available())
-    print(run.layout.reason, file=sys.stderr)
-    with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
-        if args.precision == "fp8-language":
-            trainer.model.vision.precision = nullcontext
-        seconds, flops, losses, waits, first = [], [], [], [], 0.0
-        begun, waited = time.perf_counter(), 0.0
-        for step, batches in enumerate(islice(trainer.stream.batches(0), args.steps + 2)):
-            result = trainer.train_step(batches, learning_rate(config, step, STEPS))
-            torch.cuda.synchronize()
-            now = time.perf_counter()
-            first = first or now - started
-            seconds.append(now - begun)
-            waits.append(trainer.stream.wait_seconds - waited)
-            begun, waited = now, trainer.stream.wait_seconds
-            losses.append(result.loss)
-            flops.append(result.flops)
-        if args.profile:
-            profile(lambda: trainer.train_step(batches, 1e-4))
-        counted = seconds[2:]  # the first captures, the second still fills queues
-        manifests = [dataset.manifest for dataset in run.data.datasets]
-        packs, compute = sum(m.packs for m in manifests), run.layout.compute
-        assert batches[0].vision is not None
-        return {
-            "tokens/s": args.global_batch * trainer.tokens_per_pack * len(counted) / sum(counted),
-            "TFLOP/s": sum(flops[2:]) / sum(counted) / 1e12,
-            "memory GB": torch.cuda.max_memory_reserved() / 1e9,
-            "predicted GB": (run.layout.memory or 0) / 1e9,
-            "micro-batch": run.layout.micro_batch,
-            "again in backward": f"{compute.recomputed_blocks} blocks, {compute.recomputed_layers} layers",
-            "data wait": sum(waits[2:]) / sum(counted),
-            "useful patches": sum(m.patches for m in manifests)
-            / packs
-            / (len(batches[0].vision.patches) / run.layout.micro_batch),
-            "useful tokens": sum(m.tokens for m in manifests) / packs / LENGTH,
-            "first step s": first,
-            "step s": median(counted),
-            "losses": [round(losses[0], 3), round(losses[-1], 3)],
-        }
+    return train(args, config_of(args, folder))
 
 
 def packed_attention() -> None:

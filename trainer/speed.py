@@ -1,8 +1,8 @@
 """Predicted time of a training step: what it computes and moves, over what kernels were measured to reach.
 
 Sums up matrix products, attention, passes over memory, casts to fp8 and communication. Rates are an H100's, from
-profiles of 0.5B, 1.5B and 3B (benchmarks/README.md), where the sum is within 3 % of what was measured, for segments of
-about 900 tokens. Other cards are scaled by their data sheets, several GPUs by NVLink's and a network's usual rates.
+profiles of 0.5B and 1.5B. The sum is within 6 % of what was measured from 0.5B to 7B (benchmarks/README.md), in samples
+of about 900 tokens. Other cards are scaled by their data sheets, several GPUs by NVLink's and a network's usual rates.
 """
 
 from typing import NamedTuple
@@ -14,8 +14,8 @@ SEGMENT = 900  # tokens of a sample
 # Of an H100, FLOP/s or bytes/s.
 PRODUCTS, PRODUCTS_FP8 = 720e12, 1345e12
 ATTENTION = 170e12  # of such segments: a third of what long ones reach
-TOWER = 350e12  # all of the vision tower
-ELEMENTWISE, NORMS = 3.0e12, 2.0e12
+TOWER, TOWER_FP8 = 400e12, 440e12  # all of the vision tower
+ELEMENTWISE, NORMS, CASTS = 3.0e12, 2.0e12, 2.5e12
 NVLINK, NETWORK = 300e9, 45e9  # of a GPU, in a node and between nodes
 NODE = 8
 # Gaps between kernels, clipping, reductions of bias gradients, copies.
@@ -36,32 +36,56 @@ CARDS = {
 }
 
 
+class Work(NamedTuple):
+    """What training does for a token (of the tower: a patch); FLOPs, or bytes through memory."""
+
+    products: float  # of the layers
+    head: float
+    attention: float  # causal, within samples of SEGMENT
+    swiglu: float
+    norms: float  # with rope, residuals and biases
+    loss: float
+    casts: float  # to fp8
+    tower: float  # FLOPs of a patch, attention not counted
+
+
+def work(model: ModelConfig, compute: Compute) -> Work:
+    """Recomputation is counted. Attention's backward pass takes 5 products to forward's 2, all others' takes twice as
+    many as forward's.
+    """
+    h, f, layers = model.hidden_size, model.intermediate_size, model.num_layers
+    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    head = 2 * h * model.vocab_size
+    runs = TRAINING + compute.recomputed_layers / layers
+    vision = model.vision
+    return Work(
+        products=runs * (token_flops(model) - head),
+        head=TRAINING * head,
+        attention=(runs + 0.5) * pair_flops(model) * SEGMENT / 2,
+        swiglu=layers * 2 * 8 * f,  # reads and writes 8 values in both passes
+        norms=layers * 2 * 24 * h,
+        loss=2 * 3 * model.vocab_size,  # logits are read twice, their gradient written
+        casts=layers * 5 * ((2 * h + q + f) + (q + 2 * kv + 2 * h + 2 * f)) * compute.fp8,  # 5 bytes a value
+        tower=(TRAINING + compute.recomputed_blocks / vision.depth) * patch_flops(vision) if vision else 0,
+    )
+
+
 def step_seconds(
     model: ModelConfig, parameters: int, card: Card, gpus: int, split: int, tokens: int, patches: int, compute: Compute
 ) -> float:
     """Of a step on `gpus`, each `split` of which share a model and work on `tokens` slots and `patches`."""
-    h, f, layers = model.hidden_size, model.intermediate_size, model.num_layers
-    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     faster, wider = card.flops / CARDS["H100"].flops, card.bandwidth / CARDS["H100"].bandwidth
-
-    head = 2 * h * model.vocab_size
-    runs = TRAINING + compute.recomputed_layers / layers
-    products = runs * (token_flops(model) - head) / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS)
-    products += TRAINING * head / PRODUCTS
-    attention = (runs + 0.5) * pair_flops(model) * SEGMENT / 2 / ATTENTION  # backward takes 5 products to forward's 2
-    # Bytes of a token: SwiGLU reads and writes 8 f values in both passes; norms, residuals and rope about 24 h; the
-    # cross entropy reads the logits twice and writes their gradient; a cast to fp8 takes 5 bytes a value.
-    moved = layers * 2 * 8 * f / ELEMENTWISE + layers * 2 * 24 * h / NORMS + 2 * 3 * model.vocab_size / ELEMENTWISE
-    if compute.fp8:
-        moved += layers * 5 * ((2 * h + q + f) + (q + 2 * kv + 2 * h + 2 * f)) / (ELEMENTWISE * 0.83)
-    exchanged = layers * 10 * 2 * h * (split - 1) / NVLINK if split > 1 else 0  # activations, each way, in both passes
-
-    seconds = tokens / split * ((products + attention) / faster + moved / wider + exchanged)
-    if model.vision:
-        again = compute.recomputed_blocks / model.vision.depth
-        seconds += patches * (TRAINING + again) * patch_flops(model.vision) / TOWER / faster
+    token = work(model, compute)
+    computed = token.products / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS)
+    computed += token.head / PRODUCTS + token.attention / ATTENTION
+    moved = (token.swiglu + token.loss) / ELEMENTWISE + token.norms / NORMS + token.casts / CASTS
+    # Activations, each way, in both passes.
+    exchanged = model.num_layers * 10 * 2 * model.hidden_size * (split - 1) / NVLINK
+    tower = token.tower / (TOWER_FP8 if compute.fp8 else TOWER)
+    seconds = tokens / split * (computed / faster + moved / wider + exchanged) + patches * tower / faster
     ranks = gpus // split
-    update = 26 * parameters / split / ranks / (ELEMENTWISE * wider)
+    # Adam reads and writes 20 bytes; setting gradients to 0, scaling them, their norm and clipping 24.
+    update = 44 * parameters / split / ranks / (ELEMENTWISE * wider)
     link = NVLINK if gpus <= NODE else NETWORK
     reduced = (4 + 2) * parameters / split * (ranks - 1) / ranks / link  # gradients and weights, not overlapped
     return seconds * REST + update + reduced
