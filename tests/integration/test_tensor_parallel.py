@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from tests.model_golden import Example, batch_of
 from tests.qwen_assets import tiny_text_folder
+from tests.two_processes import assert_two_train_as_one
 from trainer.model import ModelConfig, build_model
 from trainer.runtime import Runtime
 
@@ -27,6 +28,10 @@ def test_two_processes_are_one_model(tmp_path: Path) -> None:
     assert one["logits"] > 1
     for name, value in one.items():
         assert two[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_two_processes_train_one_model_and_one_goes_on(tmp_path: Path) -> None:
+    assert_two_train_as_one(tmp_path, tensor_parallel=2, images=False, tolerance=1e-4)
 
 
 def report(folder: Path, tensor_parallel: int) -> None:
