@@ -16,9 +16,9 @@ from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
 
 
-def assert_two_train_as_one(folder: Path, *, tensor_parallel: int, images: bool, tolerance: float) -> None:
+def assert_two_train_as_one(folder: Path, *, tensor_parallel: int, tolerance: float) -> None:
     """And one goes on from what two have saved. tolerance: of losses, relative."""
-    one = write_job(folder, images=images)
+    one = write_job(folder, images=True)
     two = one | {"output": str(folder / "two")}
     train(one)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

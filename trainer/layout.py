@@ -127,9 +127,7 @@ def _reason(model: ModelConfig, tensor_parallel: int, ranks: int, packs: str, co
 def peak_memory(
     model: ModelConfig, tensor_parallel: int, ranks: int, tokens: int, patches: int, compute: Compute
 ) -> float:
-    """Bytes of a GPU: weights, gradients, optimizer state, activations of `tokens` token slots and `patches`, logits of
-    a chunk.
-    """
+    """Bytes of a GPU: weights, gradients, optimizer state; activations of `tokens` slots and `patches`; logits."""
     tower = _vision_parameters(model.vision) if model.vision else 0  # whole on every rank
     language, again = (parameter_count(model) - tower) / tensor_parallel, compute.recomputed_layers
     # bfloat16 weights, float32 gradients; sharded over the ranks, two moments and the other half of master weights
@@ -150,7 +148,8 @@ def peak_memory(
     # In fp8 the layers' weights are cast in every forward pass, and kept in 8 bits for the backward pass.
     embeddings = model.vocab_size * h * (1 if model.tied else 2)
     state += compute.fp8 * (language + tower - embeddings / tensor_parallel)
-    logits = 2 * min(tokens, CHUNK) * model.vocab_size / tensor_parallel
+    # A chunk of them, except under tensor parallelism; their gradient takes their place.
+    logits = 2 * (min(tokens, CHUNK) if tensor_parallel == 1 else tokens) * model.vocab_size / tensor_parallel
     embedding_gradient = 2 * model.vocab_size * model.hidden_size / tensor_parallel
     vision = patches * _patch_memory(model.vision, compute) if model.vision else 0
     return state + activations + vision + logits + embedding_gradient

@@ -11,8 +11,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 
 
 def test_two_data_parallel_ranks(tmp_path: Path) -> None:
-    assert_two_train_as_one(tmp_path, tensor_parallel=1, images=True, tolerance=0.01)
+    assert_two_train_as_one(tmp_path, tensor_parallel=1, tolerance=0.01)
 
 
 def test_two_halves_of_a_model(tmp_path: Path) -> None:
-    assert_two_train_as_one(tmp_path, tensor_parallel=2, images=False, tolerance=0.01)
+    assert_two_train_as_one(tmp_path, tensor_parallel=2, tolerance=0.01)

@@ -31,7 +31,7 @@ def test_two_processes_are_one_model(tmp_path: Path) -> None:
 
 
 def test_two_processes_train_one_model_and_one_goes_on(tmp_path: Path) -> None:
-    assert_two_train_as_one(tmp_path, tensor_parallel=2, images=False, tolerance=1e-4)
+    assert_two_train_as_one(tmp_path, tensor_parallel=2, tolerance=1e-4)
 
 
 def report(folder: Path, tensor_parallel: int) -> None:
