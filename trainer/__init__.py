@@ -1,10 +1,16 @@
 """Trainer of Qwen2.5 and Qwen2.5-VL on megatron.core."""
 
 import logging
+import os
 import sys
 import warnings
 from importlib.abc import MetaPathFinder
 from typing import Any
+
+# Both are read when CUDA starts. Without the first, freed blocks of one size do not serve another, and a layout that
+# takes 93 % of a GPU runs out of memory; tensor parallelism's kernels are ordered by the second.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 # What megatron.core says when it is imported (no Apex, no Transformer Engine), builds a GPTModel (deprecated in 0.19,
 # but its successor has no mrope), steps its optimizer or loads a checkpoint is known; it hides what people should read.
