@@ -96,10 +96,10 @@ def test_any_byte_of_a_packed_dataset(made: tuple[Recipe, Folder], kind: str) ->
 
 def test_a_byte_of_a_blob(made: tuple[Recipe, Folder]) -> None:
     _, out = made
-    blobs = out / "preprocess/chat/blobs"
-    name = first(blobs, "")
+    image = next(image for row in rows_of(out / "build/data") for image in row["images"])  # of a sample that was chosen
+    blobs, name = out / "preprocess/chat/blobs", image["blob"].rsplit("/", 1)[1]
     with (
-        flipped(blobs, name, blobs.size(name) // 2),
+        flipped(blobs, name, image["offset"] + image["size"] // 2),
         pytest.raises(
             UserError, match=rf"{name} was changed after preprocess \(the image of \d+ bytes at byte \d+ does not have"
         ),
