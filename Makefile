@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt jobs/setup.sh
 	@jobs/setup.sh
 	@touch $@
 
-.PHONY: help setup demo test test-gpu lint format clean cluster-up cluster-down cluster-status \
+.PHONY: help setup setup-gpu demo test test-gpu lint format clean cluster-up cluster-down cluster-status \
   spark-preprocess spark-filter spark-sample spark-build spark-pack train convert-megatron convert-hf
 
 help: ## this list
@@ -22,6 +22,10 @@ help: ## this list
 
 setup: $(STAMP) ## install .venv (exact versions of constraints.txt) and Java 17; a second call does no work
 #example make setup
+
+setup-gpu: $(STAMP) ## add Transformer Engine, which training on a GPU needs; compiled here, with the CUDA 13 toolkit
+#example make setup-gpu
+	@jobs/setup_gpu.sh
 
 demo: $(STAMP) ## raw scans and text -> packs -> training -> Hugging Face -> score, all below demo/
 #example make demo

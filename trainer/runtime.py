@@ -9,6 +9,7 @@ import queue
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Self
 
 import torch
@@ -17,6 +18,8 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
 from torch.overrides import TorchFunctionMode
+
+from kanyun.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,17 @@ class Runtime:
     def start(cls, *, tensor_parallel: int = 1, seed: int = 0) -> "Runtime":
         """Join the job that torchrun's environment variables describe; without them this process is the whole job.
 
-        Use it as a context manager, or call `shutdown` at the end. One runtime a process at a time.
+        Use it as a context manager, or call `shutdown` at the end. One runtime a process at a time. Raises UserError on
+        a machine that has a GPU and no Transformer Engine.
         """
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cuda = torch.cuda.is_available()
+        if cuda and find_spec("transformer_engine") is None:
+            raise UserError(
+                "this machine has a GPU but no Transformer Engine: `make setup-gpu` adds it, and the image of "
+                "docker/Dockerfile.trainer has it; with CUDA_VISIBLE_DEVICES= the CPU trains"
+            )
         with ExitStack() as stack:
             if cuda:
                 device = torch.device("cuda", local_rank)

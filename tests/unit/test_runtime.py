@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+import trainer.runtime as runtime_module
+from kanyun.errors import UserError
 from trainer.runtime import Runtime
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the emulation is for machines without CUDA")
@@ -58,6 +60,13 @@ def test_a_failed_start_leaves_nothing_behind() -> None:
     assert not dist.is_initialized()
     with Runtime.start() as runtime:
         assert runtime.world == 1
+
+
+def test_a_gpu_without_transformer_engine_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime_module, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="no Transformer Engine: `make setup-gpu` adds it"):
+        Runtime.start()
 
 
 def test_seed_decides_random_numbers() -> None:
