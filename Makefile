@@ -23,7 +23,7 @@ help: ## this list
 setup: $(STAMP) ## install .venv (exact versions of constraints.txt) and Java 17; a second call does no work
 #example make setup
 
-setup-gpu: $(STAMP) ## add Transformer Engine, which training on a GPU needs; compiled here, with the CUDA 13 toolkit
+setup-gpu: $(STAMP) ## add Transformer Engine, which training on a GPU needs; part of it is compiled here
 #example make setup-gpu
 	@jobs/setup_gpu.sh
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Add Transformer Engine, which training on a GPU needs. Its torch part is compiled here, against the torch that is there:
-# some minutes, with nvcc of the CUDA 13 toolkit.
+# Add Transformer Engine, which training on a GPU needs. Its torch part is compiled here unless NVIDIA has it ready for the
+# torch that is there: minutes, with g++ and CUDA headers from PyPI; no CUDA toolkit is needed.
 # usage: jobs/setup_gpu.sh
 source "$(dirname "$0")/common.sh"
 cd "$root"
-if ! command -v nvcc "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" >/dev/null; then
-  echo "no nvcc found: install the CUDA 13 toolkit and set CUDA_HOME, or use the image of docker/Dockerfile.trainer" >&2
+header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+if ! command -v g++ >/dev/null || [[ ! -f $header ]]; then
+  echo "g++ and Python's headers ($header) are needed to compile: apt-get install g++ python3-dev" >&2
   exit 2
 fi
-"$python" -m pip install --disable-pip-version-check -c constraints.txt ninja pybind11
-NVTE_FRAMEWORK=pytorch "$python" -m pip install --disable-pip-version-check -c constraints.txt \
-  --no-build-isolation 'transformer-engine[core_cu13,pytorch]'
+pip=("$python" -m pip install --disable-pip-version-check -c constraints.txt)
+"${pip[@]}" ninja nvidia-cuda-cccl nvidia-cuda-crt nvidia-cudnn-frontend pybind11 setuptools wheel
+NVTE_BUILD_USE_NVIDIA_WHEELS=1 "${pip[@]}" --no-build-isolation 'transformer-engine[core_cu13,pytorch]'
