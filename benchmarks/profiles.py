@@ -10,7 +10,7 @@ from trainer.data.batch import Batch
 from trainer.flops import TRAINING, forward_flops, patch_flops, token_flops
 from trainer.layout import parameter_count
 from trainer.model.config import Compute, ModelConfig
-from trainer.speed import work
+from trainer.speed import PRODUCTS_FP8, UPDATE, work
 from trainer.trainer import Run
 
 # The first that a kernel's name matches.
@@ -24,8 +24,8 @@ KINDS = {
     "copies, fills": "memcpy|memset|copy|fill|catarray",
     "norms, rope, residuals, biases": "norm|rope|elementwise|triton|reduce",
 }
-# Of an H100 as measured: matrix products alone in bfloat16 and fp8, FlashAttention on long segments, a copy.
-PRODUCTS, PRODUCTS_FP8, ATTENTION, BANDWIDTH = 800e12, 1345e12, 500e12, 3.0e12
+# Of an H100 as measured: matrix products alone in bfloat16, FlashAttention on long segments, a copy.
+PRODUCTS, ATTENTION, BANDWIDTH = 800e12, 500e12, 3.0e12
 
 
 def print_profile(run: Run, step: Callable[[], object], batches: Sequence[Batch]) -> None:
@@ -66,7 +66,7 @@ def least(model: ModelConfig, compute: Compute, batches: Sequence[Batch]) -> dic
         patch_bytes["norms"] = patches * vision.depth * 2 * 24 * vision.hidden_size
     head, in_layers = slots * token.head, TRAINING * layer_flops - slots * token.head
     return {
-        "optimizer": 44 * parameter_count(model) / BANDWIDTH,
+        "optimizer": UPDATE * parameter_count(model) / BANDWIDTH,
         "attention": 3.5 * (forward - layer_flops) / ATTENTION,
         "matrix products": in_layers / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS) + head / PRODUCTS,
         "cross entropy": slots * token.loss / BANDWIDTH,

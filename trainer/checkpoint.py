@@ -31,7 +31,6 @@ from trainer.model import Qwen2_5
 from trainer.optimizer_state import OptimizerState
 
 _STEP = re.compile(r"step_\d{8}")
-_METADATA = {"non_homogeneous_layers": True}  # one key a layer
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,10 @@ def save(
         remove_leftovers(output)
         attempt.make()
     dist.barrier()
-    dist_checkpointing.save(_tensors(model, optimizer)[0], attempt.path)
+    tensors = {"model": _weights(model)}
+    if optimizer is not None:
+        tensors["optimizer"] = OptimizerState(optimizer, tensors["model"]).tensors
+    dist_checkpointing.save(tensors, attempt.path)
     if dist.get_rank() == 0:
         copy_tokenizer(hf, attempt / "hf")
         for name in ("config.json", "generation_config.json"):
@@ -129,16 +131,12 @@ def load(step: Folder, model: Qwen2_5, optimizer: ChainedOptimizer | None = None
     Raises UserError if the checkpoint is damaged, has other tensors, or holds anything but plain data.
     """
     _refuse_code(step)
-    tensors, optimizer_state = _tensors(model, optimizer)
-    try:
-        loaded = dist_checkpointing.load(tensors, step.path)
-    except (CheckpointException, CheckpointingException, OSError) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise UserError(f"{step.uri} does not hold this model ({str(cause)[:200]}): use another checkpoint") from error
-    model.load_state_dict(loaded["model"])
-    if optimizer_state is not None:
-        state = read_state(step)
-        optimizer_state.loaded(state.step - state.skipped)
+    model.load_state_dict(_read(step, _weights(model)))
+    if optimizer is not None:
+        # Last: on a CPU master weights are the model's own, and those of a GPU's checkpoint are rounded.
+        state, done = OptimizerState(optimizer, _weights(model)), read_state(step)
+        _read(step, state.tensors)
+        state.loaded(done.step - done.skipped)
 
 
 def remove_leftovers(output: Folder) -> None:
@@ -157,11 +155,20 @@ def _remove(folder: Folder) -> None:
         hidden.delete()
 
 
-def _tensors(model: Qwen2_5, optimizer: ChainedOptimizer | None) -> tuple[dict[str, Any], OptimizerState | None]:
-    """What megatron.core saves, or loads into."""
-    weights = model.sharded_state_dict(metadata=_METADATA)
-    state = OptimizerState(optimizer, weights) if optimizer is not None else None
-    return {"model": weights, "optimizer": state.tensors if state is not None else {}}, state
+def _weights(model: Qwen2_5) -> dict[str, Any]:
+    """What megatron.core saves of the model, or loads into."""
+    weights: dict[str, Any] = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})  # one key a layer
+    return weights
+
+
+def _read(step: Folder, tensors: dict[str, Any]) -> dict[str, Any]:
+    """`tensors`, filled from a checkpoint. Raises UserError, see load."""
+    try:
+        read: dict[str, Any] = dist_checkpointing.load(tensors, step.path)
+    except (CheckpointException, CheckpointingException, OSError) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise UserError(f"{step.uri} does not hold this model ({str(cause)[:200]}): use another checkpoint") from error
+    return read
 
 
 class _PlainMetadata(pickle.Unpickler):

@@ -18,6 +18,8 @@ TOWER, TOWER_FP8 = 400e12, 440e12  # all of the vision tower
 ELEMENTWISE, NORMS, CASTS = 3.0e12, 2.0e12, 2.5e12
 NVLINK, NETWORK = 300e9, 45e9  # of a GPU, in a node and between nodes
 NODE = 8
+# Bytes of a parameter: Adam reads and writes 20; setting gradients to 0, scaling them, their norm and clipping 24.
+UPDATE = 44
 # Gaps between kernels, clipping, reductions of bias gradients, copies.
 REST = 1.12
 
@@ -84,8 +86,7 @@ def step_seconds(
     tower = token.tower / (TOWER_FP8 if compute.fp8 else TOWER)
     seconds = tokens / split * (computed / faster + moved / wider + exchanged) + patches * tower / faster
     ranks = gpus // split
-    # Adam reads and writes 20 bytes; setting gradients to 0, scaling them, their norm and clipping 24.
-    update = 44 * parameters / split / ranks / (ELEMENTWISE * wider)
+    update = UPDATE * parameters / split / ranks / (ELEMENTWISE * wider)
     link = NVLINK if gpus <= NODE else NETWORK
     reduced = (4 + 2) * parameters / split * (ranks - 1) / ranks / link  # gradients and weights, not overlapped
     return seconds * REST + update + reduced

@@ -1,10 +1,14 @@
 """Optimizer state that data-parallel ranks wrote, each its part, is read by ranks that split the model, and by one."""
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
@@ -38,6 +42,29 @@ def test_every_split_reads_what_another_wrote(tmp_path: Path) -> None:
 
 
 LR = 1e-3
+
+
+def test_a_cpu_takes_the_master_weights_of_a_gpu_not_its_rounded_ones(tmp_path: Path) -> None:
+    """On a CPU they share memory with the model, whose weights are in the checkpoint too, in bfloat16."""
+    tiny_text_folder(tmp_path / "hf", tied=False)
+    step = Folder(str(tmp_path / "step"))
+    step.make()
+    with Runtime.start(seed=7) as runtime:
+        model, optimizer = one_step(tmp_path, runtime)
+        weights = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+        state, rounded = OptimizerState(optimizer, weights).tensors, {}
+        for name, entry in weights.items():
+            dtype = {} if isinstance(entry, ShardedTensorFactory) else {"dtype": torch.bfloat16}
+            rounded[name] = replace(entry, data=entry.data.detach().bfloat16(), **dtype)
+        dist_checkpointing.save({"model": rounded, "optimizer": state}, step.path)
+        step.write("state.json", json.dumps(asdict(State(1, 1, 0, "", {}, {}))).encode())
+        masters = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.data.fill_(9)
+        checkpoint.load(step, model, optimizer)
+        for parameter, master in zip(model.parameters(), masters, strict=True):
+            assert torch.equal(parameter, master)
+            assert not torch.equal(master, master.bfloat16().float())
 
 
 def work(folder: Path, action: str) -> None:
