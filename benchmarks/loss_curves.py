@@ -148,6 +148,14 @@ def draw(losses: dict[str, list[float]], smooth: int = 10) -> str:
     return "\n".join(parts)
 
 
+def write(losses: dict[str, list[float]], out: Path) -> None:
+    with (out / "losses.csv").open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *losses])
+        writer.writerows([n + 1, *(round(v, 5) for v in row)] for n, row in enumerate(zip(*losses.values())))
+    (out / "losses.svg").write_text(draw(losses))
+
+
 def main(
     about: str | None,
     auto: str,
@@ -180,11 +188,7 @@ def main(
             losses[only] = json.loads((out / f"{only}.json").read_text())
             (out / f"{only}.json").unlink()
             print(only, "last 20 steps:", round(sum(losses[only][-20:]) / 20, 4), flush=True)
-    with (out / "losses.csv").open("w") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", *losses])
-        writer.writerows([n + 1, *(round(v, 5) for v in row)] for n, row in enumerate(zip(*losses.values())))
-    (out / "losses.svg").write_text(draw(losses))
+            write(losses, out)
 
 
 if __name__ == "__main__":

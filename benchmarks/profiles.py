@@ -58,8 +58,7 @@ def least(model: ModelConfig, compute: Compute, batches: Sequence[Batch]) -> dic
     token, layer_flops, patch_bytes = work(model, compute), slots * token_flops(model), Counter[str]()
     if model.vision is not None:
         vision = model.vision
-        patches = sum(int((b.vision.token_index < len(b.input_ids)).sum()) for b in batches if b.vision is not None)
-        patches *= vision.merge_size**2
+        patches = sum(batch.real_patches for batch in batches)
         layer_flops += patches * patch_flops(vision)
         # As of the language model's layers, see trainer.speed.work.
         patch_bytes["SwiGLU"] = patches * vision.depth * 2 * 8 * vision.intermediate_size

@@ -75,7 +75,7 @@ def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     layout.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
     run = Run.prepare(config, 1, torch.cuda.is_available())
     with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
-        seconds, flops, losses, waits, first = [], [], [], [], 0.0
+        seconds, flops, losses, waits, first, real, slots = [], [], [], [], 0.0, 0, 0
         begun, waited = time.perf_counter(), 0.0
         for step, batches in enumerate(islice(trainer.stream.batches(0), args.steps + 2)):
             result = trainer.train_step(batches, learning_rate(config, step, config.steps or 0))
@@ -84,6 +84,8 @@ def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
             seconds.append(now - begun)
             waits.append(trainer.stream.wait_seconds - waited)
             begun, waited = now, trainer.stream.wait_seconds
+            real += sum(batch.real_patches for batch in batches)
+            slots += sum(len(batch.vision.patches) for batch in batches if batch.vision)
             losses.append(result.loss)
             flops.append(result.flops)
         if args.profile:
@@ -105,9 +107,8 @@ def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
             "step s": counted / args.steps,
             "losses": [round(losses[0], 3), round(losses[-1], 3)],
         }
-        if batches[0].vision is not None:
-            slots = len(batches[0].vision.patches) / micro_batch
-            found["useful patches"] = sum(m.patches for m in manifests) / packs / slots
+        if slots:
+            found["useful patches"] = real / slots
         return found
 
 

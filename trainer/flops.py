@@ -24,7 +24,7 @@ def forward_flops(config: ModelConfig, batch: Batch) -> int:
     pairs = int((lengths * (lengths + 1)).sum()) // 2
     flops = len(batch.input_ids) * token_flops(config) + pairs * pair_flops(config)
     if config.vision is not None and batch.vision is not None:
-        flops += vision_flops(config.vision, batch.vision, slots=len(batch.input_ids))
+        flops += vision_flops(config.vision, batch.vision, batch.real_patches)
     return flops
 
 
@@ -41,9 +41,8 @@ def pair_flops(config: ModelConfig) -> int:
     return config.num_layers * 2 * 2 * config.num_heads * config.head_dim
 
 
-def vision_flops(config: VisionConfig, images: VisionBatch, slots: int) -> int:
-    """The tower on the images that are not padding, whose visual tokens go to one of the `slots` of the pack."""
-    patches = int((images.token_index < slots).sum()) * config.merge_size**2
+def vision_flops(config: VisionConfig, images: VisionBatch, patches: int) -> int:
+    """The tower on the first `patches`; the others are padding."""
     full = len(config.full_attention_blocks)
     squares = full * _squares(images.cu_images, patches) + (config.depth - full) * _squares(images.cu_windows, patches)
     return patches * patch_flops(config) + squares * 2 * 2 * config.hidden_size

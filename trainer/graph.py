@@ -1,22 +1,23 @@
 """A micro-batch's forward and backward pass as one CUDA graph: the host gives one order, not 5,000.
 
 Launching kernels one by one, a small model's GPU waits for the host (0.5B, one pack: 16 % MFU eager, 36 % replayed).
-All shapes are static, so the first batch's graph serves every other one, whatever its segments and images.
+All shapes are static, so one graph serves every batch, whatever its segments and images; batches of images come in a
+few sizes, and each size has its graph.
 """
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
 from trainer.data.batch import Batch, VisionBatch
 
-WARM_UP = 2  # runs before the capture: kernels are chosen, workspaces made
+WARM_UP = 2  # runs before the first capture: kernels are chosen, workspaces made
 
 
 class Graphed:
-    """`work` on the static copy of a batch, captured at the first call and replayed from then on.
+    """`work` on a static copy of a batch, captured once for each number of patches and replayed from then on.
 
     Must be made and called on the stream that the model was built on, which is not the default one: autograd runs a
     gradient's accumulation on the stream where its parameter was first seen. What `work` adds to during the warm-up
@@ -25,29 +26,57 @@ class Graphed:
 
     def __init__(self, work: Callable[[Batch], None], device: torch.device):
         self._work, self._device = work, device
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[int, tuple[Batch, torch.cuda.CUDAGraph]] = {}  # by number of patches
 
     @property
     def ready(self) -> bool:
-        return self._graph is not None
+        return bool(self._graphs)
 
-    def prepare(self, example: Batch) -> None:
-        """Warm up and capture on this batch."""
-        self._static = example.to(self._device)
+    def prepare(self, example: Batch, most: int) -> None:
+        """Warm up on this batch, and capture for `most` patches: the other graphs then fit into that one's memory."""
+        static = example.to(self._device)
         for _ in range(WARM_UP):
-            self._work(self._static)
+            self._work(static)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # The loader's threads pin memory meanwhile, which a capture that watches all threads would not survive.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            self._work(self._static)
-        self._graph = graph
+        self._capture(_grown(static, most))
 
     def __call__(self, batch: Batch) -> None:
-        assert self._graph is not None, "prepare first"
-        for target, source in zip(_tensors(self._static), _tensors(batch), strict=True):
+        assert self.ready, "prepare first"
+        if _patches(batch) not in self._graphs:
+            self._capture(batch.to(self._device))
+        static, graph = self._graphs[_patches(batch)]
+        for target, source in zip(_tensors(static), _tensors(batch), strict=True):
             target.copy_(source, non_blocking=True)
-        self._graph.replay()
+        graph.replay()
+
+    def _capture(self, static: Batch) -> None:
+        """Nothing runs, so it does not matter what the batch holds."""
+        graph = torch.cuda.CUDAGraph()
+        # One pool for all: they run one after the other, and what they leave behind lies outside of it.
+        pool = next((graph.pool() for _, graph in self._graphs.values()), None)
+        # The loader's threads pin memory meanwhile, which a capture that watches all threads would not survive.
+        with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), "thread_local"):
+            self._work(static)
+        self._graphs[_patches(static)] = static, graph
+
+
+def _patches(batch: Batch) -> int:
+    return 0 if batch.vision is None else len(batch.vision.patches)
+
+
+def _grown(batch: Batch, patches: int) -> Batch:
+    """With room for so many patches."""
+    vision = batch.vision
+    if vision is None:
+        return batch
+    unit = len(vision.patches) // len(vision.token_index)  # patches a visual token
+    grown = replace(
+        vision,
+        patches=vision.patches.new_zeros(patches, vision.patches.shape[1]),
+        positions=vision.positions.new_zeros(patches, 2),
+        token_index=vision.token_index.new_zeros(patches // unit),
+    )
+    return replace(batch, vision=grown)
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

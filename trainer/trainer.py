@@ -91,12 +91,12 @@ class Trainer:
 
         self._open = ExitStack()
         form = batch_format(run.model, pinned=runtime.cuda)
-        static = static_shape(run.data.all, layout.micro_batch, form.geometry, run.data.vision_budget)
+        self.static = static_shape(run.data.all, layout.micro_batch, form.geometry)
         place = {"micro_batch": layout.micro_batch, "rank": runtime.data_rank, "world": runtime.data_world}
         self.stream = self._open.enter_context(
             PackStream(
                 run.data,
-                replace(form, static=static) if runtime.cuda else form,
+                replace(form, static=self.static) if runtime.cuda else form,
                 seed=config.seed,
                 global_batch=config.global_batch,
                 cost=pack_cost(run.model),
@@ -161,7 +161,7 @@ class Trainer:
         however they are spread over ranks and micro-batches. A mean of means would weigh short answers more.
         """
         if self.graph and not self.graph.ready:
-            self.graph.prepare(micro_batches[0])
+            self.graph.prepare(micro_batches[0], self.static.patches[-1])
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.loss_sum.zero_()

@@ -102,7 +102,7 @@ def test_graph_captured_on_one_batch_is_right_on_another(runtime: Runtime, tmp_p
         batch_of(model.model_config, [examples(model.model_config.vocab_size, *lengths)], LENGTH)
         for lengths in ((200, 1, 150, 33), (64, 64, 300), (512,))
     ]
-    first, *others = losses_of_one_graph(
+    first, *others = losses_of_graphs(
         model,
         [
             replace(b, cu_seqlens=torch.nn.functional.pad(b.cu_seqlens, (0, 8 - len(b.cu_seqlens)), value=LENGTH))
@@ -113,7 +113,7 @@ def test_graph_captured_on_one_batch_is_right_on_another(runtime: Runtime, tmp_p
     assert all(abs(loss - first) > 0.01 * first for loss in others)
 
 
-def losses_of_one_graph(model: Qwen2_5, batches: list[Batch], runtime: Runtime) -> list[float]:
+def losses_of_graphs(model: Qwen2_5, batches: list[Batch], runtime: Runtime) -> list[float]:
     """Captured on the first batch; each batch's loss and gradients must be those without a graph."""
     ddp, total = in_ddp(model), torch.zeros((), device=runtime.device)
 
@@ -129,7 +129,7 @@ def losses_of_one_graph(model: Qwen2_5, batches: list[Batch], runtime: Runtime) 
         return total.item(), {name: p.main_grad.clone() for name, p in model.named_parameters()}
 
     graph = Graphed(work, runtime.device)
-    graph.prepare(batches[0])
+    graph.prepare(batches[0], max(0 if b.vision is None else len(b.vision.patches) for b in batches))
     losses = []
     for batch in batches:
         loss, gradients = run(graph, batch)

@@ -141,7 +141,7 @@ def test_a_pack_without_images_runs_the_tower_on_one_dummy_window() -> None:
 
 
 def test_static_shapes_pad_without_touching_real_images() -> None:
-    static = StaticShape(segments=40, patches=2112, windows=130, images=30)
+    static = StaticShape(segments=40, patches=(2112,), windows=130, images=30)
     form = replace(VISION, static=static)
     for start in range(0, 12, 2):
         chosen = random_packs(seed=2, count=12, length=LENGTH)[start : start + 2]
@@ -164,11 +164,11 @@ def test_static_shapes_pad_without_touching_real_images() -> None:
 
 def test_static_shape_that_is_too_small_is_refused() -> None:
     pack = as_pack(7, [random_sample(np.random.default_rng(0), i, 9, [(4, 4)]) for i in range(4)])
-    roomy = StaticShape(segments=9, patches=64, windows=9, images=9)
+    roomy = StaticShape(segments=9, patches=(64,), windows=9, images=9)
     make_batch([pack], replace(VISION, static=roomy))
     for field, value, message in [
         ("segments", 4, "5 segments in one micro-batch, but the layout has room for 4"),
-        ("patches", 60, "64 patches in packs 7, but the layout has room for 60"),
+        ("patches", (60,), "64 patches in packs 7, but the layout has room for 60"),
         ("windows", 3, "4 windows in one micro-batch, but the layout has room for 3"),
         ("images", 3, "4 images in one micro-batch, but the layout has room for 3"),
     ]:

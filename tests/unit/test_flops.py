@@ -99,6 +99,6 @@ def test_images_as_torch_counts_transformers(tmp_path: Path) -> None:
     assert counter.get_total_flops() == ours + second_frame
 
     # Padding to a static shape is no work of the model.
-    static = StaticShape(segments=8, patches=512, windows=32, images=8)
+    static = StaticShape(segments=8, patches=(512,), windows=32, images=8)
     padded = batch_of(ids, [len(ids)], BatchFormat(form.geometry, image, static), grids)
     assert forward_flops(config, padded) == forward_flops(config, batch)

@@ -3,13 +3,16 @@
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kanyun.errors import UserError
 from trainer.data.images import PatchGeometry
-from trainer.layout import decide, parameter_count, peak_memory, static_shape
+from trainer.layout import decide, few_sizes, parameter_count, peak_memory, static_shape
 from trainer.model.config import Compute
 from trainer.model.sizes import SIZES
 from trainer.speed import CARDS, step_seconds
@@ -131,10 +134,25 @@ def test_static_shape_has_room_for_the_worst_packs_together() -> None:
         def column(self, name: str) -> np.ndarray:
             return np.array(self.columns[name])
 
-    shape = static_shape(Packs(), 2, PatchGeometry(), 640)  # type: ignore[arg-type]
+    shape = static_shape(Packs(), 2, PatchGeometry())  # type: ignore[arg-type]
     # Of a pack and of the padding behind its images: windows (64 patches each) 10, 12, 12, 10, images 1, 2, 2, 2.
-    assert (shape.segments, shape.patches, shape.windows, shape.images) == (14, 1280, 25, 4)
-    assert static_shape(Packs(), 3, None, 0).segments == 17  # type: ignore[arg-type]
+    assert (shape.segments, shape.windows, shape.images) == (14, 25, 4)
+    assert shape.patches == (384, 640, 896)  # of packs 2 and 3, of 0 and 1, and of the two largest
+    assert static_shape(Packs(), 3, None).segments == 17  # type: ignore[arg-type]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=10), st.integers(1, 4))
+def test_few_sizes_leave_the_least_unused(demands: list[int], count: int) -> None:
+    def total(sizes: tuple[int, ...]) -> int:
+        return sum(min(size for size in sizes if size >= demand) for demand in demands)
+
+    found, most = few_sizes(np.array(demands), count), max(demands)
+    assert len(found) <= count
+    assert list(found) == sorted(set(found))
+    others = [size for size in set(demands) if size < most]
+    possible = [(*some, most) for n in range(min(count, len(others) + 1)) for some in combinations(others, n)]
+    assert total(found) == min(map(total, possible))
 
 
 def test_command_line_needs_no_gpu() -> None:

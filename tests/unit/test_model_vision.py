@@ -110,7 +110,7 @@ def test_loss_in_a_pack_is_the_loss_alone(trio: tuple[Any, Any, Any], name: str)
     """Also where patches are padded to a static shape, as on a GPU."""
     model, _, processor = trio
     packs = [[example(processor, *sample) for sample in pack] for pack in PACKS[name]]
-    static = StaticShape(segments=16, patches=3200, windows=160, images=16)
+    static = StaticShape(segments=16, patches=(3200,), windows=160, images=16)
     with torch.no_grad():
         alone = [model(batch_of(model.model_config, [[sample]], LENGTH)).item() for pack in packs for sample in pack]
         assert min(alone) > 1

@@ -45,6 +45,14 @@ class Batch:
     cu_seqlens: Tensor  # [segments + 1] int32: the masked tail of a pack is its own segment; last entry T
     vision: VisionBatch | None  # None only for a text model
 
+    @property
+    def real_patches(self) -> int:
+        """Of a batch on the CPU: those of images, without padding."""
+        if self.vision is None:
+            return 0
+        tokens = int((self.vision.token_index < len(self.input_ids)).sum())
+        return tokens * len(self.vision.patches) // len(self.vision.token_index)
+
     def to(self, device: torch.device) -> "Batch":
         """A copy on `device`; from pinned memory it does not block the host."""
         vision = None
@@ -61,11 +69,12 @@ class Batch:
 class StaticShape:
     """Sizes that every micro-batch is padded to, so that a CUDA graph can be replayed on it.
 
-    Patches are filled up with images of their own; cumulative lengths repeat their last entry (segments of length 0).
+    Patches are filled up, to the next of a few sizes, with images of their own; cumulative lengths repeat their last
+    entry (segments of length 0).
     """
 
     segments: int
-    patches: int
+    patches: tuple[int, ...]  # rising; of each there is a graph
     windows: int
     images: int
 
@@ -124,9 +133,10 @@ def _vision(packs: Sequence[Pack], input_ids: np.ndarray, geometry: PatchGeometr
     used = sum(pack.patches for pack in packs)
     window = (geometry.window // geometry.patch) ** 2
     # Without a static shape up to a whole window: fp8 wants a multiple of 8 rows, of visual tokens too.
-    total = form.static.patches if form.static else -(-max(used, 1) // window) * window
-    if used > total:
-        raise DatasetError(f"{used} patches in packs {_names(packs)}, but the layout has room for {total}")
+    sizes = form.static.patches if form.static else (-(-max(used, 1) // window) * window,)
+    total = next((size for size in sizes if size >= used), None)
+    if total is None:
+        raise DatasetError(f"{used} patches in packs {_names(packs)}, but the layout has room for {sizes[-1]}")
     patches = torch.empty(total, geometry.pixels, dtype=torch.uint8, pin_memory=form.pinned)
     patches[used:] = 0
     positions = np.zeros((total, 2), np.int32)

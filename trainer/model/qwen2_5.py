@@ -150,8 +150,8 @@ def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
-        bias_dropout_fusion=cuda,
         apply_rope_fusion=cuda,
+        fused_single_qkv_rope=cuda,  # splits query, key and value and turns them in one kernel
         cross_entropy_loss_fusion=cuda,
         cross_entropy_fusion_impl="te" if cuda else "native",
         # Were cuDNN's kernels refused, attention would run five times slower without a word; forced, it fails instead.
