@@ -6,8 +6,8 @@ only place where anything is emulated.
 
 import os
 import queue
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Self
@@ -50,6 +50,7 @@ class Runtime:
                 "docker/Dockerfile.trainer has it; with CUDA_VISIBLE_DEVICES= the CPU trains"
             )
         with ExitStack() as stack:
+            stack.enter_context(_writing_here())
             if cuda:
                 device = torch.device("cuda", local_rank)
                 torch.cuda.set_device(device)
@@ -104,6 +105,19 @@ class Runtime:
         self.shutdown()
 
 
+@contextmanager
+def _writing_here() -> Iterator[None]:
+    """Checkpoints are written in this process. megatron.core starts another one to pass it the writer's results, which
+    takes 4 s and outlives a kill -9.
+    """
+    saved = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.SimpleQueue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = saved
+
+
 class _CpuAsCuda(TorchFunctionMode):
     """While entered, every "cuda" device is the CPU, and streams and events do nothing. Costs 1.6 us a torch call."""
 
@@ -116,9 +130,6 @@ class _CpuAsCuda(TorchFunctionMode):
             (torch.cuda, "stream", _Stream),
             (torch.cuda, "Stream", _Stream),
             (torch.cuda, "Event", _Stream),
-            # Checkpoints are written in this process. megatron.core starts another one to pass it the writer's results,
-            # which takes 4 s and outlives a kill -9.
-            (filesystem_async, "_results_queue", queue.SimpleQueue()),
         ]
         self._saved: list[tuple[Any, str, Any]] = []
 

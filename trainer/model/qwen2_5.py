@@ -19,6 +19,7 @@ from torch.nn.functional import silu
 from kanyun.errors import UserError
 from trainer.data.batch import Batch
 from trainer.model.config import BFLOAT16, Compute, ModelConfig
+from trainer.model.embedding import LookUp
 from trainer.model.loss import IGNORED, LinearCrossEntropy
 from trainer.runtime import Runtime
 
@@ -41,17 +42,17 @@ class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
             share_embeddings_and_output_weights=model_config.tied,
             scatter_embedding_sequence_parallel=model_config.vision is None,
         )
-        # Under tensor parallelism each rank has a part of the vocabulary, which megatron.core's own loss adds up.
-        self._fused_head = runtime.cuda and runtime.tensor_parallel == 1
+        # Under tensor parallelism each rank has a part of the vocabulary, which megatron.core's own modules add up.
+        self._fused = runtime.cuda and runtime.tensor_parallel == 1
         self.register_load_state_dict_post_hook(_ignore_extra_state)
 
     def forward(self, batch: Batch) -> Tensor:
         """Cross entropy summed over the trained tokens, a float32 scalar: a mean's weight would depend on the pack.
 
-        On a GPU the gradient of the output head goes straight into its main_grad, so the model must be in a
+        On a GPU the gradients of embeddings and output head go straight into main_grad, so the model must be in a
         DistributedDataParallel, and `backward` be called on the sum itself.
         """
-        if self._fused_head:
+        if self._fused:
             labels = batch.labels.masked_fill(batch.loss_mask == 0, IGNORED)
             total: Tensor = self._language(batch, labels=labels, output_processor=_fused_head)
             return total
@@ -82,9 +83,13 @@ class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
             **kwargs,
         )
 
-    def _embed(self, batch: Batch) -> Tensor | None:
-        """Input embeddings [T, 1, hidden], or None: GPTModel looks up the tokens itself."""
-        return None
+    def _embed(self, batch: Batch) -> Tensor:
+        """Input embeddings [T, 1, hidden]."""
+        if self._fused:
+            found: Tensor = LookUp.apply(batch.input_ids, self.language.embedding.word_embeddings.weight)
+            return found[:, None]
+        embeddings: Tensor = self.language.embedding(input_ids=batch.input_ids[None], position_ids=None)
+        return embeddings
 
 
 def _fused_head(hidden_states: Tensor, output_layer: Module, output_weight: Tensor | None, **facts: Any) -> Tensor:

@@ -31,7 +31,7 @@ class Qwen2_5VL(Qwen2_5):  # noqa: N801 - the model's name
 
     def _embed(self, batch: Batch) -> Tensor:
         assert batch.vision is not None, "a batch for an image model carries patches, even if they are dummies"
-        text = self.language.embedding(input_ids=batch.input_ids[None], position_ids=None)  # [T, 1, hidden]
+        text = super()._embed(batch)
         images = self.vision(batch.vision)[:, None]  # [M, 1, hidden]
         # One row more, where padding goes: no shape and no branch depends on how many visual tokens are real.
         rows = pad(text, (0, 0, 0, 0, 0, 1)).index_copy(0, batch.vision.token_index, images)
