@@ -63,6 +63,8 @@ def least(model: ModelConfig, compute: Compute, batches: Sequence[Batch]) -> dic
         # As of the language model's layers, see trainer.speed.work.
         patch_bytes["SwiGLU"] = patches * vision.depth * 2 * 8 * vision.intermediate_size
         patch_bytes["norms"] = patches * vision.depth * 2 * 24 * vision.hidden_size
+        casts = 5 * (8 * vision.hidden_size + 3 * vision.intermediate_size) * compute.fp8
+        patch_bytes["casts"] = patches * vision.depth * casts
     head, in_layers = slots * token.head, TRAINING * layer_flops - slots * token.head
     return {
         "optimizer": UPDATE * parameter_count(model) / BANDWIDTH,
@@ -70,6 +72,6 @@ def least(model: ModelConfig, compute: Compute, batches: Sequence[Batch]) -> dic
         "matrix products": in_layers / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS) + head / PRODUCTS,
         "cross entropy": slots * token.loss / BANDWIDTH,
         "SwiGLU": (slots * token.swiglu + patch_bytes["SwiGLU"]) / BANDWIDTH,
-        "casts to fp8 and their maxima": slots * token.casts / BANDWIDTH,
+        "casts to fp8 and their maxima": (slots * token.casts + patch_bytes["casts"]) / BANDWIDTH,
         "norms, rope, residuals, biases": (slots * token.norms + patch_bytes["norms"]) / BANDWIDTH,
     }

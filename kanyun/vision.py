@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_ASPECT_RATIO = 200
-WINDOW = 8  # patches: 112 pixels, in every Qwen2.5-VL
+WINDOW = 8  # patches: 112 pixels, in every Qwen2.5-VL that Qwen has published
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

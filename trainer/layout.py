@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kanyun.errors import UserError, run_cli
+from kanyun.vision import WINDOW
 from trainer.data.batch import PADDING_IMAGE, BatchFormat, StaticShape
 from trainer.data.images import PatchGeometry
 from trainer.data.source import Packs
@@ -24,6 +25,8 @@ GB = 1e9
 FP8_HIDDEN = 896
 # Of it, what is left when CUDA, NCCL, cuBLAS and the allocator's rounding have taken theirs.
 USABLE = 0.93
+# What the allocator takes for activations beyond their bytes: blocks are rounded, and not all of them fit again.
+ROUNDED = 1.05
 # Tokens that go through the model at once: more make matrix products no faster, but the step coarser.
 MOST_TOKENS = 65_536
 # Sizes that patches are padded to. Packs of pictures and text fill one size to 90 %, 4 to 98.5, 8 to 99.2, 16 to 99.5.
@@ -51,10 +54,13 @@ def static_shape(packs: Packs, micro_batch: int, geometry: PatchGeometry | None)
     segments = _largest(packs.column("pack_segments"), micro_batch)
     if geometry is None:
         return StaticShape(segments=segments, patches=(0,), windows=0, images=0)
-    window = (geometry.window // geometry.patch) ** 2  # patches
+    side = geometry.window // geometry.patch
+    window = side**2  # patches
     patches = packs.column("pack_patches")
     padding = -(-max(patches.max(), 1) // window) * window - patches
-    windows = _largest(packs.column("pack_windows") + -(-padding // window), micro_batch) + 1
+    # Counted for the 8 x 8 patches of Qwen's own models: so many of a smaller window are at most in one of those.
+    real = packs.column("pack_windows") * (-(-WINDOW // side)) ** 2
+    windows = _largest(real + -(-padding // window), micro_batch) + 1
     images = _largest(packs.column("pack_images") + -(-padding // PADDING_IMAGE), micro_batch)
     together = np.add.reduceat(patches, np.arange(0, len(patches), micro_batch))  # of some micro-batches
     demands = np.append(together, _largest(patches, micro_batch))
@@ -157,21 +163,22 @@ def peak_memory(
         model.num_kv_heads * model.head_dim,
         model.intermediate_size,
     )
-    # What a layer keeps of a token for its backward pass, in bfloat16: both norms' inputs; query, key and value, once
-    # more turned by rope; attention's output; gate and up. And the inputs of its matrix products: both norms' outputs
-    # and the product of gate and up, in 8 bits in fp8, where attention's output is kept once more.
+    # What a layer keeps of a token for its backward pass, in bfloat16: both norms' inputs; query, key and value;
+    # attention's output; gate and up. And the inputs of its matrix products: both norms' outputs and the product of
+    # gate and up, in 8 bits in fp8, where attention's output is kept once more.
     inputs = (2 * h + q + f) if compute.fp8 else 2 * (2 * h + f)
-    layer = (2 * (2 * h + (q + 2 * kv) + (q + kv) + q + 2 * f) + inputs) / tensor_parallel
+    layer = (2 * (2 * h + (q + 2 * kv) + q + 2 * f) + inputs) / tensor_parallel
     kept = (model.num_layers - again + (again > 0)) * layer + again * 2 * h / tensor_parallel
     activations = tokens * (kept + 8 * h)
     # In fp8 the layers' weights are cast in every forward pass, and kept in 8 bits for the backward pass.
     embeddings = model.vocab_size * h * (1 if model.tied else 2)
     state += compute.fp8 * (language + tower - embeddings / tensor_parallel)
-    # A chunk of them, except under tensor parallelism; their gradient takes their place.
-    logits = 2 * (min(tokens, CHUNK) if tensor_parallel == 1 else tokens) * model.vocab_size / tensor_parallel
-    embedding_gradient = 2 * model.vocab_size * model.hidden_size / tensor_parallel
+    # Logits, whose gradient takes their place: a chunk of them. Under tensor parallelism all, and a gradient of the
+    # whole embedding.
+    rows = min(tokens, CHUNK) if tensor_parallel == 1 else tokens + h
+    logits = 2 * rows * model.vocab_size / tensor_parallel
     vision = patches * _patch_memory(model.vision, compute) if model.vision else 0
-    return state + activations + vision + logits + embedding_gradient
+    return state + ROUNDED * (activations + vision) + logits
 
 
 def _patch_memory(vision: VisionConfig, compute: Compute) -> float:

@@ -18,13 +18,14 @@ class LookUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(ids, weight)
+        ctx.save_for_backward(ids)
+        ctx.weight = weight  # itself: what comes back out of save_for_backward may be another object, without main_grad
         return weight[ids]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        ids, weight = ctx.saved_tensors
+        (ids,), into = ctx.saved_tensors, ctx.weight.main_grad
         ordered, order = ids.sort(stable=True)
         # Distinct tokens are numbered: row n of `sums` is of the n-th smallest, and rows that are left over are zero.
         number = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
@@ -32,5 +33,5 @@ class LookUp(torch.autograd.Function):
             gradient, torch.empty_like(ids).scatter_(0, order, number), len(ids), -1, False
         )
         rows = torch.zeros_like(ids).scatter_(0, number, ordered)
-        weight.main_grad.index_add_(0, rows, sums.to(weight.main_grad.dtype))
+        into.index_add_(0, rows, sums.to(into.dtype))
         return None, None
