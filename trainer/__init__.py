@@ -7,10 +7,12 @@ import warnings
 from importlib.abc import MetaPathFinder
 from typing import Any
 
-# Both are read when CUDA starts. Without the first, freed blocks of one size do not serve another, and a layout that
-# takes 93 % of a GPU runs out of memory; tensor parallelism's kernels are ordered by the second.
+# Read when CUDA and NCCL start. Without the first, freed blocks of one size do not serve another, and a layout that takes
+# 93 % of a GPU runs out of memory. Tensor parallelism's kernels are ordered by the second. NCCL would register the buffers
+# of a captured collective, which goes wrong where the first maps memory anew (megatron.core's own graphs refuse it too).
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
 
 # What megatron.core says when it is imported (no Apex, no Transformer Engine), builds a GPTModel (deprecated in 0.19,
 # but its successor has no mrope), steps its optimizer or loads a checkpoint is known; it hides what people should read.
