@@ -7,9 +7,9 @@ import warnings
 from importlib.abc import MetaPathFinder
 from typing import Any
 
-# Read when CUDA and NCCL start. Without the first, freed blocks of one size do not serve another, and a layout that takes
-# 93 % of a GPU runs out of memory. Tensor parallelism's kernels are ordered by the second. NCCL would register the buffers
-# of a captured collective, which goes wrong where the first maps memory anew (megatron.core's own graphs refuse it too).
+# Read when CUDA and NCCL start. Without the first, freed blocks of one size do not serve another, and a layout that
+# takes 93 % of a GPU runs out of memory. The second orders the kernels of tensor parallelism. By the third, NCCL does
+# not register buffers of captured collectives: not safe with the first, megatron.core's own graphs refuse to start so.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")

@@ -49,6 +49,12 @@ class Graphed:
             target.copy_(source, non_blocking=True)
         graph.replay()
 
+    def close(self) -> None:
+        """Free the graphs. NCCL never ends a communicator that one with its collectives still refers to."""
+        for _, graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
     def _capture(self, static: Batch) -> None:
         """Nothing runs, so it does not matter what the batch holds."""
         graph = torch.cuda.CUDAGraph()

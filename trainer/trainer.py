@@ -119,9 +119,10 @@ class Trainer:
         self.ddp = DistributedDataParallel(self.model.config, ddp_config, self.model)
         self.loss_sum, self.trained = self._zero(), self._zero()  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
-        if runtime.cuda:
+        if self.graph:
             from trainer.model.spec_te import accumulate_in_place
 
+            self._open.callback(self.graph.close)
             accumulate_in_place(self.model)
         self.optimizer = build_optimizer(config, self.ddp, runtime)
         if run.resume is not None:
