@@ -20,8 +20,8 @@ from trainer.model.sizes import SIZES
 from trainer.speed import CARDS, SEGMENT, step_seconds
 
 GB = 1e9
-# From this width on, 0.5B's, fp8 was seen to pay: 11 % more tokens a second, 21 % with 1.5B, 42 % with 7B. Losses over
-# 300 steps of 0.5B at equal tokens: 4.637 in bfloat16, 4.642 in fp8 (benchmarks/README.md).
+# From this width on, 0.5B's, fp8 was seen to pay: 11 % more tokens a second, 21 % with 1.5B, 41 % with 7B. Losses after
+# 300 steps of 0.5B at equal tokens: 4.479 in bfloat16, 4.460 in fp8, 4.465 by transformers (benchmarks/README.md).
 FP8_HIDDEN = 896
 # Of it, what is left when CUDA, NCCL, cuBLAS and the allocator's rounding have taken theirs.
 USABLE = 0.93
@@ -29,7 +29,7 @@ USABLE = 0.93
 ROUNDED = 1.05
 # Tokens that go through the model at once: more make matrix products no faster, but the step coarser.
 MOST_TOKENS = 65_536
-# Sizes that patches are padded to. Packs of pictures and text fill one size to 90 %, 4 to 98.5, 8 to 99.2, 16 to 99.5.
+# Sizes that patches are padded to. Where pictures have many sizes, packs fill 1 to 63 %, 4 to 94, 8 to 97, 16 to 98.5.
 PATCH_SIZES = 16
 
 
