@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Self
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -147,6 +148,9 @@ class Trainer:
             started, waited = time.perf_counter(), self.stream.wait_seconds
             lr = learning_rate(self.config, self.step, self.steps)
             result = self.train_step(next(batches), lr)
+            if self.step == self.run.start.step:
+                age = time.time() - psutil.Process().create_time()
+                self._say(f"first step done {age:.0f} s after this process was started")
             self.step += 1
             seconds, waited = time.perf_counter() - started, self.stream.wait_seconds - waited
             self._count_bad(result.grad_norm)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import time
@@ -100,6 +101,7 @@ def test_two_processes_train_as_one_and_as_plain_torch(whole: dict[str, Any], tm
     done = launch(two, processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 CPU process(es)" in done.stdout
+    assert re.search(r"^first step done \d+ s after this process was started$", done.stdout, re.MULTILINE)
     for name in ("loss", "grad_norm"):
         assert curve(two, name) == pytest.approx(curve(whole, name), rel=1e-3), name
     assert curve(two)[0] == pytest.approx(curve(whole)[0], rel=1e-6)
