@@ -162,6 +162,14 @@ def test_static_shapes_pad_without_touching_real_images() -> None:
         assert vision.cu_images[images:].diff().max() == 1024
 
 
+@pytest.mark.parametrize(("sizes", "expected"), [((32, 64, 128), 64), ((32, 96, 128), 96), ((128,), 128)])
+def test_patches_are_padded_to_the_next_of_the_sizes(sizes: tuple[int, ...], expected: int) -> None:
+    pack = as_pack(0, [random_sample(np.random.default_rng(0), i, 9, [(4, 4)]) for i in range(4)])
+    batch = make_batch([pack], replace(VISION, static=StaticShape(segments=9, patches=sizes, windows=9, images=9)))
+    assert batch.vision is not None
+    assert (len(batch.vision.patches), batch.real_patches) == (expected, 64)
+
+
 def test_static_shape_that_is_too_small_is_refused() -> None:
     pack = as_pack(7, [random_sample(np.random.default_rng(0), i, 9, [(4, 4)]) for i in range(4)])
     roomy = StaticShape(segments=9, patches=(64,), windows=9, images=9)
