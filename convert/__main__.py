@@ -1,8 +1,13 @@
 """python -m convert to-megatron | to-hf | verify: between Hugging Face folders and megatron checkpoints."""
 
 import argparse
+import os
 
 from kanyun.errors import run_cli
+
+# Before torch starts: conversion copies bits, verification wants float32, and a model may be larger than a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"  # folders only, nothing is downloaded
 
 
 def _to_megatron(args: argparse.Namespace) -> int:

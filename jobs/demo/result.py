@@ -4,15 +4,18 @@ usage: result.py DEMO
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from convert.verify import compare
 from kanyun.layout import discover
 from kanyun.manifest import Manifest
+
+# Before torch starts: logits are compared in float32, on the CPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 ACCURACY = 0.90  # at least
 LOGIT_DIFFERENCE = 1e-4  # at most, in float32
@@ -53,6 +56,8 @@ def faults(result: dict[str, Any], found: dict[Place, str], expected: dict[Place
 
 
 def collect(demo: Path) -> dict[str, Any]:
+    from convert.verify import compare
+
     score = json.loads((demo / "score.json").read_text())
     manifest = Manifest.load(discover(str(demo / "pipeline/packed"))[0])
     packing = json.loads(next((demo / "pipeline/packed").glob("packed_*/report.json")).read_text())
