@@ -57,7 +57,7 @@ def static_shape(packs: Packs, micro_batch: int, geometry: PatchGeometry | None)
     side = geometry.window // geometry.patch
     window = side**2  # patches
     patches = packs.column("pack_patches")
-    padding = -(-max(patches.max(), 1) // window) * window - patches
+    padding = -(-patches.max(initial=1) // window) * window - patches
     # Counted for the 8 x 8 patches of Qwen's own models: so many of a smaller window are at most in one of those.
     real = packs.column("pack_windows") * (-(-WINDOW // side)) ** 2
     windows = _largest(real + -(-padding // window), micro_batch) + 1
@@ -79,9 +79,9 @@ def few_sizes(demands: np.ndarray, count: int) -> tuple[int, ...]:
         # [j, i]: size j as the one before i
         totals = total[:, None] + sizes * (up_to - up_to[:, None])
         totals[np.tri(len(sizes), dtype=bool)] = np.iinfo(totals.dtype).max
-        before, fewer = totals.argmin(axis=0), totals.min(axis=0) < total
-        chosen = [(*chosen[before[i]], int(sizes[i])) if fewer[i] else chosen[i] for i in range(len(sizes))]
-        total = np.minimum(total, totals.min(axis=0))
+        before, least = totals.argmin(axis=0), totals.min(axis=0)
+        chosen = [(*chosen[before[i]], int(sizes[i])) if least[i] < total[i] else chosen[i] for i in range(len(sizes))]
+        total = np.minimum(total, least)
     return chosen[-1]
 
 

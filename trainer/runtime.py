@@ -6,8 +6,8 @@ only place where anything is emulated.
 
 import os
 import queue
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Self
@@ -50,7 +50,10 @@ class Runtime:
                 "docker/Dockerfile.trainer has it; with CUDA_VISIBLE_DEVICES= the CPU trains"
             )
         with ExitStack() as stack:
-            stack.enter_context(_writing_here())
+            # Checkpoints are written in this process. megatron.core starts another one to pass it the writer's results,
+            # which takes 4 s and outlives a kill -9.
+            stack.callback(setattr, filesystem_async, "_results_queue", filesystem_async._results_queue)
+            filesystem_async._results_queue = queue.SimpleQueue()
             if cuda:
                 device = torch.device("cuda", local_rank)
                 torch.cuda.set_device(device)
@@ -103,19 +106,6 @@ class Runtime:
 
     def __exit__(self, *error: Any) -> None:
         self.shutdown()
-
-
-@contextmanager
-def _writing_here() -> Iterator[None]:
-    """Checkpoints are written in this process. megatron.core starts another one to pass it the writer's results, which
-    takes 4 s and outlives a kill -9.
-    """
-    saved = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.SimpleQueue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = saved
 
 
 class _CpuAsCuda(TorchFunctionMode):

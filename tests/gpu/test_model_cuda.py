@@ -114,7 +114,7 @@ def test_graph_captured_on_one_batch_is_right_on_another(runtime: Runtime, tmp_p
 
 
 def losses_of_graphs(model: Qwen2_5, batches: list[Batch], runtime: Runtime) -> list[float]:
-    """Captured on the first batch; each batch's loss and gradients must be those without a graph."""
+    """Warmed up on the first batch; each batch's loss and gradients must be those without a graph."""
     ddp, total = in_ddp(model), torch.zeros((), device=runtime.device)
 
     def work(batch: Batch) -> None:

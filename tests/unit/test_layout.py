@@ -142,13 +142,15 @@ def test_static_shape_has_room_for_the_worst_packs_together() -> None:
         }
 
         def column(self, name: str) -> np.ndarray:
-            return np.array(self.columns[name])
+            return np.array(self.columns[name], np.int64)
 
     shape = static_shape(Packs(), 2, PatchGeometry())  # type: ignore[arg-type]
     # Of a pack and of the padding behind its images: windows (64 patches each) 10, 12, 12, 10, images 1, 2, 2, 2.
     assert (shape.segments, shape.windows, shape.images) == (14, 25, 4)
     assert shape.patches == (384, 640, 896)  # of packs 2 and 3, of 0 and 1, and of the two largest
     assert static_shape(Packs(), 3, None).segments == 17  # type: ignore[arg-type]
+    Packs.columns = {name: [] for name in Packs.columns}  # that there are none is said later, in a sentence
+    assert static_shape(Packs(), 2, PatchGeometry()).patches == (64,)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("window", [56, 84, 112, 224])
