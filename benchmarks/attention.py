@@ -1,22 +1,32 @@
-"""Attention kernels by segment lengths: cuDNN through Transformer Engine, FlashAttention 2 as torch ships it.
+"""Attention kernels by segment lengths: cuDNN through Transformer Engine, FlashAttention 2 as torch ships it, ours.
 
 usage: python benchmarks/attention.py
-Forward and backward of one layer on packs of 8192 cut into 6, 64 and 400 segments (lengths are an exponential draw),
-eight packs at once, in a CUDA graph. `bound`: the longest segment that the kernel is told of, which sets its grid: the
-whole micro-batch, a pack, or the truth. FLOPs are causal and per segment.
+Text: forward and backward of one layer on packs of 8192 cut into 6, 64 and 400 segments (lengths are an exponential
+draw), eight packs at once, in a CUDA graph. `bound`: the longest segment that the kernel is told of, which sets its
+grid: the whole micro-batch, a pack, or the truth. FLOPs are causal and per segment. Vision tower: one block of 18,816
+patches and 16 heads of 80 channels, in windows and in whole images, from the projection's output, rope included.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from transformer_engine.pytorch import DotProductAttention
+
+from benchmarks.train_text import flash_attention
+from trainer.model.rope import rotary_2d
+from trainer.model.vision_te import turned
+from trainer.model.window_attention import window_attention
 
 LENGTH, PACKS, REPEATS = 8192, 8, 10
 SHAPES = {"0.5B": (14, 2, 64), "1.5B": (12, 2, 128)}  # heads, groups, dimension
+PATCHES, HEADS, WIDTH, WINDOW = 18_816, 16, 80, 64
 
 
 @dataclass(frozen=True)
@@ -45,11 +55,7 @@ class Layer:
         return out
 
     def flash(self, bound: int) -> Tensor:
-        groups = self.query.shape[1] // self.key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (self.key, self.value))
-        out = varlen_attn(self.query, key, value, self.ends, self.ends, bound, bound, window_size=(-1, 0))
-        assert isinstance(out, Tensor)
-        return out.flatten(1)
+        return flash_attention(self.query, self.key, self.value, self.ends, bound, causal=True).flatten(1)
 
     def both_passes(self, kernel: Callable[[int], Tensor], bound: int) -> None:
         out = kernel(bound)
@@ -103,9 +109,51 @@ def report(name: str, segments: int) -> None:
             )
 
 
+def report_tower(name: str, lengths: list[int], kernels: dict[str, Callable[[Tensor, Tensor], Tensor]]) -> None:
+    """kernels: from qkv [P, 3, heads, D] and cumulative lengths to what is attended."""
+    qkv = torch.randn(PATCHES, 3, HEADS, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    gradient = torch.randn_like(qkv[:, 0])
+    flops = 3.5 * 4 * HEADS * WIDTH * sum(length**2 for length in lengths)
+    for what, kernel in kernels.items():
+
+        def both_passes(kernel: Callable[[Tensor, Tensor], Tensor] = kernel) -> None:
+            torch.autograd.grad(kernel(qkv, ends).view_as(gradient), qkv, gradient)
+
+        with torch.no_grad():
+            forward = seconds(lambda kernel=kernel: kernel(qkv, ends))  # type: ignore[misc]
+        took = seconds(both_passes)
+        print(
+            f"{len(lengths):4} {name:12} {what:24} forward {forward * 1e3:6.2f} ms, "
+            f"with backward {took * 1e3:6.2f} ms, {flops / took / 1e12:4.0f} TFLOP/s",
+            flush=True,
+        )
+
+
 def main() -> None:
     torch.cuda.set_stream(torch.cuda.Stream())
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    positions = torch.randint(0, 56, (PATCHES, 2), device="cuda")
+    rotary = rotary_2d(positions, WIDTH)
+    whole = DotProductAttention(HEADS, WIDTH, attention_dropout=0.0, qkv_format="thd")
+
+    def cudnn(qkv: Tensor, ends: Tensor) -> Tensor:
+        cumulative, bounds = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends}, {"max_seqlen_q": PATCHES}
+        out: Tensor = whole(
+            *turned(qkv, rotary), **cumulative, **bounds, max_seqlen_kv=PATCHES, attn_mask_type="padding"
+        )
+        return out
+
+    def flash(qkv: Tensor, ends: Tensor, longest: int = PATCHES) -> Tensor:
+        return flash_attention(*turned(qkv, rotary), ends, longest, causal=False)
+
+    windows: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "ours": lambda qkv, ends: window_attention(qkv, rotary.cos, rotary.sin, ends, WINDOW),
+        "rope, FlashAttention 2": lambda qkv, ends: flash(qkv, ends, WINDOW),
+    }
+    report_tower("windows", [WINDOW] * (PATCHES // WINDOW), windows)
+    for images in ([784] * 24, [3136] * 6, [12_544, 3136, 3136]):
+        report_tower("images", images, {"rope, cuDNN": cudnn, "rope, FlashAttention 2": flash})
     for name in SHAPES:
         for segments in (6, 64, 400):
             report(name, segments)

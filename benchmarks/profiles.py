@@ -16,7 +16,7 @@ from trainer.trainer import Run
 # The first that a kernel's name matches.
 KINDS = {
     "optimizer": "multi_tensor|adam|l2norm",
-    "attention": "sdpa|flash|fmha|attention|attn|cudnn_generated",
+    "attention": "sdpa|flash|fmha|attention|attn|window|cudnn_generated",
     "matrix products": "gemm|nvjet|cutlass|xmma|cublas|splitk",
     "cross entropy": "cross_entropy",
     "SwiGLU": "gated|swiglu|glu",

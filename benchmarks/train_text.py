@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from torch import Tensor
 
 from benchmarks.side_by_side import main, train
 from trainer.config import TrainConfig
@@ -74,19 +75,23 @@ def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return train(args, config_of(args, folder))
 
 
-def packed_attention() -> None:
-    """Give transformers an attention that is told where a pack's samples end: FlashAttention, as torch ships it."""
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, *, causal: bool) -> Tensor:
+    """FlashAttention 2 as torch ships it, within segments. q [T, heads, D]; k and v [T, groups, D]."""
     from torch.nn.attention.varlen import varlen_attn
+
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0) if causal else (-1, -1))
+    assert isinstance(out, Tensor)
+    return out
+
+
+def packed_attention() -> None:
+    """Give transformers an attention that is told where a pack's samples end."""
     from transformers import AttentionInterface
 
-    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, **facts: Any) -> tuple[Any, None]:
-        groups = q.shape[1] // k.shape[1]
-        q, k, v = (
-            x[0].transpose(0, 1).bfloat16() for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
-        )
-        ends = facts["cu_seqlens"]
-        out = varlen_attn(q, k, v, ends, ends, facts["longest"], facts["longest"], window_size=(-1, 0))
-        return out[None], None
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **facts: Any) -> tuple[Tensor, None]:
+        q, k, v = (x[0].transpose(0, 1).bfloat16() for x in (q, k, v))
+        return flash_attention(q, k, v, facts["cu_seqlens"], facts["longest"], causal=True)[None], None
 
     AttentionInterface.register("packed", attention)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import main, train
-from benchmarks.train_text import LENGTH, model_folder, text_config
+from benchmarks.train_text import LENGTH, flash_attention, model_folder, text_config
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.model.config import ModelConfig
@@ -86,19 +86,16 @@ def packed_attention() -> None:
     from transformers import AttentionInterface
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
-    from trainer.model.attention import segment_attention
-
     def attention(
         module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **facts: Any
     ) -> tuple[Tensor, None]:
         # [1, heads, T, D] -> [T, heads, D]; rope gives float32 under autocast
-        dtype = torch.bfloat16 if q.is_cuda else q.dtype
-        q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (q, k, v))
+        q, k, v = (x[0].transpose(0, 1).bfloat16() for x in (q, k, v))
         if "cu_seq_lens_q" in facts:  # in the vision tower
             ends, longest, causal = facts["cu_seq_lens_q"], facts["max_length_q"], False
         else:
             ends, longest, causal = facts["pack_ends"], facts["pack_longest"], True
-        return segment_attention(q, k, v, ends, int(longest), causal=causal)[None], None
+        return flash_attention(q, k, v, ends, int(longest), causal=causal)[None], None
 
     AttentionInterface.register("packed", attention)
     modeling_qwen2_5_vl.is_flash_attention_requested = lambda config: True

@@ -53,15 +53,14 @@ def transformers(args: argparse.Namespace, config: TrainConfig) -> list[float]:
     from transformers import AutoModelForImageTextToText
 
     packed_attention()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(
         Path(args.work) / "hf", attn_implementation="packed", dtype=torch.float32
-    ).to(device)
+    ).to("cuda")
 
     def logits(pack: Batch) -> Tensor:
         given = inputs(pack, _VL.vision.merge_size**2)
         del given["shift_labels"]
-        given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+        given = {name: x.to("cuda") if isinstance(x, Tensor) else x for name, x in given.items()}
         found: Tensor = model(**given).logits[0]
         return found
 

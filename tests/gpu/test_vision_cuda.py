@@ -12,6 +12,7 @@ from tests.gpu.test_model_cuda import in_ddp, losses_of_graphs
 from tests.model_golden import assert_as_near, batch_of, load
 from tests.qwen_assets import tiny_vl_folder
 from tests.unit.test_model_vision import LENGTH, PACKS, example, kept
+from tests.window_golden import differences
 from trainer.data.batch import Batch, StaticShape
 from trainer.model import ModelConfig, build_model, freeze
 from trainer.model.config import Compute
@@ -62,6 +63,14 @@ def test_as_near_to_float32_as_transformers_is(
 ) -> None:
     batch = static_batch(model, packs[name]).to(runtime.device)
     assert_as_near(in_ddp(model), *references, packs[name], batch)
+
+
+@pytest.mark.parametrize("width", [80, 32])
+def test_attention_in_windows(width: int, runtime: Runtime) -> None:
+    """Within the rounding of bfloat16, 2^-8."""
+    windows = [64] * 20 + [1, 5, 63, 0, 32, 0, 0]
+    like = torch.empty(0, device=runtime.device, dtype=torch.bfloat16)
+    assert max(differences(windows, 64, heads=16, width=width, like=like)) < 2**-7
 
 
 @pytest.mark.parametrize("name", PACKS)

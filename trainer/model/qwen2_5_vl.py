@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trainer.data.batch import Batch
-from trainer.model.config import BFLOAT16, Compute, ModelConfig
+from trainer.model.config import BFLOAT16, Compute, ModelConfig, VisionConfig
 from trainer.model.qwen2_5 import Qwen2_5
 from trainer.model.vision import Layers, VisionTower, reference_layers
 from trainer.runtime import Runtime
@@ -18,15 +18,15 @@ class Qwen2_5VL(Qwen2_5):  # noqa: N801 - the model's name
         super().__init__(model_config, runtime, compute)
         assert model_config.vision is not None
         # Whole on every tensor parallel rank.
-        self.vision = VisionTower(
-            model_config.vision, self._layers(runtime), runtime.device, runtime.dtype, compute.recomputed_blocks
-        )
+        layers = self._layers(model_config.vision, runtime)
+        recomputed = compute.recomputed_blocks
+        self.vision = VisionTower(model_config.vision, layers, runtime.device, runtime.dtype, recomputed)
 
-    def _layers(self, runtime: Runtime) -> Layers:
+    def _layers(self, vision: VisionConfig, runtime: Runtime) -> Layers:
         if runtime.cuda:
             from trainer.model.vision_te import te_layers
 
-            return te_layers(self.config, runtime.device)
+            return te_layers(vision, self.config, runtime.device)
         return reference_layers()
 
     def _embed(self, batch: Batch) -> Tensor:

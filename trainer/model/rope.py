@@ -1,22 +1,30 @@
 """Two-dimensional rotary embedding of the vision tower. (The language model's is megatron.core's own.)"""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 THETA = 10_000.0  # fixed in Qwen2.5-VL, no configuration names it
 
 
-def rotary_2d(positions: Tensor, head_dim: int) -> Tensor:
-    """Angles [P, 1, head_dim] float32 for patches at `positions` [P, 2] (row, column).
+class Rotary(NamedTuple):
+    """By how much channels turn: channel d of a head together with channel d + head_dim / 2. All float32."""
 
-    A quarter of the dimensions turns with the row, a quarter with the column, and the second half as the first.
-    """
+    angles: Tensor  # [P, head_dim / 2]
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_2d(positions: Tensor, head_dim: int) -> Rotary:
+    """For patches at `positions` [P, 2] (row, column). Half of the pairs turn with the row, half with the column."""
     exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=positions.device) / (head_dim // 2)
-    angles = (positions[:, :, None] * THETA**-exponents).flatten(1)  # [P, 2, head_dim / 4] -> [P, head_dim / 2]
-    return torch.cat((angles, angles), dim=-1)[:, None]
+    angles = (positions[:, :, None] * THETA**-exponents).flatten(1)
+    return Rotary(angles, angles.cos(), angles.sin())
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x [P, heads, head_dim] turned by the angles, computed in float32."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()).to(x.dtype)
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """x [P, heads, head_dim], turned, computed in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = rotary.cos[:, None], rotary.sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -31,7 +31,7 @@ class SegmentAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **kwargs: Any) -> Tensor:
         """query [T, 1, heads, D], key and value [T, 1, groups, D] -> [T, 1, heads * D], causal."""
-        out = segment_attention(query[:, 0], key[:, 0], value[:, 0], cu_seqlens, len(query), causal=True)
+        out = segment_attention(query[:, 0], key[:, 0], value[:, 0], cu_seqlens, causal=True)
         return out.flatten(1)[:, None]
 
 

@@ -6,7 +6,8 @@ windows, a few within whole images, and both are segments of the same sequence.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from trainer.data.batch import VisionBatch
 from trainer.model.attention import segment_attention
 from trainer.model.config import VisionConfig
-from trainer.model.rope import rotary_2d, rotate
+from trainer.model.rope import Rotary, rotary_2d, rotate
 
 NORM_EPS = 1e-6  # fixed in Qwen2.5-VL, no configuration names it
 
@@ -26,9 +27,15 @@ class Layers(NamedTuple):
 
     linear: Callable[[int, int], nn.Module]  # inputs, outputs; has weight and bias
     norm: Callable[[int], nn.Module]  # RMSNorm; has weight
-    rotate: Callable[[Tensor, Tensor], Tensor]  # rope.rotate
     swiglu: Callable[[Tensor], Tensor]  # [P, 2 f] -> [P, f]: silu of the first half times the second
+    # x and a chain of modules to what they make of x, and x itself for the residual.
+    branch: Callable[..., tuple[Tensor, Tensor]]
+    attend: "Attend"
     precision: Callable[[], AbstractContextManager[None]]  # in which the blocks and the merger run
+
+
+# qkv [P, 3, heads, head_dim], not yet turned; by which angles; cumulative lengths of segments, the longest one's bound
+Attend = Callable[[Tensor, Rotary, Tensor, int], Tensor]
 
 
 def reference_layers() -> Layers:
@@ -36,17 +43,28 @@ def reference_layers() -> Layers:
         gate, up = x.chunk(2, dim=-1)
         return silu(gate) * up
 
-    return Layers(nn.Linear, lambda size: nn.RMSNorm(size, eps=NORM_EPS), rotate, swiglu, nullcontext)
+    def branch(x: Tensor, *modules: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        return reduce(lambda value, module: module(value), modules, x), x
+
+    def attend(qkv: Tensor, rotary: Rotary, cu_seqlens: Tensor, longest: int) -> Tensor:
+        query, key, value = qkv.unbind(1)
+        turned = rotate(query, rotary), rotate(key, rotary)
+        return segment_attention(*turned, value, cu_seqlens, causal=False)
+
+    return Layers(nn.Linear, lambda size: nn.RMSNorm(size, eps=NORM_EPS), swiglu, branch, attend, nullcontext)
 
 
 class VisionTower(nn.Module):
-    """`recomputed`: so many blocks, the first, keep nothing but their input, and run again in the backward pass."""
+    """`recomputed`: so many blocks keep nothing but their input, and run again in the backward pass."""
 
     def __init__(
         self, config: VisionConfig, layers: Layers, device: torch.device, dtype: torch.dtype, recomputed: int = 0
     ) -> None:
         super().__init__()
-        self.config, self.precision, self._recomputed = config, layers.precision, recomputed
+        self.config, self.precision = config, layers.precision
+        # Those that attend within windows first: they take less time.
+        by_work = sorted(range(config.depth), key=lambda index: index in config.full_attention_blocks)
+        self._recomputed = by_work[:recomputed]
         with torch.device(device):
             self.patch_embed = PatchEmbed(config)
             self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.depth))
@@ -56,26 +74,27 @@ class VisionTower(nn.Module):
     def forward(self, images: VisionBatch) -> Tensor:
         """Visual tokens [M, out_hidden_size], in window order; M = P / merge_size^2."""
         x = self.patch_embed(images.patches)
-        angles = rotary_2d(images.positions, self.config.head_dim)
+        rotary = rotary_2d(images.positions, self.config.head_dim)
         with self.precision():
             for index, block in enumerate(self.blocks):
                 if index in self.config.full_attention_blocks:
-                    facts = angles, images.cu_images, len(x)
+                    facts = rotary, images.cu_images, len(x)
                 else:
-                    facts = angles, images.cu_windows, self.config.longest_window
-                x = self._again(block, x, *facts) if index < self._recomputed else block(x, *facts)
+                    facts = rotary, images.cu_windows, self.config.longest_window
+                again = index in self._recomputed and x.requires_grad
+                x = self._again(block, x, *facts) if again else block(x, *facts)
             tokens: Tensor = self.merger(x)
         return tokens
 
-    def _again(self, block: nn.Module, *inputs: Tensor | int) -> Tensor:
-        out: Tensor = checkpoint(
-            block,
-            *inputs,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing is random, and a CUDA graph cannot read the state
-            context_fn=lambda: (nullcontext(), self.precision()),
-        )
-        return out
+    def _again(self, block: nn.Module, x: Tensor, *facts: Any) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            with self.precision():
+                out: Tensor = block(x, *facts)
+            return out
+
+        # Reentrant: the first time runs without gradients, so nothing is cast for a backward pass that will cast again.
+        # Nothing is random, and a CUDA graph cannot read the state.
+        return checkpoint(run, x, use_reentrant=True, preserve_rng_state=False)
 
 
 class PatchEmbed(nn.Module):
@@ -108,37 +127,39 @@ class Block(nn.Module):
         self.attn = Attention(config, layers)
         self.mlp = GatedMLP(config, layers)
 
-    def forward(self, x: Tensor, angles: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        x = x + self.attn(self.norm1(x), angles, cu_seqlens, longest)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor, longest: int) -> Tensor:
+        x = self.attn(x, self.norm1, rotary, cu_seqlens, longest)
+        out: Tensor = self.mlp(x, self.norm2)
+        return out
 
 
 class Attention(nn.Module):
+    """x + attention of norm(x)."""
+
     def __init__(self, config: VisionConfig, layers: Layers) -> None:
         super().__init__()
-        self.heads, self._rotate = (3, config.num_heads, config.head_dim), layers.rotate
+        self.heads, self._layers = (3, config.num_heads, config.head_dim), layers
         self.qkv = layers.linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = layers.linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, angles: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(1, self.heads).unbind(1)  # each [P, heads, head_dim]
-        query, key = self._rotate(query, angles), self._rotate(key, angles)
-        # A copy of value: as a view it would keep query and key, as they were before, alive for the backward pass.
-        out = segment_attention(query, key, value.contiguous(), cu_seqlens, longest, causal=False)
-        return self.proj(out.flatten(1))
+    def forward(self, x: Tensor, norm: nn.Module, rotary: Rotary, cu_seqlens: Tensor, longest: int) -> Tensor:
+        qkv, x = self._layers.branch(x, norm, self.qkv)
+        attended = self._layers.attend(qkv.unflatten(1, self.heads), rotary, cu_seqlens, longest)
+        return x + self.proj(attended.flatten(1))
 
 
 class GatedMLP(nn.Module):
-    """See VisionConfig.padded_intermediate_size; gate_up has the gate's rows, then the up projection's."""
+    """x + MLP of norm(x). See VisionConfig.padded_intermediate_size; gate_up has the gate's rows, then up's."""
 
     def __init__(self, config: VisionConfig, layers: Layers) -> None:
         super().__init__()
-        width, self.used, self._swiglu = config.padded_intermediate_size, config.intermediate_size, layers.swiglu
+        width, self.used, self._layers = config.padded_intermediate_size, config.intermediate_size, layers
         self.gate_up = layers.linear(config.hidden_size, 2 * width)
         self.down = layers.linear(width, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self._swiglu(self.gate_up(x)))
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        out, x = self._layers.branch(x, norm, self.gate_up, self._layers.swiglu, self.down)
+        return x + out
 
     def clear_padding(self) -> None:
         """Call it after random weights were drawn."""
