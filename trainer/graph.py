@@ -57,13 +57,13 @@ class Graphed:
 
     def _capture(self, static: Batch) -> None:
         """Nothing runs, so it does not matter what the batch holds."""
-        graph = torch.cuda.CUDAGraph()
         # One pool for all: they run one after the other, and what they leave behind lies outside of it.
         pool = next((graph.pool() for _, graph in self._graphs.values()), None)
+        graph = torch.cuda.CUDAGraph()
+        self._graphs[_patches(static)] = static, graph  # before its capture: should that fail, `close` frees it
         # The loader's threads pin memory meanwhile, which a capture that watches all threads would not survive.
         with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), "thread_local"):
             self._work(static)
-        self._graphs[_patches(static)] = static, graph
 
 
 def _patches(batch: Batch) -> int:

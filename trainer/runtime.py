@@ -72,8 +72,9 @@ class Runtime:
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
             stack.callback(parallel_state.destroy_model_parallel)
 
-            # There is no dropout, so nothing draws from the tracker while training; on CPU it need not work at all.
-            initialize_rng_tracker(use_te_rng_tracker=cuda, inference_rng_tracker=not cuda, force_reset=True)
+            # One that does nothing: there is no dropout, so nothing draws while training. The others set generators of
+            # their own around attention under tensor parallelism, and a CUDA graph knows only torch's.
+            initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
             torch.manual_seed(seed)
             model_parallel_cuda_manual_seed(seed)
             dtype = torch.bfloat16 if cuda else torch.float32
