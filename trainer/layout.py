@@ -21,7 +21,8 @@ from trainer.speed import CARDS, SEGMENT, step_seconds
 
 GB = 1e9
 # From this width on, 0.5B's, fp8 was seen to pay: 11 % more tokens a second, 21 % with 1.5B, 41 % with 7B. Losses after
-# 300 steps of 0.5B at equal tokens: 4.479 in bfloat16, 4.460 in fp8, 4.465 by transformers (benchmarks/README.md).
+# 300 steps of 0.5B at equal tokens: 4.479 in bfloat16, 4.460 in fp8, 4.465 by transformers; after 200 of a small image
+# model 4.686, 4.724 and 4.682 (benchmarks/README.md).
 FP8_HIDDEN = 896
 # Of it, what is left when CUDA, NCCL, cuBLAS and the allocator's rounding have taken theirs.
 USABLE = 0.93
@@ -115,7 +116,7 @@ def decide(model: ModelConfig, gpus: int, card: str | None, length: int, global_
         # Up to a quarter of the layers again, a twelfth of the work, rather than split further.
         most = model.num_layers // (1 if tensor_parallel == splits[-1] else 4)
         several = [m for m in (8, 4, 2) if share % m == 0 and m * length <= MOST_TOKENS]
-        # For 0.7 GB a block of the vision tower takes 1 ms again (18,816 patches), a layer of 3B 2 ms (8192 tokens).
+        # For 0.7 GB a block of the vision tower takes 1.4 ms again (18,816 patches), a layer of 3B 2 ms (8192 tokens).
         choices = [(m, Compute(fp8)) for m in (*several, 1)]
         choices += [(1, Compute(fp8, 0, blocks)) for blocks in range(1, _depth(model) + 1)]
         choices += [(1, Compute(fp8, layers, _depth(model))) for layers in range(1, most + 1)]
