@@ -22,20 +22,19 @@ from trainer.model.rope import Rotary, rotary_2d, rotate
 NORM_EPS = 1e-6  # fixed in Qwen2.5-VL, no configuration names it
 
 
+# qkv [P, 3, heads, head_dim] before rope; rope's angles; cumulative lengths of segments; no segment is longer than
+Attend = Callable[[Tensor, Rotary, Tensor, int], Tensor]
+
+
 class Layers(NamedTuple):
     """What blocks are made of: of torch on a CPU, the reference; of vision_te.py on a GPU. Weights have one layout."""
 
     linear: Callable[[int, int], nn.Module]  # inputs, outputs; has weight and bias
     norm: Callable[[int], nn.Module]  # RMSNorm; has weight
     swiglu: Callable[[Tensor], Tensor]  # [P, 2 f] -> [P, f]: silu of the first half times the second
-    # x and a chain of modules to what they make of x, and x itself for the residual.
-    branch: Callable[..., tuple[Tensor, Tensor]]
-    attend: "Attend"
+    branch: Callable[..., tuple[Tensor, Tensor]]  # x, modules: what they make of x, one after the other; x
+    attend: Attend
     precision: Callable[[], AbstractContextManager[None]]  # in which the blocks and the merger run
-
-
-# qkv [P, 3, heads, head_dim], not yet turned; by which angles; cumulative lengths of segments, the longest one's bound
-Attend = Callable[[Tensor, Rotary, Tensor, int], Tensor]
 
 
 def reference_layers() -> Layers:

@@ -1,4 +1,4 @@
-"""The vision tower's attention within windows of at most 8 x 8 patches, rope included: a Triton kernel a pass.
+"""The vision tower's attention within windows of at most 8 x 8 patches, rope included: a kernel in Triton.
 
 A window's queries, keys and values fit into one block's registers. So a pass reads the projection's output where it
 lies, turns it, attends and writes; nothing between is in memory, and the backward pass needs no sums across blocks.
@@ -33,29 +33,38 @@ class _WindowAttention(torch.autograd.Function):
         ctx.save_for_backward(qkv, cos, sin, cu_windows)
         ctx.longest = longest
         out = torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format)
-        _launch(_window_forward, longest, qkv, cos, sin, cu_windows, out)
+        _launch(qkv, cos, sin, cu_windows, None, out, longest)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cos, sin, cu_windows = ctx.saved_tensors
-        found = torch.empty_like(qkv)
-        _launch(_window_backward, ctx.longest, qkv, cos, sin, cu_windows, gradient.contiguous(), found)
-        return found, None, None, None, None
+        out = torch.empty_like(qkv)
+        _launch(qkv, cos, sin, cu_windows, gradient.contiguous(), out, ctx.longest)
+        return out, None, None, None, None
 
 
-def _launch(kernel: Any, longest: int, qkv: Tensor, cos: Tensor, sin: Tensor, ends: Tensor, *others: Tensor) -> None:
+def _launch(
+    qkv: Tensor, cos: Tensor, sin: Tensor, cu_windows: Tensor, gradient: Tensor | None, out: Tensor, longest: int
+) -> None:
     heads, width = qkv.shape[2:]
     rows, lanes = (max(16, triton.next_power_of_2(size)) for size in (longest, width // 2))  # matrix units want 16
     # Heads first: neighbours in memory are read at about the same time.
-    grid = (heads, len(ends) - 1)
-    kernel[grid](qkv, cos, sin, ends, *others, width**-0.5, heads, width, rows, lanes, num_warps=4)
+    grid = (heads, len(cu_windows) - 1)
+    facts = width**-0.5, heads, width, rows, lanes
+    _window_attention[grid](qkv, cos, sin, cu_windows, gradient, out, *facts, num_warps=4)
 
 
 @triton.jit
 def _load(start, inside, half: tl.constexpr):  # type: ignore[no-untyped-def]
     """Both halves of the channels of one head's rows."""
     return tl.load(start, mask=inside, other=0.0), tl.load(start + half, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(start, first, second, inside, half: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(start, first.to(start.dtype.element_ty), mask=inside)
+    tl.store(start + half, second.to(start.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -72,77 +81,46 @@ def _turned(start, inside, cos, sin, half: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _probabilities(q1, q2, k1, k2, scale, real):  # type: ignore[no-untyped-def]
-    scores = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * scale
-    scores = tl.where(real[None, :], scores, -float("inf"))
-    shares = tl.exp(scores - tl.max(scores, 1)[:, None])
-    return shares / tl.sum(shares, 1)[:, None]
-
-
-@triton.jit
-def _window_forward(  # type: ignore[no-untyped-def]
-    qkv, cosines, sines, cu_windows, out, scale,
+def _window_attention(  # type: ignore[no-untyped-def]
+    qkv, cosines, sines, cu_windows, gradient, out, scale,
     heads: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
+    """A head in a window. Without `gradient`, out is what is attended; with it, the gradient of qkv."""
     head, window = tl.program_id(0), tl.program_id(1)
     begin = tl.load(cu_windows + window)
     count = tl.load(cu_windows + window + 1) - begin
     if count > 0:
         half: tl.constexpr = width // 2
+        apart: tl.constexpr = heads * width  # from queries to keys, and from keys to values
         row, lane = tl.arange(0, rows), tl.arange(0, lanes)
         real = row < count
         inside = real[:, None] & (lane < half)[None, :]
         patch = (begin + row).to(tl.int64)[:, None]
         turn = patch * half + lane[None, :]
         cos, sin = tl.load(cosines + turn, mask=inside, other=0.0), tl.load(sines + turn, mask=inside, other=0.0)
-        query = qkv + patch * (3 * heads * width) + head * width + lane[None, :]
-        key, value = query + heads * width, query + 2 * heads * width
-        q1, q2 = _turned(query, inside, cos, sin, half)
-        k1, k2 = _turned(key, inside, cos, sin, half)
-        v1, v2 = _load(value, inside, half)
-        shares = _probabilities(q1, q2, k1, k2, scale, real).to(v1.dtype)
-        target = out + patch * (heads * width) + head * width + lane[None, :]
-        tl.store(target, tl.dot(shares, v1).to(v1.dtype), mask=inside)
-        tl.store(target + half, tl.dot(shares, v2).to(v1.dtype), mask=inside)
-
-
-@triton.jit
-def _window_backward(  # type: ignore[no-untyped-def]
-    qkv, cosines, sines, cu_windows, gradient, found, scale,
-    heads: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, lanes: tl.constexpr,
-):  # fmt: skip
-    head, window = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(cu_windows + window)
-    count = tl.load(cu_windows + window + 1) - begin
-    if count > 0:
-        half: tl.constexpr = width // 2
-        row, lane = tl.arange(0, rows), tl.arange(0, lanes)
-        real = row < count
-        inside = real[:, None] & (lane < half)[None, :]
-        patch = (begin + row).to(tl.int64)[:, None]
-        turn = patch * half + lane[None, :]
-        cos, sin = tl.load(cosines + turn, mask=inside, other=0.0), tl.load(sines + turn, mask=inside, other=0.0)
-        place = patch * (3 * heads * width) + head * width + lane[None, :]
+        place = patch * (3 * apart) + head * width + lane[None, :]
         q1, q2 = _turned(qkv + place, inside, cos, sin, half)
-        k1, k2 = _turned(qkv + place + heads * width, inside, cos, sin, half)
-        v1, v2 = _load(qkv + place + 2 * heads * width, inside, half)
-        # Rows beyond the window have no gradient, so they add nothing below.
-        g1, g2 = _load(gradient + patch * (heads * width) + head * width + lane[None, :], inside, half)
-        kind = v1.dtype
-        shares = _probabilities(q1, q2, k1, k2, scale, real)
-        slopes = tl.dot(g1, tl.trans(v1)) + tl.dot(g2, tl.trans(v2))
-        slopes = (shares * (slopes - tl.sum(shares * slopes, 1)[:, None]) * scale).to(kind)
-        shares = tl.trans(shares.to(kind))
-        target = found + place + 2 * heads * width
-        tl.store(target, tl.dot(shares, g1).to(kind), mask=inside)
-        tl.store(target + half, tl.dot(shares, g2).to(kind), mask=inside)
-        cos, sin = tl.load(cosines + turn, mask=inside, other=0.0), tl.load(sines + turn, mask=inside, other=0.0)
-        first, second = _turn(tl.dot(slopes, k1), tl.dot(slopes, k2), cos, -sin)  # back
-        target = found + place
-        tl.store(target, first.to(kind), mask=inside)
-        tl.store(target + half, second.to(kind), mask=inside)
-        slopes = tl.trans(slopes)
-        first, second = _turn(tl.dot(slopes, q1), tl.dot(slopes, q2), cos, -sin)
-        target = found + place + heads * width
-        tl.store(target, first.to(kind), mask=inside)
-        tl.store(target + half, second.to(kind), mask=inside)
+        k1, k2 = _turned(qkv + place + apart, inside, cos, sin, half)
+        v1, v2 = _load(qkv + place + 2 * apart, inside, half)
+        scores = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * scale
+        scores = tl.where(real[None, :], scores, -float("inf"))
+        shares = tl.exp(scores - tl.max(scores, 1)[:, None])
+        shares = shares / tl.sum(shares, 1)[:, None]
+        attended = patch * apart + head * width + lane[None, :]
+        if gradient is None:
+            shares = shares.to(v1.dtype)
+            _store(out + attended, tl.dot(shares, v1), tl.dot(shares, v2), inside, half)
+        else:
+            # Rows beyond the window have no gradient, so they add nothing below.
+            g1, g2 = _load(gradient + attended, inside, half)
+            slopes = tl.dot(g1, tl.trans(v1)) + tl.dot(g2, tl.trans(v2))
+            slopes = (shares * (slopes - tl.sum(shares * slopes, 1)[:, None]) * scale).to(v1.dtype)
+            shares = tl.trans(shares.to(v1.dtype))
+            _store(out + place + 2 * apart, tl.dot(shares, g1), tl.dot(shares, g2), inside, half)
+            # Loaded again: kept, they would take the registers that spill.
+            cos, sin = tl.load(cosines + turn, mask=inside, other=0.0), tl.load(sines + turn, mask=inside, other=0.0)
+            first, second = _turn(tl.dot(slopes, k1), tl.dot(slopes, k2), cos, -sin)  # back
+            _store(out + place, first, second, inside, half)
+            slopes = tl.trans(slopes)
+            first, second = _turn(tl.dot(slopes, q1), tl.dot(slopes, q2), cos, -sin)
+            _store(out + place + apart, first, second, inside, half)
