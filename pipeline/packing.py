@@ -47,14 +47,14 @@ def pack(tokens: np.ndarray, patches: np.ndarray, keys: np.ndarray, length: int,
     split = int(with_patches[-1]) + 1 if len(with_patches) else 0
     head, tail = order[:split], order[split:]
     mean = int(patches.sum()) / int(tokens.sum())
-    bound = lower_bound(tokens, patches, length, vision_budget)
     found = []
-    for level in sorted({min(math.ceil(LEVEL * mean * length), vision_budget), vision_budget}):
+    for level in (min(math.ceil(LEVEL * mean * length), vision_budget), vision_budget):
         assigned = np.empty(len(tokens), np.int64)
         assigned[head], free = _pack_balanced(tokens[head], patches[head], mean, length, level, vision_budget)
         assigned[tail] = _pack_by_counting(tokens[tail], free, length)
         found.append(assigned)
-        if bound >= CLOSE * (assigned.max() + 1):
+        enough = (assigned.max() + 1) * CLOSE
+        if level == vision_budget or lower_bound(tokens, patches, length, vision_budget) >= enough:
             break
     return min(found, key=np.max)
 
