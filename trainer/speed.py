@@ -2,7 +2,8 @@
 
 Sums up matrix products, attention, passes over memory, casts to fp8 and communication. Rates are an H100's, from
 profiles of 0.5B and 1.5B. The sum is within 6 % of what was measured from 0.5B to 7B (benchmarks/README.md), in samples
-of about 900 tokens. Other cards are scaled by their data sheets, several GPUs by NVLink's and a network's usual rates.
+of about 900 tokens; 8 % above it with two in a pack. Other cards are scaled by their data sheets, several GPUs by
+NVLink's and a network's usual rates.
 """
 
 from typing import NamedTuple
