@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--length", required=True, type=int, metavar="N", help="token slots a pack, as in build")
     one.add_argument("--part", type=int, default=0, metavar="N", help="tells several packed folders apart")
     one.add_argument("--epoch", type=int, metavar="N", help="as in sample; default: what was sampled")
-    one.add_argument("--vision-budget", type=int, metavar="N", help="patches a pack; default: 1.06 x mean demand")
+    one.add_argument("--vision-budget", type=int, metavar="N", help="patches a pack; default: 1.3 x mean demand")
     one = command("run", run, "the five stages in a row")
     one.add_argument("recipe", metavar="RECIPE.yaml")
     return top

@@ -44,7 +44,7 @@ class Pack(Stage):
     length: int
     part: int = 0
     epoch: int = 0
-    vision_budget: int | None = None  # patches a pack; None = 1.06 x mean demand
+    vision_budget: int | None = None  # patches a pack; None = 1.3 x mean demand
 
     @classmethod
     def below(

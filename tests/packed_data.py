@@ -96,3 +96,13 @@ def random_packs(seed: int, count: int, length: int, images: bool = True) -> lis
 
 def _grids(rng: np.random.Generator) -> list[tuple[int, int]]:
     return [(2 * int(h), 2 * int(w)) for h, w in rng.integers(1, 6, (int(rng.integers(0, 3)), 2))]
+
+
+def many_sizes(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, patches) of samples: half are text, the others have up to four pictures of 56 to 1,000 pixels a side."""
+    rng = np.random.default_rng(3)
+    sides = np.exp(rng.uniform(np.log(56), np.log(1000), (count, 4, 2)))
+    pictures = 4 * np.maximum(np.round(sides / 28), 1).prod(2).astype(np.int64)
+    patches = (pictures * (np.arange(4) < rng.integers(1, 5, (count, 1)))).sum(1)
+    patches[::2] = 0
+    return patches // 4 + rng.integers(45, 1225, count), patches

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.packing import lower_bound, mean_demand, pack
+from tests.packed_data import many_sizes
 from trainer.layout import few_sizes
 
 LENGTH, BUDGET = 64, 200
@@ -123,16 +124,10 @@ def test_two_budgets_fill(kind: str) -> None:
 
 
 def test_packs_are_alike_and_few_sizes_hold_their_patches() -> None:
-    """Half text; else up to four pictures of many sizes, the largest 1.5 times what a mean pack has."""
-    rng, count = np.random.default_rng(3), 20_000
-    sides = np.exp(rng.uniform(np.log(56), np.log(1000), (count, 4, 2)))
-    pictures = 4 * np.maximum(np.round(sides / 28), 1).prod(2).astype(int)
-    patches = (pictures * (np.arange(4) < rng.integers(1, 5, (count, 1)))).sum(1)
-    patches[::2] = 0
-    tokens = patches // 4 + rng.integers(45, 1225, count)
+    tokens, patches = many_sizes(20_000)
     demand = mean_demand(tokens.sum(), patches.sum(), 8192)
     assert patches.max() > 1.2 * demand
-    assigned = pack(tokens, patches, np.arange(count), 8192, patches.max())
+    assigned = pack(tokens, patches, np.arange(len(tokens)), 8192, patches.max())
     slots, found = np.bincount(assigned, tokens), np.bincount(assigned, patches)
     padded = -(-found.clip(1) // 64).astype(int) * 64
     sizes = np.array(few_sizes(padded, 16))
