@@ -24,8 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.packing import DEFAULT_VISION_SLACK, lower_bound, mean_demand, pack
-from tests.packed_data import many_sizes
-from trainer.layout import PATCH_SIZES, few_sizes
+from tests.packed_data import many_sizes, useful_patches
 
 LENGTH = 8192
 SCALES = {"1x": 10_000, "4x": 40_000, "16x": 160_000}
@@ -169,10 +168,7 @@ def _two(tokens: np.ndarray, patches: np.ndarray, slack: float) -> tuple[float, 
     started = time.process_time()
     assigned = pack(tokens, patches, np.arange(len(tokens)), LENGTH, budget)
     seconds, found = time.process_time() - started, np.bincount(assigned, patches)
-    padded = -(-found.clip(1) // 64).astype(np.int64) * 64
-    sizes = np.array(few_sizes(padded, PATCH_SIZES))
-    useful = found.sum() / sizes[np.searchsorted(sizes, padded)].sum()
-    return seconds, lower_bound(tokens, patches, LENGTH, budget) / len(found), float(useful)
+    return seconds, lower_bound(tokens, patches, LENGTH, budget) / len(found), useful_patches(found)
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ A pack costs the trainer time by its patches, and is padded there to one of few 
 many as the mean demand, or as their largest sample; only where that takes more packs, up to the whole vision budget.
 
 Measured on one core, length 8192: text 0.1-0.4 us a sample and >= 99.97 % of the lower bound from 200,000 samples on;
-images and text 2-8 us and >= 99.9 %, at the default vision budget. Less where samples are large beside a budget: 96 %
-with images of which two or three use it up.
+images and text 2-20 us and >= 99.9 %, at the default vision budget. Less where samples are large beside a budget: 96 to
+98 % with images of which two or three use it up, 84 % where half of all tokens are in texts of over half a pack.
 """
 
 import math
@@ -19,16 +19,17 @@ import numpy as np
 
 # Rows of patches in which samples wait: 64 and 128 filled packs no better, at 1.2 and 1.7 x the time.
 ROWS = 32
-# Patches that packs are filled to, as a multiple of the mean demand: 1.02 leaves up to 1 % of the slots free.
-LEVEL = 1.03
-# Packs with a larger sample are filled to one of so many levels up to the budget.
-LEVELS = 16
-# So much of the lower bound is good enough: more would cost packs that are alike.
-CLOSE = 0.995
+# Patches that packs are filled to, as multiples of the mean demand: the first that needs hardly more packs than the
+# lower bound, else the whole vision budget. 1.02 leaves up to 1 % of the slots free. Long texts leave no room for a
+# mean pack's patches, so the other packs need more.
+LEVELS = (1.03, 1.06, 1.1, 1.15, 1.2, 1.25)
+CLOSE = 0.995  # of the lower bound: hardly more packs
+# Packs with a larger sample are filled to one of so many steps up to the budget.
+STEPS = 16
 # A vision budget below this multiple of the mean demand cannot be packed well; see mean_demand.
 MIN_VISION_SLACK = 1.05
-# What long texts leave no room for, other packs must take. Where half of the samples have an image and the others are
-# files of Python's library, 1.06 fills 93 % of the slots and 1.3 99.98 %.
+# Where half of the samples have an image and the others are files of Python's library, 1.06 fills 93 % of the slots and
+# 1.3 99.98 %.
 DEFAULT_VISION_SLACK = 1.3
 VISION_BUDGET_STEP = 64  # patches; default budgets are rounded up to it, since kernels work in tiles
 
@@ -48,16 +49,18 @@ def pack(tokens: np.ndarray, patches: np.ndarray, keys: np.ndarray, length: int,
     split = int(with_patches[-1]) + 1 if len(with_patches) else 0
     head, tail = order[:split], order[split:]
     mean = int(patches.sum()) / int(tokens.sum())
-    found = []
-    for level in (min(math.ceil(LEVEL * mean * length), vision_budget), vision_budget):
+    few = lower_bound(tokens, patches, length, vision_budget) / CLOSE
+    best = None
+    for level in (*(math.ceil(times * mean * length) for times in LEVELS), vision_budget):
         assigned = np.empty(len(tokens), np.int64)
         assigned[head], free = _pack_balanced(tokens[head], patches[head], mean, length, level, vision_budget)
         assigned[tail] = _pack_by_counting(tokens[tail], free, length)
-        found.append(assigned)
-        enough = (assigned.max() + 1) * CLOSE
-        if level == vision_budget or lower_bound(tokens, patches, length, vision_budget) >= enough:
+        if best is None or assigned.max() < best.max():
+            best = assigned
+        if level >= vision_budget or best.max() + 1 <= few:
             break
-    return min(found, key=np.max)
+    assert best is not None
+    return best
 
 
 def lower_bound(tokens: np.ndarray, patches: np.ndarray, length: int, vision_budget: int) -> int:
@@ -102,7 +105,7 @@ def _pack_balanced(
     have t tokens: the most that fit are the highest bit up to the tokens left, which Python's integers find in 0.2 us.
     """
     height = -(-int(patches.max(initial=1)) // ROWS)
-    step = math.ceil(budget / LEVELS)
+    step = math.ceil(budget / STEPS)
     waiting = [[0] * (ROWS + 1), [0] * (ROWS + 1)]
     cells: dict[tuple[bool, int, int], list[tuple[int, int]]] = {}  # (dense, row, tokens) -> [(patches, sample)]
     sizes = list(zip(tokens.tolist(), patches.tolist()))
@@ -130,7 +133,7 @@ def _pack_balanced(
         first = fitting(True) or fitting(False)
         assert first, "every sample fits into an empty pack"
         largest = cells[first][-1][0]
-        room = patches_left = level if largest <= level else min(math.ceil(largest / step) * step, budget)
+        room = patches_left = min(level if largest <= level else math.ceil(largest / step) * step, budget)
         while True:
             wanted = patches_left * length >= tokens_left * room
             cell = fitting(wanted) or fitting(not wanted)

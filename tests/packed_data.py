@@ -13,6 +13,7 @@ from kanyun.manifest import Counts, Manifest
 from kanyun.schema import Sample
 from kanyun.storage import Folder
 from kanyun.writer import ShardWriter, publish
+from trainer.layout import PATCH_SIZES, few_sizes
 
 PAD, IMAGE = 900, 901  # token ids; text is below
 MODEL = Fingerprint("the model's", None, {})
@@ -106,3 +107,10 @@ def many_sizes(count: int) -> tuple[np.ndarray, np.ndarray]:
     patches = (pictures * (np.arange(4) < rng.integers(1, 5, (count, 1)))).sum(1)
     patches[::2] = 0
     return patches // 4 + rng.integers(45, 1225, count), patches
+
+
+def useful_patches(packs: np.ndarray) -> float:
+    """Share of the patches that packs [n] are padded to in training, one at a time."""
+    padded = -(-packs.clip(1) // 64).astype(np.int64) * 64
+    sizes = np.array(few_sizes(padded, PATCH_SIZES))
+    return float(packs.sum() / sizes[np.searchsorted(sizes, padded)].sum())
