@@ -21,12 +21,12 @@ from transformer_engine.pytorch import DotProductAttention
 
 from benchmarks.train_text import flash_attention
 from trainer.model.rope import rotary_2d
-from trainer.model.vision_te import turned
-from trainer.model.window_attention import window_attention
+from trainer.model.sizes import SIZES
+from trainer.model.vision_te import te_attend, turned
 
 LENGTH, PACKS, REPEATS = 8192, 8, 10
 SHAPES = {"0.5B": (14, 2, 64), "1.5B": (12, 2, 128)}  # heads, groups, dimension
-PATCHES, HEADS, WIDTH, WINDOW = 18_816, 16, 80, 64
+PATCHES = 18_816
 
 
 @dataclass(frozen=True)
@@ -109,51 +109,32 @@ def report(name: str, segments: int) -> None:
             )
 
 
-def report_tower(name: str, lengths: list[int], kernels: dict[str, Callable[[Tensor, Tensor], Tensor]]) -> None:
-    """kernels: from qkv [P, 3, heads, D] and cumulative lengths to what is attended."""
-    qkv = torch.randn(PATCHES, 3, HEADS, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+def report_tower(segments: str, lengths: list[int], bound: int) -> None:
+    """`bound`: what kernels are told of the longest segment."""
+    vision = SIZES["Qwen2.5-VL-3B"].vision
+    assert vision is not None
+    shape = PATCHES, 3, vision.num_heads, vision.head_dim
+    qkv = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    rotary = rotary_2d(torch.randint(0, 56, (PATCHES, 2), device="cuda"), vision.head_dim)
     ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    gradient = torch.randn_like(qkv[:, 0])
-    flops = 3.5 * 4 * HEADS * WIDTH * sum(length**2 for length in lengths)
+    gradient, ours = torch.randn_like(qkv[:, 0]), te_attend(vision)
+    kernels: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: ours(qkv, rotary, ends, bound),
+        "rope, FlashAttention 2": lambda: flash_attention(*turned(qkv, rotary), ends, bound, causal=False),
+    }
     for what, kernel in kernels.items():
-
-        def both_passes(kernel: Callable[[Tensor, Tensor], Tensor] = kernel) -> None:
-            torch.autograd.grad(kernel(qkv, ends).view_as(gradient), qkv, gradient)
-
         with torch.no_grad():
-            forward = seconds(lambda kernel=kernel: kernel(qkv, ends))  # type: ignore[misc]
-        took = seconds(both_passes)
-        print(
-            f"{len(lengths):4} {name:12} {what:24} forward {forward * 1e3:6.2f} ms, "
-            f"with backward {took * 1e3:6.2f} ms, {flops / took / 1e12:4.0f} TFLOP/s",
-            flush=True,
-        )
+            forward = seconds(kernel)
+        took = seconds(lambda kernel=kernel: torch.autograd.grad(kernel().view_as(gradient), qkv, gradient))  # type: ignore[misc]
+        print(f"{segments}, {what:24} forward {forward * 1e3:6.2f} ms, with backward {took * 1e3:6.2f} ms", flush=True)
 
 
 def main() -> None:
     torch.cuda.set_stream(torch.cuda.Stream())
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    positions = torch.randint(0, 56, (PATCHES, 2), device="cuda")
-    rotary = rotary_2d(positions, WIDTH)
-    whole = DotProductAttention(HEADS, WIDTH, attention_dropout=0.0, qkv_format="thd")
-
-    def cudnn(qkv: Tensor, ends: Tensor) -> Tensor:
-        cumulative, bounds = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends}, {"max_seqlen_q": PATCHES}
-        out: Tensor = whole(
-            *turned(qkv, rotary), **cumulative, **bounds, max_seqlen_kv=PATCHES, attn_mask_type="padding"
-        )
-        return out
-
-    def flash(qkv: Tensor, ends: Tensor, longest: int = PATCHES) -> Tensor:
-        return flash_attention(*turned(qkv, rotary), ends, longest, causal=False)
-
-    windows: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "ours": lambda qkv, ends: window_attention(qkv, rotary.cos, rotary.sin, ends, WINDOW),
-        "rope, FlashAttention 2": lambda qkv, ends: flash(qkv, ends, WINDOW),
-    }
-    report_tower("windows", [WINDOW] * (PATCHES // WINDOW), windows)
+    report_tower("windows of 64", [64] * (PATCHES // 64), 64)
     for images in ([784] * 24, [3136] * 6, [12_544, 3136, 3136]):
-        report_tower("images", images, {"rope, cuDNN": cudnn, "rope, FlashAttention 2": flash})
+        report_tower(f"{len(images)} images", images, PATCHES)
     for name in SHAPES:
         for segments in (6, 64, 400):
             report(name, segments)

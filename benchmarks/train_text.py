@@ -79,7 +79,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int,
     """FlashAttention 2 as torch ships it, within segments. q [T, heads, D]; k and v [T, groups, D]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:  # it has no grouped heads, and repeating once would be a copy
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0) if causal else (-1, -1))
     assert isinstance(out, Tensor)
     return out

@@ -1,4 +1,4 @@
-"""Kernels in Triton. Imported only on a GPU."""
+"""Cross entropy of logits and its gradient: a kernel in Triton. Imported only on a GPU."""
 
 import torch
 import triton

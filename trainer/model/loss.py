@@ -29,7 +29,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, gradients: bool) -> Tensor:
         from transformer_engine.pytorch.cpp_extensions import general_gemm
 
-        from trainer.model.kernels import cross_entropy_
+        from trainer.model.cross_entropy import cross_entropy_
 
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         to_hidden, to_weight = (gradients and needed for needed in ctx.needs_input_grad[:2])

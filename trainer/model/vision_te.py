@@ -10,14 +10,12 @@ from transformer_engine.pytorch.ops import BasicLinear, Bias, MakeExtraOutput, S
 
 from trainer.model.config import VisionConfig
 from trainer.model.rope import Rotary
-from trainer.model.vision import NORM_EPS, Layers, reference_layers
+from trainer.model.vision import NORM_EPS, Attend, Layers, reference_layers
 from trainer.model.window_attention import LARGEST, window_attention
 
 
 def te_layers(vision: VisionConfig, config: TransformerConfig, device: torch.device) -> Layers:
     """`config`: the language model's, which says whether matrix products are in fp8."""
-    reference = reference_layers()
-    whole = DotProductAttention(vision.num_heads, vision.head_dim, attention_dropout=0.0, qkv_format="thd")
 
     def linear(inputs: int, outputs: int) -> nn.Module:
         return Linear(inputs, outputs, params_dtype=config.params_dtype, device=device)
@@ -25,9 +23,17 @@ def te_layers(vision: VisionConfig, config: TransformerConfig, device: torch.dev
     def norm(size: int) -> nn.Module:
         return RMSNorm(size, eps=NORM_EPS, dtype=config.params_dtype, device=device)
 
+    return Layers(linear, norm, SwiGLU(), _branch, te_attend(vision), lambda: get_fp8_context(config))
+
+
+def te_attend(vision: VisionConfig) -> Attend:
+    """Windows by a kernel of ours, longer segments by cuDNN."""
+    reference = reference_layers().attend
+    whole = DotProductAttention(vision.num_heads, vision.head_dim, attention_dropout=0.0, qkv_format="thd")
+
     def attend(qkv: Tensor, rotary: Rotary, cu_seqlens: Tensor, longest: int) -> Tensor:
         if qkv.dtype != torch.bfloat16:  # no kernel has float32
-            return reference.attend(qkv, rotary, cu_seqlens, longest)
+            return reference(qkv, rotary, cu_seqlens, longest)
         if longest <= LARGEST:
             return window_attention(qkv, rotary.cos, rotary.sin, cu_seqlens, longest)
         ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens}
@@ -35,7 +41,7 @@ def te_layers(vision: VisionConfig, config: TransformerConfig, device: torch.dev
         out: Tensor = whole(*turned(qkv, rotary), **ends, **bounds, attn_mask_type="padding")
         return out
 
-    return Layers(linear, norm, SwiGLU(), _branch, attend, lambda: get_fp8_context(config))
+    return attend
 
 
 def _branch(x: Tensor, *modules: nn.Module) -> tuple[Tensor, Tensor]:
