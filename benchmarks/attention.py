@@ -20,9 +20,9 @@ from torch import Tensor
 from transformer_engine.pytorch import DotProductAttention
 
 from benchmarks.train_text import flash_attention
-from trainer.model.rope import rotary_2d
-from trainer.model.sizes import SIZES
-from trainer.model.vision_te import te_attend, turned
+from trainer.kernels.rope import rotary_2d
+from trainer.models.qwen2_5.sizes import SIZES
+from trainer.models.qwen2_5.vision_te import te_attend, turned
 
 LENGTH, PACKS, REPEATS = 8192, 8, 10
 SHAPES = {"0.5B": (14, 2, 64), "1.5B": (12, 2, 128)}  # heads, groups, dimension

@@ -21,13 +21,13 @@ import pyarrow.dataset
 from tokenizers import Tokenizer
 
 from benchmarks.one_core import SCALES, pin, seconds, show
-from pipeline.build import Build, build
-from pipeline.filter import Filter
-from pipeline.preprocess import Preprocess
-from pipeline.qwen import Settings
-from pipeline.sample import Sample
-from pipeline.session import BATCH_ROWS, spark_session
-from tests.qwen_assets import real_tokenizer_folder
+from pipeline.encoder import Settings
+from pipeline.spark import BATCH_ROWS, spark_session
+from pipeline.stages.build import BuildStage, build
+from pipeline.stages.filter import FilterStage
+from pipeline.stages.preprocess import PreprocessStage
+from pipeline.stages.sample import SampleStage
+from tests.support.qwen_assets import real_tokenizer_folder
 
 LENGTH = 1 << 20  # tokens: no document is longer
 
@@ -54,9 +54,9 @@ class Work:
     def __init__(self, folder: Path, size: int, tokenizer: Path):
         self._folder, self._tokenizer = folder, tokenizer
         self.documents = make(folder / "raw", size)
-        Preprocess(str(folder / "raw"), str(folder / "checked"), "text").run()
-        Filter(str(folder / "checked"), str(folder / "clean")).run()
-        Sample(str(folder / "clean"), str(folder / "sampled")).run()
+        PreprocessStage(str(folder / "raw"), str(folder / "checked"), "text").run()
+        FilterStage(str(folder / "checked"), str(folder / "clean")).run()
+        SampleStage(str(folder / "clean"), str(folder / "sampled")).run()
         self._settings = Settings.load(str(tokenizer))
         self._table = pyarrow.dataset.dataset(str(folder / "sampled" / "data")).to_table()
         self._batches = self._table.combine_chunks().to_batches(BATCH_ROWS)
@@ -76,7 +76,7 @@ class Work:
             pass
 
     def stage(self) -> None:
-        Build(str(self._folder / "sampled"), str(self._folder / "built"), str(self._tokenizer), LENGTH).run(True)
+        BuildStage(str(self._folder / "sampled"), str(self._folder / "built"), str(self._tokenizer), LENGTH).run(True)
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.profiles import ATTENTION, BANDWIDTH, PRODUCTS
 from benchmarks.train_text import LENGTH
-from trainer.layout import parameter_count
-from trainer.model.config import Compute
-from trainer.model.sizes import SIZES
-from trainer.speed import PRODUCTS_FP8, SEGMENT, UPDATE, work
+from trainer.models.qwen2_5.config import Compute
+from trainer.models.qwen2_5.sizes import SIZES
+from trainer.planning.planner import parameter_count
+from trainer.planning.speed import PRODUCTS_FP8, SEGMENT, UPDATE, work
 
 Row = tuple[str, str, float, float, float]  # what, its shape, FLOPs, bytes, seconds
 

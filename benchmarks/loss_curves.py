@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.train_text import LENGTH, config_of, packed_attention
-from trainer import layout
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
-from trainer.optimizer import learning_rate
+from trainer.optim.optimizer import learning_rate
+from trainer.planning import planner
 
 RUNS = ("bf16", "fp8", "transformers")
 COLOURS = dict(zip(RUNS, ("#1f6feb", "#d1242f", "#888888")))
@@ -42,7 +42,7 @@ def ours(args: argparse.Namespace, config: TrainConfig) -> list[float]:
     from trainer.runtime import Runtime
     from trainer.trainer import Run, Trainer
 
-    layout.FP8_HIDDEN = 0 if args.only == "fp8" else 1 << 30
+    planner.FP8_HIDDEN = 0 if args.only == "fp8" else 1 << 30
     run = Run.prepare(config, 1, torch.cuda.is_available())
     with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
         batches = islice(trainer.stream.batches(0), args.steps)
@@ -75,9 +75,9 @@ def plain_loop(
     from kanyun.storage import Folder
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
-    from trainer.flops import pack_cost
-    from trainer.layout import batch_format
-    from trainer.model import ModelConfig
+    from trainer.models.qwen2_5.config import ModelConfig
+    from trainer.models.qwen2_5.costs import pack_cost
+    from trainer.planning.planner import batch_format
 
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from kanyun.storage import Folder
-from pipeline.images import short_digest
-from pipeline.report import Counts, Report
+from pipeline.images.blobs import short_digest
+from pipeline.reports.report import Report, RowCounts
 from pipeline.schema import BUILT
-from tests.qwen_assets import tiny_vl_folder
+from tests.support.qwen_assets import tiny_vl_folder
 
 IMAGE_BYTES = 130_000  # a JPEG of about 800 x 600 pixels
 GRID = (1, 44, 58)  # its patches, 638 tokens
@@ -39,7 +39,7 @@ def write_built(folder: Path, samples: int, length: int, images: bool = True) ->
         rows = [_row(int(n), refs, rng) for n in numbers]
         pq.write_table(pa.Table.from_pylist(rows, BUILT), folder / "data" / f"part-{first}.parquet", compression="zstd")
     tiny_vl_folder(folder / "tokenizer")
-    counts = Counts(samples, samples)
+    counts = RowCounts(samples, samples)
     settings = {"tokenizer": "", "length": length, "overflow": "drop", "epoch": 0, "seed": 0, "ratios": {".": "1"}}
     Report("build", settings, "", str(samples), counts, counts, 0.0).save(Folder(str(folder)))
 

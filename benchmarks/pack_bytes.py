@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 from pyspark import TaskContext
 
 from benchmarks.made import write_built
-from pipeline.pack import Pack
 from pipeline.schema import BUILT
-from pipeline.session import arrow_schema
-from pipeline.shard import Job, write_shard
+from pipeline.spark import arrow_schema
+from pipeline.stages.pack import PackStage
+from pipeline.stages.shard import Job, write_shard
 
 LENGTH = 8192
 SAMPLES = 500  # at 1x: 65 MB of images
@@ -37,7 +37,7 @@ REPEATS = 3
 
 
 @dataclass(frozen=True)
-class SmallBuckets(Pack):
+class SmallBuckets(PackStage):
     bucket_samples: ClassVar[int] = SAMPLES
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.packing import DEFAULT_VISION_SLACK, lower_bound, mean_demand, pack
-from tests.packed_data import many_sizes, useful_patches
+from pipeline.stages.bin_packing import DEFAULT_VISION_SLACK, lower_bound, mean_demand, pack
+from tests.support.packed_data import many_sizes, useful_patches
 
 LENGTH = 8192
 SCALES = {"1x": 10_000, "4x": 40_000, "16x": 160_000}

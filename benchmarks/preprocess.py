@@ -23,9 +23,9 @@ from PIL import Image
 
 from benchmarks.one_core import SCALES, pin, seconds, show
 from kanyun.storage import Folder
-from pipeline.preprocess import Preprocess
-from pipeline.report import Report
-from pipeline.session import spark_session
+from pipeline.reports.report import Report
+from pipeline.spark import spark_session
+from pipeline.stages.preprocess import PreprocessStage
 
 Run = Callable[[Path], None]  # works on the raw folder
 
@@ -63,7 +63,7 @@ def bare(raw: Path) -> None:
 
 def ours(raw: Path) -> None:
     out = raw.parent / f"{raw.name}-out"
-    Preprocess(str(raw), str(out), "messages").run(overwrite=True)
+    PreprocessStage(str(raw), str(out), "messages").run(overwrite=True)
     counts = Report.load(Folder(str(out)), "preprocess")
     assert not counts.reasons, counts.reasons
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from trainer.data.batch import Batch
-from trainer.flops import TRAINING, forward_flops, patch_flops, token_flops
-from trainer.layout import parameter_count
-from trainer.model.config import Compute, ModelConfig
-from trainer.speed import PRODUCTS_FP8, UPDATE, work
+from trainer.models.qwen2_5.config import Compute, ModelConfig
+from trainer.models.qwen2_5.costs import TRAINING, forward_flops, patch_flops, token_flops
+from trainer.planning.planner import parameter_count
+from trainer.planning.speed import PRODUCTS_FP8, UPDATE, work
 from trainer.trainer import Run
 
 # The first that a kernel's name matches.
@@ -60,7 +60,7 @@ def least(model: ModelConfig, compute: Compute, batches: Sequence[Batch]) -> dic
         vision = model.vision
         patches = sum(batch.real_patches for batch in batches)
         layer_flops += patches * patch_flops(vision)
-        # As of the language model's layers, see trainer.speed.work.
+        # As of the language model's layers, see trainer.planning.speed.work.
         patch_bytes["SwiGLU"] = patches * vision.depth * 2 * 8 * vision.intermediate_size
         patch_bytes["norms"] = patches * vision.depth * 2 * 24 * vision.hidden_size
         casts = 5 * (8 * vision.hidden_size + 3 * vision.intermediate_size) * compute.fp8

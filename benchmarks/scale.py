@@ -24,13 +24,13 @@ from PIL import Image
 
 from benchmarks.made import write_built
 from benchmarks.pack_bytes import worker_memory
-from pipeline.build import Build
-from pipeline.filter import Filter
-from pipeline.pack import Pack
-from pipeline.preprocess import Preprocess
-from pipeline.report import Report
-from pipeline.sample import Sample
-from tests.qwen_assets import real_tokenizer_folder
+from pipeline.reports.report import Report
+from pipeline.stages.build import BuildStage
+from pipeline.stages.filter import FilterStage
+from pipeline.stages.pack import PackStage
+from pipeline.stages.preprocess import PreprocessStage
+from pipeline.stages.sample import SampleStage
+from tests.support.qwen_assets import real_tokenizer_folder
 
 SCALES = {"1x": 1_000, "4x": 4_000, "16x": 16_000}
 CHARACTERS, RATIO = (600, 1_800), 0.5
@@ -108,11 +108,11 @@ def main(folder: Path) -> None:
         row_bytes = write_raw(Path(at["raw"]), rows)
         done: dict[str, tuple[Report, Metrics, int]] = {}
         for stage in (
-            Preprocess(at["raw"], at["preprocess"], "messages"),
-            Filter(at["preprocess"], f"{at['filter']}/made"),
-            Sample(at["filter"], at["sample"], ratios=str(folder / "ratios.yaml")),
-            Build(at["sample"], at["build"], tokenizer, 8192),
-            Pack(at["build"], at["pack"], 8192),
+            PreprocessStage(at["raw"], at["preprocess"], "messages"),
+            FilterStage(at["preprocess"], f"{at['filter']}/made"),
+            SampleStage(at["filter"], at["sample"], ratios=str(folder / "ratios.yaml")),
+            BuildStage(at["sample"], at["build"], tokenizer, 8192),
+            PackStage(at["build"], at["pack"], 8192),
         ):
             with worker_memory() as memory:
                 report = stage.run()
@@ -137,7 +137,7 @@ def main(folder: Path) -> None:
         built = folder / f"bucket-{tokens}"
         write_built(built, tokens // 210, 8192, images=False)  # of 20 to 400 tokens
         with worker_memory() as memory:
-            Pack.below(str(built), str(folder / f"packed-{tokens}"), 8192).run()
+            PackStage.below(str(built), str(folder / f"packed-{tokens}"), 8192).run()
         peaks.append(memory["peak"])
         each = f"{(peaks[-1] - peaks[0]) / (tokens - BUCKET_TOKENS[0]):.1f} B" if len(peaks) > 1 else ""
         print(f"| {tokens:,} | {peaks[-1] / 1e6:,.0f} MB | {each} |", flush=True)

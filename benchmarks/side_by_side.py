@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.profiles import print_profile
-from trainer import layout
 from trainer.config import TrainConfig
+from trainer.planning import planner
 
 Run = Callable[[argparse.Namespace, Path], dict[str, Any]]  # works in a folder of its own
 # Column of the table -> how its value is written.
@@ -67,12 +67,12 @@ def main(parser: argparse.ArgumentParser, what: str, default: list[str], ours: R
 
 def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     """Ours: whole steps, as Trainer does them, and what they took; the first two are not counted."""
-    from trainer.optimizer import learning_rate
+    from trainer.optim.optimizer import learning_rate
     from trainer.runtime import Runtime
     from trainer.trainer import Run, Trainer
 
     started = time.perf_counter()
-    layout.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
+    planner.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
     run = Run.prepare(config, 1, torch.cuda.is_available())
     with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
         seconds, flops, losses, waits, first, real, slots = [], [], [], [], 0.0, 0, 0

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from pydoc_data.topics import topics
 
 from pipeline.recipe import Recipe, RecipeDataset
-from tests.qwen_assets import real_tokenizer_folder
+from tests.support.qwen_assets import real_tokenizer_folder
 
 LENGTH = 8192
 LONGEST = 12_000  # characters, about 3,000 tokens

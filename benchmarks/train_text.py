@@ -23,8 +23,8 @@ from torch import Tensor
 
 from benchmarks.side_by_side import main, train
 from trainer.config import TrainConfig
-from trainer.model.config import ModelConfig
-from trainer.model.sizes import SIZES
+from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.qwen2_5.sizes import SIZES
 
 LENGTH = 8192
 
@@ -106,9 +106,9 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from kanyun.storage import Folder
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
-    from trainer.flops import TRAINING, forward_flops
-    from trainer.layout import CARDS, batch_format, card
-    from trainer.model import ModelConfig
+    from trainer.models.qwen2_5.config import ModelConfig
+    from trainer.models.qwen2_5.costs import TRAINING, forward_flops
+    from trainer.planning.planner import CARDS, batch_format, card
 
     packed_attention()
     apply_liger_kernel_to_qwen2()

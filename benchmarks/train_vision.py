@@ -24,8 +24,8 @@ from benchmarks.side_by_side import main, train
 from benchmarks.train_text import LENGTH, flash_attention, model_folder, text_config
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
-from trainer.model.config import ModelConfig
-from trainer.model.sizes import SIZES
+from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.qwen2_5.sizes import SIZES
 
 CHECKPOINTED = {"6", "mix"}  # rows that the peer has no memory for otherwise
 STEPS = 1000  # of the schedule
@@ -141,8 +141,8 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from kanyun.storage import Folder
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
-    from trainer.flops import TRAINING, forward_flops
-    from trainer.layout import batch_format
+    from trainer.models.qwen2_5.costs import TRAINING, forward_flops
+    from trainer.planning.planner import batch_format
 
     packed_attention()
     apply_liger_kernel_to_qwen2_5_vl()

@@ -21,7 +21,7 @@ from benchmarks.train_text import LENGTH, model_folder
 from benchmarks.train_vision import hf_config, inputs, packed_attention
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
-from trainer.model.sizes import SIZES
+from trainer.models.qwen2_5.sizes import SIZES
 
 _TEXT, _VL = SIZES["Qwen2.5-0.5B"], SIZES["Qwen2.5-VL-3B"]
 assert _VL.vision is not None

@@ -27,8 +27,8 @@ from tokenizers import Tokenizer
 from benchmarks.text_data import LENGTH, documents
 from benchmarks.train_vision import hf_config
 from pipeline.recipe import Recipe, RecipeDataset
-from tests.qwen_assets import real_tokenizer_folder
-from trainer.model.sizes import SIZES
+from tests.support.qwen_assets import real_tokenizer_folder
+from trainer.models.qwen2_5.sizes import SIZES
 
 SIDE = 784  # pixels; 56 x 56 patches, 784 tokens
 PICTURES = {"sklearn": "datasets/images", "skimage": "data", "matplotlib": "mpl-data/sample_data"}

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from convert.names import canonical, require_same
 from kanyun.errors import UserError
+from trainer.models.qwen2_5.names import canonical, require_same
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # as the Hub recommends; a larger single tensor gets a file of its own

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
 
-from convert.names import require_same
 from kanyun.errors import UserError
 from trainer.checkpoint import _PlainMetadata
+from trainer.models.qwen2_5.names import require_same
 
 PARTS = ("language.", "vision.")  # what else is in a checkpoint is the optimizer's
 

@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 from convert.hf_weights import HFWriter
 from convert.megatron_weights import MegatronWeights
-from convert.names import table
 from convert.output import new_folder
 from kanyun.errors import UserError
 from trainer import checkpoint
-from trainer.model import ModelConfig
+from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.qwen2_5.names import table
 
 
 def to_hf(source: str, out: Path, overwrite: bool = False) -> None:

@@ -10,13 +10,14 @@ from tqdm import tqdm
 
 from convert.hf_weights import HFWeights
 from convert.megatron_weights import WholeTensors
-from convert.names import Row, table
 from convert.output import new_folder
 from kanyun.errors import UserError
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
-from trainer.model import ModelConfig, Qwen2_5
+from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.qwen2_5.language import Qwen2_5
+from trainer.models.qwen2_5.names import Row, table
 from trainer.runtime import Runtime
 
 TRAINED = (torch.float32, torch.bfloat16)

@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from kanyun.errors import UserError, run_cli
-from kanyun.layout import discover
 from kanyun.manifest import Manifest
+from kanyun.naming import discover
 from kanyun.storage import Folder
 
 

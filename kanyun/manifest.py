@@ -7,7 +7,7 @@ from typing import Any
 import xxhash
 
 from kanyun.errors import DatasetError
-from kanyun.layout import FORMAT_VERSION, MANIFEST
+from kanyun.naming import FORMAT_VERSION, MANIFEST
 from kanyun.storage import Folder
 
 

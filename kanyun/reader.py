@@ -7,8 +7,8 @@ import pyarrow as pa
 import xxhash
 
 from kanyun.errors import DatasetError
-from kanyun.layout import BATCHES
 from kanyun.manifest import Manifest, digest_of
+from kanyun.naming import BATCHES
 from kanyun.schema import Pack
 from kanyun.storage import Folder
 

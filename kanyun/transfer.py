@@ -15,10 +15,10 @@ import xxhash
 from tqdm import tqdm
 
 from kanyun.errors import UserError
-from kanyun.layout import BATCHES, MANIFEST, lineage_name
 from kanyun.manifest import Manifest
-from kanyun.refusals import retried
+from kanyun.naming import BATCHES, MANIFEST, lineage_name
 from kanyun.storage import Folder
+from kanyun.storage.retries import retried
 
 # One thread reads or writes one file; 8 of them hold 8 x 8 MiB. On 2 cores 4 threads wrote 266 MB/s to HDFS.
 THREADS = 8

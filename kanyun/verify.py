@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from kanyun.errors import DatasetError
-from kanyun.layout import lineage_name
+from kanyun.naming import lineage_name
 from kanyun.reader import PackedDataset
 from kanyun.schema import Pack
 from kanyun.storage import Folder

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from kanyun.layout import BATCHES, lineage_name, shard_name
 from kanyun.manifest import Manifest, ShardInfo, digest_of
+from kanyun.naming import BATCHES, lineage_name, shard_name
 from kanyun.schema import BATCHES_SCHEMA, LINEAGE_SCHEMA, Sample, pack_schema
 from kanyun.storage import Folder
 from kanyun.vision import windows

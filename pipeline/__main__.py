@@ -8,33 +8,33 @@ from kanyun.errors import run_cli
 
 # Stages are imported when they run: --help and a mistyped option answer at once.
 def preprocess(args: argparse.Namespace) -> None:
-    from pipeline.preprocess import Preprocess
+    from pipeline.stages.preprocess import PreprocessStage
 
-    Preprocess(args.source, args.output, args.dataset).run(args.overwrite)
+    PreprocessStage(args.source, args.output, args.dataset).run(args.overwrite)
 
 
 def filter_(args: argparse.Namespace) -> None:
-    from pipeline.filter import Filter
+    from pipeline.stages.filter import FilterStage
 
-    Filter(args.source, args.output, args.near_duplicates).run(args.overwrite)
+    FilterStage(args.source, args.output, args.near_duplicates).run(args.overwrite)
 
 
 def sample(args: argparse.Namespace) -> None:
-    from pipeline.sample import Sample
+    from pipeline.stages.sample import SampleStage
 
-    Sample(args.source, args.output, args.epoch, args.seed, args.ratios).run(args.overwrite)
+    SampleStage(args.source, args.output, args.epoch, args.seed, args.ratios).run(args.overwrite)
 
 
 def build(args: argparse.Namespace) -> None:
-    from pipeline.build import Build
+    from pipeline.stages.build import BuildStage
 
-    Build(args.source, args.output, args.tokenizer, args.length, args.overflow).run(args.overwrite)
+    BuildStage(args.source, args.output, args.tokenizer, args.length, args.overflow).run(args.overwrite)
 
 
 def pack(args: argparse.Namespace) -> None:
-    from pipeline.pack import Pack
+    from pipeline.stages.pack import PackStage
 
-    stage = Pack.below(args.source, args.output, args.length, args.part, args.epoch, args.vision_budget)
+    stage = PackStage.below(args.source, args.output, args.length, args.part, args.epoch, args.vision_budget)
     stage.run(args.overwrite)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kanyun.storage import Folder
-from pipeline.page import render
-from pipeline.report import Report
+from pipeline.reports.page import render
+from pipeline.reports.report import Report
 
 INDEX = "index.html"
 LEVELS = ("preprocess", "filter", "sample", "build", "pack")

@@ -17,13 +17,13 @@ import yaml
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from pipeline.build import Build
-from pipeline.filter import Filter
 from pipeline.flow import INDEX, Done, write_index
-from pipeline.pack import Pack
-from pipeline.preprocess import Preprocess
-from pipeline.sample import Sample
-from pipeline.stage import Stage
+from pipeline.stages.base import Stage
+from pipeline.stages.build import BuildStage
+from pipeline.stages.filter import FilterStage
+from pipeline.stages.pack import PackStage
+from pipeline.stages.preprocess import PreprocessStage
+from pipeline.stages.sample import SampleStage
 
 RATIOS = "ratios.yaml"  # in the output: the recipe's ratios, as `sample --ratios` takes them
 
@@ -74,13 +74,13 @@ class Recipe:
         at = {stage: (out / stage).uri for stage in ("preprocess", "filter", "sample", "build", "packed")}
         for name, one in self.datasets.items():
             checked = f"{at['preprocess']}/{name}"
-            run(Preprocess(one.raw, checked, one.dataset), f"preprocess/{name}", name)
-            run(Filter(checked, f"{at['filter']}/{name}", self.near_duplicates), f"filter/{name}", name)
+            run(PreprocessStage(one.raw, checked, one.dataset), f"preprocess/{name}", name)
+            run(FilterStage(checked, f"{at['filter']}/{name}", self.near_duplicates), f"filter/{name}", name)
         ratios = {name: one.ratio for name, one in self.datasets.items()}
         out.write(RATIOS, yaml.safe_dump(ratios).encode())
-        run(Sample(at["filter"], at["sample"], self.epoch, self.seed, (out / RATIOS).uri), "sample")
-        run(Build(at["sample"], at["build"], self.tokenizer, self.length, self.overflow), "build")
-        pack = Pack.below(at["build"], at["packed"], self.length, self.part, self.epoch)
+        run(SampleStage(at["filter"], at["sample"], self.epoch, self.seed, (out / RATIOS).uri), "sample")
+        run(BuildStage(at["sample"], at["build"], self.tokenizer, self.length, self.overflow), "build")
+        pack = PackStage.below(at["build"], at["packed"], self.length, self.part, self.epoch)
         run(pack, f"packed/{Folder(pack.output).name}")
         write_index(out, done)
         print(f"the way of the rows, with all reports: {out.path}/{INDEX}")

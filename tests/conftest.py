@@ -16,7 +16,7 @@ os.environ["SPARK_MASTER"] = "local[2]"
 @pytest.fixture(scope="session")
 def spark() -> Iterator["SparkSession"]:
     """The session that stages find running, on two cores."""
-    from pipeline.session import spark_session
+    from pipeline.spark import spark_session
 
     session = spark_session()
     yield session

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from kanyun.errors import UserError
 from kanyun.fingerprint import copy_tokenizer
 from kanyun.storage import Folder
-from trainer.model import Qwen2_5
-from trainer.optimizer_state import OptimizerState
+from trainer.models.qwen2_5.language import Qwen2_5
+from trainer.optim.state import OptimizerState
 
 _STEP = re.compile(r"step_\d{8}")
 

@@ -1,12 +1,11 @@
 """Where a process runs: on a GPU with NCCL, or on a CPU with gloo.
 
-megatron.core makes tensors on "cuda" and asks for CUDA streams in many places. On a CPU, `_CpuAsCuda` answers them: the
+megatron.core makes tensors on "cuda" and asks for CUDA streams in many places. On a CPU, `CpuAsCuda` answers them: the
 only place where anything is emulated.
 """
 
 import os
 import queue
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -17,9 +16,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
-from torch.overrides import TorchFunctionMode
 
 from kanyun.errors import UserError
+from trainer.cpu_emulation import CpuAsCuda
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Runtime:
                 torch.cuda.set_stream(torch.cuda.Stream(device))
             else:
                 device = torch.device("cpu")
-                stack.enter_context(_CpuAsCuda())
+                stack.enter_context(CpuAsCuda())
                 # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when there are fewer processes than cores.
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
 
@@ -107,78 +106,3 @@ class Runtime:
 
     def __exit__(self, *error: Any) -> None:
         self.shutdown()
-
-
-class _CpuAsCuda(TorchFunctionMode):
-    """While entered, every "cuda" device is the CPU, and streams and events do nothing. Costs 1.6 us a torch call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._stubs: list[tuple[Any, str, Any]] = [
-            (torch.cuda, "current_device", lambda: "cpu"),
-            (torch.cuda, "synchronize", _nothing),
-            (torch.cuda, "current_stream", _Stream),
-            (torch.cuda, "stream", _Stream),
-            (torch.cuda, "Stream", _Stream),
-            (torch.cuda, "Event", _Stream),
-        ]
-        self._saved: list[tuple[Any, str, Any]] = []
-
-    def __enter__(self) -> Self:
-        for owner, name, stub in self._stubs:
-            self._saved.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, stub)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for owner, name, original in self._saved:
-            setattr(owner, name, original)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.")  # DistributedOptimizer compares the names of types
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": _cpu(kwargs["device"])}
-        if func is torch.Tensor.to:
-            args = tuple(_cpu(arg) for arg in args)
-        return func(*args, **kwargs)
-
-
-class _Stream:
-    """A CUDA stream, event, or context of one, where all work is already in order."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        pass
-
-    def wait_stream(self, other: Any) -> None:
-        pass
-
-    def wait(self, *args: Any) -> None:
-        pass
-
-    def record(self, *args: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-def _nothing(*args: Any) -> None:
-    pass
-
-
-def _cpu(device: Any) -> Any:
-    return "cpu" if isinstance(device, str | torch.device) and str(device).startswith("cuda") else device

@@ -24,12 +24,13 @@ from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.data.source import PackedData
 from trainer.data.stream import PackStream, ValidationStream
-from trainer.flops import TRAINING, forward_flops, pack_cost
 from trainer.graph import Graphed
-from trainer.layout import CARDS, Layout, batch_format, card, decide, static_shape
 from trainer.metrics import Metrics, StepMetrics, peak_memory_gb
-from trainer.model import ModelConfig, build_model
-from trainer.optimizer import build_optimizer, learning_rate, set_rates, take_step
+from trainer.models.initialize import build_model
+from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.qwen2_5.costs import TRAINING, forward_flops, pack_cost
+from trainer.optim.optimizer import build_optimizer, learning_rate, set_rates, take_step
+from trainer.planning.planner import CARDS, Layout, batch_format, card, decide, static_shape
 from trainer.runtime import Runtime
 
 RUN = "run.json"  # in the output folder: the config; marks it as a run's
@@ -121,7 +122,7 @@ class Trainer:
         self.loss_sum, self.trained = self._zero(), self._zero()  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
         if self.graph:
-            from trainer.model.spec_te import accumulate_in_place
+            from trainer.models.qwen2_5.spec_te import accumulate_in_place
 
             self._open.callback(self.graph.close)
             accumulate_in_place(self.model)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from kanyun.layout import discover
 from kanyun.manifest import Manifest
+from kanyun.naming import discover
 
 # Before torch starts: logits are compared in float32, on the CPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -5,11 +5,11 @@ A further dataset is a class in a new file of this folder; it is found by its `n
     class ShareGpt(Dataset):
         name = "sharegpt"
 
-        def sample(self, row: Row) -> Sample:
+        def sample(self, row: Row) -> RawSample:
             roles = {"human": "user", "gpt": "assistant"}
             turns = [need(turn, "conversation", dict) for turn in field(row, "items", list)]
             messages = [message(roles.get(turn.get("from"), "?"), turn.get("value")) for turn in turns]
-            return Sample(messages=messages, images=images(row.get("images")))
+            return RawSample(messages=messages, images=images(row.get("images")))
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _NAMES = {dict: "an object", list: "a list", str: "a string", bytes: "bytes", ty
 
 
 @dataclass(frozen=True)
-class Sample:
+class RawSample:
     """Either a conversation (`messages`) or a document (`text`)."""
 
     messages: list[Message] | None = None
@@ -42,7 +42,7 @@ class Dataset:
     def __init_subclass__(cls) -> None:
         Dataset.known[cls.name] = cls
 
-    def sample(self, row: Row) -> Sample:
+    def sample(self, row: Row) -> RawSample:
         """Raises RowError if the row is malformed. A KeyError, TypeError or the like means the same."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-from pipeline.datasets.base import Dataset, Row, Sample, field, images, message, need
+from pipeline.datasets.base import Dataset, RawSample, Row, field, images, message, need
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -11,10 +11,10 @@ class Llava(Dataset):
 
     name = "llava"
 
-    def sample(self, row: Row) -> Sample:
+    def sample(self, row: Row) -> RawSample:
         turns = [need(turn, "a conversation turn", dict) for turn in field(row, "conversations", list)]
         image = row.get("image")
-        return Sample(
+        return RawSample(
             messages=[message(_role(turn.get("from")), turn.get("value")) for turn in turns],
             images=images(image if isinstance(image, list | None) else [image]),
         )

@@ -1,4 +1,4 @@
-from pipeline.datasets.base import Dataset, Row, Sample, field, images, message, need
+from pipeline.datasets.base import Dataset, RawSample, Row, field, images, message, need
 
 
 class Messages(Dataset):
@@ -6,9 +6,9 @@ class Messages(Dataset):
 
     name = "messages"
 
-    def sample(self, row: Row) -> Sample:
+    def sample(self, row: Row) -> RawSample:
         turns = [need(turn, "a message", dict) for turn in field(row, "messages", list)]
-        return Sample(
+        return RawSample(
             messages=[message(turn.get("role"), turn.get("content")) for turn in turns],
             images=images(row.get("images")),
         )

@@ -1,4 +1,4 @@
-from pipeline.datasets.base import Dataset, Row, Sample, field
+from pipeline.datasets.base import Dataset, RawSample, Row, field
 
 
 class Text(Dataset):
@@ -6,5 +6,5 @@ class Text(Dataset):
 
     name = "text"
 
-    def sample(self, row: Row) -> Sample:
-        return Sample(text=field(row, "text", str))
+    def sample(self, row: Row) -> RawSample:
+        return RawSample(text=field(row, "text", str))

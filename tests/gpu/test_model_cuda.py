@@ -9,7 +9,7 @@ import torch
 import transformers
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from tests.model_golden import (
+from tests.support.model_golden import (
     assert_as_near,
     batch_of,
     expected_tensors,
@@ -18,16 +18,18 @@ from tests.model_golden import (
     moved,
     transformers_answer,
 )
-from tests.qwen_assets import tiny_text_folder, tiny_vl_folder
+from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.unit.test_model_text import examples
 from tests.unit.test_model_vision import PACKS, example
 from trainer.data.batch import Batch
 from trainer.graph import Graphed
-from trainer.model import ModelConfig, Qwen2_5, build_model
-from trainer.model.spec import SegmentAttention
+from trainer.models.initialize import build_model
+from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.qwen2_5.language import Qwen2_5
+from trainer.models.qwen2_5.spec import SegmentAttention
 from trainer.runtime import Runtime
 
-accumulate_in_place = pytest.importorskip("trainer.model.spec_te", exc_type=ImportError).accumulate_in_place
+accumulate_in_place = pytest.importorskip("trainer.models.qwen2_5.spec_te", exc_type=ImportError).accumulate_in_place
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LENGTH = 512
 

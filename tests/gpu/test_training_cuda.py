@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training_job import train, write_job
+from tests.support.training_job import train, write_job
 from trainer.config import TrainConfig
-from trainer.optimizer_state import OptimizerState
+from trainer.optim.state import OptimizerState
 from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
 
@@ -33,7 +33,9 @@ def training(values: dict[str, Any]) -> Iterator[Trainer]:
 
 def train_on_cpu(values: dict[str, Any]) -> list[dict[str, Any]]:
     """In a process that sees no GPU."""
-    script = "import json, sys; from tests.training_job import train; print(json.dumps(train(json.loads(sys.argv[1]))))"
+    script = (
+        "import json, sys, tests.support.training_job as job; print(json.dumps(job.train(json.loads(sys.argv[1]))))"
+    )
     env = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
     env["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run([sys.executable, "-c", script, json.dumps(values)], env=env, capture_output=True, text=True)
@@ -44,7 +46,7 @@ def train_on_cpu(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 def optimizer_state(trainer: Trainer) -> dict[str, Tensor]:
     """As it is saved."""
-    weights = trainer.model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    weights = trainer.models.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     tensors = OptimizerState(trainer.optimizer, weights).tensors
     return {name: part.data.detach().cpu().clone() for name, part in tensors.items()}
 
@@ -92,7 +94,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Any) -> None:
     with training(values) as trainer:
         first, second = (list(step) for step in islice(trainer.stream.batches(0), 2))
         assert math.isfinite(trainer.train_step(first, 1e-3).grad_norm)
-        norm = trainer.model.language.decoder.final_layernorm.weight
+        norm = trainer.models.language.decoder.final_layernorm.weight
         before, sound = optimizer_state(trainer), norm[3].item()
         norm.data[3] = math.inf
         assert not math.isfinite(trainer.train_step(second, 1e-3).grad_norm)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.two_processes import assert_two_train_as_one
+from tests.support.two_processes import assert_two_train_as_one
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 

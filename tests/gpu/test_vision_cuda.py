@@ -9,13 +9,13 @@ import torch
 import transformers
 
 from tests.gpu.test_model_cuda import in_ddp, losses_of_graphs
-from tests.model_golden import assert_as_near, batch_of, load
-from tests.qwen_assets import tiny_vl_folder
+from tests.support.model_golden import assert_as_near, batch_of, load
+from tests.support.qwen_assets import tiny_vl_folder
+from tests.support.window_golden import differences
 from tests.unit.test_model_vision import LENGTH, PACKS, example, kept
-from tests.window_golden import differences
 from trainer.data.batch import Batch, StaticShape
-from trainer.model import ModelConfig, build_model, freeze
-from trainer.model.config import Compute
+from trainer.models.initialize import build_model, freeze
+from trainer.models.qwen2_5.config import Compute, ModelConfig
 from trainer.runtime import Runtime
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -18,13 +18,13 @@ import xxhash
 
 from jobs.cluster import DAEMONS, Cluster, Settings
 from kanyun.errors import UserError
-from kanyun.layout import MANIFEST, dataset_name
+from kanyun.naming import MANIFEST, dataset_name
 from kanyun.reader import PackedDataset
 from kanyun.schema import Sample
 from kanyun.storage import Folder
 from kanyun.transfer import copy_folder
 from kanyun.verify import verify
-from tests.packed_data import random_packs, write_packed
+from tests.support.packed_data import random_packs, write_packed
 
 NAME = dataset_name(256, 0, 0)
 BYTES = np.random.default_rng(0).bytes((20 << 20) + 7)  # three HDFS blocks
@@ -236,7 +236,7 @@ def test_namenode_away_for_a_moment_only_delays(cluster: Cluster, hdfs: Folder) 
 
 def test_a_call_is_over_soon_when_there_is_no_namenode(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting is for `retried`: six calls of three minutes, as hdfs-native has it, are 18 for a trainer to fail in."""
-    monkeypatch.setattr("kanyun.refusals._PAUSES", (0.1,))
+    monkeypatch.setattr("kanyun.storage.retries._PAUSES", (0.1,))
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         folder = Folder(f"hdfs://127.0.0.1:{taken.getsockname()[1]}/x")
@@ -294,7 +294,7 @@ def test_fetch_refuses_a_dataset_with_a_flipped_byte(hdfs: Folder, tmp_path: Pat
 JOB = """
 import sys
 from pyspark.sql import SparkSession
-from pipeline.session import map_rows, spark_session
+from pipeline.spark import map_rows, spark_session
 import pyarrow as pa
 schema = pa.schema([("square", pa.int64()), ("code", pa.string()), ("master", pa.string())])
 def square(batches, master):

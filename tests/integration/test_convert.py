@@ -16,16 +16,17 @@ from torch import Tensor
 
 from convert.hf_weights import HFWeights, HFWriter
 from convert.megatron_weights import MegatronWeights
-from convert.names import table
 from convert.to_hf import to_hf
 from convert.to_megatron import to_megatron
 from convert.verify import compare
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from tests.qwen_assets import tiny_text_folder, tiny_vl_folder
-from tests.training_job import train, write_job
+from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
+from tests.support.training_job import train, write_job
 from trainer import checkpoint
-from trainer.model import ModelConfig, build_model
+from trainer.models.initialize import build_model
+from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.qwen2_5.names import table
 from trainer.runtime import Runtime
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -20,14 +20,14 @@ from kanyun.manifest import Manifest
 from kanyun.storage import Folder
 from kanyun.transfer import copy_folder
 from kanyun.verify import verify
-from pipeline.build import Build
-from pipeline.filter import Filter
-from pipeline.pack import Pack
-from pipeline.preprocess import Preprocess
 from pipeline.recipe import RATIOS, Recipe, RecipeDataset
-from pipeline.report import Counts, Report
-from pipeline.sample import Sample
-from tests.fault_runs import LENGTH, PACKED, FaultRun
+from pipeline.reports.report import Report, RowCounts
+from pipeline.stages.build import BuildStage
+from pipeline.stages.filter import FilterStage
+from pipeline.stages.pack import PackStage
+from pipeline.stages.preprocess import PreprocessStage
+from pipeline.stages.sample import SampleStage
+from tests.support.fault_runs import LENGTH, PACKED, FaultRun
 
 STAGES = ("preprocess/chat", "filter/chat", "sample", "build", PACKED)
 
@@ -104,7 +104,7 @@ def test_a_byte_of_a_blob(made: tuple[Recipe, Folder]) -> None:
             UserError, match=rf"{name} was changed after preprocess \(the image of \d+ bytes at byte \d+ does not have"
         ),
     ):
-        Pack.below((out / "build").uri, (out / "again").uri, LENGTH).run()
+        PackStage.below((out / "build").uri, (out / "again").uri, LENGTH).run()
     assert (out / "again").names() == []
 
 
@@ -115,9 +115,9 @@ def test_a_byte_of_a_stage_s_rows(made: tuple[Recipe, Folder], stage: str, colum
     name = first(rows, "part-")
     with flipped(rows, name, in_a_page(rows, name, column)), pytest.raises(UserError, match="CRC checksum"):
         if stage == "build":
-            Pack.below((out / "build").uri, (out / "again").uri, LENGTH).run()
+            PackStage.below((out / "build").uri, (out / "again").uri, LENGTH).run()
         else:
-            Filter((out / stage).uri, (out / "again").uri).run()
+            FilterStage((out / stage).uri, (out / "again").uri).run()
     assert not [name for name in out.names() if "again" in name and (out / name).files()]
 
 
@@ -140,16 +140,16 @@ def test_a_raw_folder_that_changes_between_stages(made: tuple[Recipe, Folder], u
     root = out.parent / "changed"
     at = {name: (root / "out" / name).uri for name in ("preprocess", "filter", "sample", "build", "packed")}
     copy_folder(Folder(undisturbed.raw), root / "raw", "put")
-    Preprocess((root / "raw").uri, f"{at['preprocess']}/chat", "messages").run()
-    Filter(f"{at['preprocess']}/chat", f"{at['filter']}/chat").run()
+    PreprocessStage((root / "raw").uri, f"{at['preprocess']}/chat", "messages").run()
+    FilterStage(f"{at['preprocess']}/chat", f"{at['filter']}/chat").run()
     for name, _ in (root / "raw").files():
         (root / "raw").write(name, b"{}")
     with pytest.raises(UserError, match="holds the output of other work: input is"):
         recipe_for(root, undisturbed.model).run(overwrite=False)
     (root / "out").write(RATIOS, b"chat: 0.7")
-    Sample(at["filter"], at["sample"], seed=3, ratios=(root / "out" / RATIOS).uri).run()
-    Build(at["sample"], at["build"], str(undisturbed.model), LENGTH).run()
-    Pack.below(at["build"], at["packed"], LENGTH).run()
+    SampleStage(at["filter"], at["sample"], seed=3, ratios=(root / "out" / RATIOS).uri).run()
+    BuildStage(at["sample"], at["build"], str(undisturbed.model), LENGTH).run()
+    PackStage.below(at["build"], at["packed"], LENGTH).run()
     wanted = Manifest.load(out / PACKED)
     assert Manifest.load(root / "out" / PACKED).content_digest == wanted.content_digest
 
@@ -173,9 +173,9 @@ def test_every_row_is_bad(cluster: Cluster, undisturbed: FaultRun, spark: SparkS
     bad = rows_of(out / "filter/chat/quarantine")
     assert {row["raw"]: row["reason"] for row in bad} == dict.fromkeys(("{}", "[]", "{", "null"), "malformed_row")
     counts = {name: Report.load(out / name, name.split("/")[0]).counts for name in STAGES[:-1]}
-    assert counts["preprocess/chat"] == Counts(4, 4)
-    assert counts["filter/chat"] == Counts(4, 0, quarantined={"malformed_row": 4})
-    assert counts["sample"] == counts["build"] == Counts(0, 0)
+    assert counts["preprocess/chat"] == RowCounts(4, 4)
+    assert counts["filter/chat"] == RowCounts(4, 0, quarantined={"malformed_row": 4})
+    assert counts["sample"] == counts["build"] == RowCounts(0, 0)
     assert (out / "packed").names() == []
 
 

@@ -10,8 +10,8 @@ import pytest
 from jobs.cluster import Cluster
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from pipeline import attempt
-from pipeline.attempt import DRIVER, Attempt
+from pipeline.stages import attempt
+from pipeline.stages.attempt import DRIVER, Attempt
 
 
 @pytest.fixture(params=["file", "hdfs"])

@@ -8,7 +8,7 @@ import time
 import psutil
 
 from jobs.cluster import Cluster
-from tests.fault_runs import PACKED, FaultRun
+from tests.support.fault_runs import PACKED, FaultRun
 
 SPECULATION = (
     "--conf spark.speculation=true --conf spark.speculation.interval=100ms --conf spark.speculation.quantile=0.3 "

@@ -6,7 +6,7 @@ import pytest
 
 from jobs.cluster import Cluster
 from kanyun.storage import Folder
-from tests.fault_runs import FaultRun, namenode_away
+from tests.support.fault_runs import FaultRun, namenode_away
 
 ONE_TRY = "--conf spark.task.maxFailures=1"  # the same in a quarter of the time
 

@@ -7,10 +7,10 @@ import pytest
 
 from jobs.cluster import Cluster
 from kanyun.errors import DatasetError
-from kanyun.layout import dataset_name
+from kanyun.naming import dataset_name
 from kanyun.storage import Folder
 from kanyun.transfer import copy_folder
-from tests.training_job import LENGTH, launch, metrics_of, train, write_job
+from tests.support.training_job import LENGTH, launch, metrics_of, train, write_job
 from trainer.config import TrainConfig
 from trainer.runtime import Runtime
 from trainer.trainer import Run, StepResult, Trainer

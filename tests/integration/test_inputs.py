@@ -21,9 +21,9 @@ from pyspark.sql import SparkSession
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from pipeline.filter import Filter
-from pipeline.preprocess import Preprocess
-from pipeline.report import Report
+from pipeline.reports.report import Report
+from pipeline.stages.filter import FilterStage
+from pipeline.stages.preprocess import PreprocessStage
 from tests.unit.test_guard import HOSTILE
 from tests.unit.test_image_zoo import BAD, GOOD
 
@@ -54,8 +54,8 @@ def read(folder: Folder) -> Rows:
 def run(raw: Folder, dataset: str = "messages", near_duplicates: str = "keep") -> tuple[Rows, Rows, Report]:
     """Rows of data/ and of quarantine/, and the report of filter."""
     out = raw.parent
-    Preprocess(raw.uri, (out / "checked").uri, dataset).run()
-    report = Filter((out / "checked").uri, (out / "clean").uri, near_duplicates).run()
+    PreprocessStage(raw.uri, (out / "checked").uri, dataset).run()
+    report = FilterStage((out / "checked").uri, (out / "clean").uri, near_duplicates).run()
     return read(out / "clean" / "data"), read(out / "clean" / "quarantine"), report
 
 
@@ -155,7 +155,7 @@ def test_the_zoo_through_the_stages(spark: SparkSession, tmp_path: Path) -> None
     done = subprocess.run([*command, "messages"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "failed" not in done.stderr, "no task of Spark's was lost"
-    Filter(str(tmp_path / "checked"), str(tmp_path / "clean")).run()
+    FilterStage(str(tmp_path / "checked"), str(tmp_path / "clean")).run()
     kept, quarantined = (read(Folder(str(tmp_path / "clean" / part))) for part in ("data", "quarantine"))
     assert [json.loads(row["raw"])["images"][0] for row in kept] == list(GOOD)
     expected = {name: reason for name, (_, reason) in BAD.items()} | {f"{d}.jpg": "processor_failed" for d in deeds}
@@ -241,7 +241,7 @@ def test_an_empty_dataset_is_told(files: dict[str, bytes | None], spark: SparkSe
         else:
             (raw / name).write_bytes(data)
     with pytest.raises(UserError, match="has no rows"):
-        Preprocess(str(raw), str(tmp_path / "out"), "text").run()
+        PreprocessStage(str(raw), str(tmp_path / "out"), "text").run()
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
@@ -251,12 +251,12 @@ def test_a_raw_folder_that_changes_after_preprocess(spark: SparkSession, tmp_pat
     raw.mkdir()
     (raw / "a.jpg").write_bytes(picture(1))
     (raw / "a.jsonl").write_bytes(jsonl([conversation(["a.jpg"])]))
-    Preprocess(str(raw), str(tmp_path / "checked"), "messages").run()
+    PreprocessStage(str(raw), str(tmp_path / "checked"), "messages").run()
     (raw / "a.jpg").write_bytes(picture(2))
     with pytest.raises(UserError, match="input is"):
-        Preprocess(str(raw), str(tmp_path / "checked"), "messages").run()
+        PreprocessStage(str(raw), str(tmp_path / "checked"), "messages").run()
     shutil.rmtree(raw)
-    Filter(str(tmp_path / "checked"), str(tmp_path / "clean")).run()
+    FilterStage(str(tmp_path / "checked"), str(tmp_path / "clean")).run()
     (row,) = read(Folder(str(tmp_path / "clean" / "data")))
     (image,) = row["images"]
     blob = Path(image["blob"].removeprefix("file://")).read_bytes()

@@ -13,14 +13,16 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from kanyun.storage import Folder
-from tests.model_golden import Example, batch_of
-from tests.qwen_assets import tiny_text_folder
+from tests.support.model_golden import Example, batch_of
+from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State
 from trainer.config import TrainConfig
-from trainer.model import ModelConfig, Qwen2_5, build_model
-from trainer.optimizer import build_optimizer, take_step
-from trainer.optimizer_state import OptimizerState
+from trainer.models.initialize import build_model
+from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.qwen2_5.language import Qwen2_5
+from trainer.optim.optimizer import build_optimizer, take_step
+from trainer.optim.state import OptimizerState
 from trainer.runtime import Runtime
 
 

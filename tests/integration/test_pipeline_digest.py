@@ -13,8 +13,8 @@ from PIL import Image
 
 from kanyun.storage import Folder
 from pipeline.flow import Done, links
-from pipeline.report import Report
-from tests.qwen_assets import tiny_vl_folder
+from pipeline.reports.report import Report
+from tests.support.qwen_assets import tiny_vl_folder
 
 ROWS_A_FILE, FILES = 40, 3
 # Spark reads these from the environment of a driver that it starts itself: other splits, other shuffles.

@@ -18,9 +18,9 @@ from pyspark.sql import SparkSession
 
 from kanyun.errors import DatasetError, UserError
 from kanyun.storage import Folder
-from pipeline.filter import Filter
-from pipeline.preprocess import Preprocess
-from pipeline.report import Histogram, Report
+from pipeline.reports.report import Histogram, Report
+from pipeline.stages.filter import FilterStage
+from pipeline.stages.preprocess import PreprocessStage
 
 Rows = list[dict[str, Any]]
 # name -> (picture, reason)
@@ -35,7 +35,7 @@ PICTURES = {
 }
 
 
-class TinyTasks(Preprocess):
+class TinyTasks(PreprocessStage):
     task_bytes: ClassVar[tuple[int, int]] = (700, 700)
 
 
@@ -134,8 +134,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[bytes,
 def done(planted: tuple[Path, dict[bytes, str | None]], spark: SparkSession) -> Path:
     raw, _ = planted
     out = raw.parent / "done"
-    Preprocess(str(raw), str(out / "checked"), "messages").run()
-    Filter(str(out / "checked"), str(out / "clean")).run()
+    PreprocessStage(str(raw), str(out / "checked"), "messages").run()
+    FilterStage(str(out / "checked"), str(out / "clean")).run()
     return out
 
 
@@ -212,8 +212,8 @@ def test_the_other_formats(dataset: str, spark: SparkSession, tmp_path: Path) ->
         ]
     bad += [("duplicate", good[3] | {"other": "field"})]
     write_lines(raw / "x.jsonl", lines(good + [row for _, row in bad]))
-    Preprocess(str(tmp_path / "raw"), str(tmp_path / "checked"), dataset).run()
-    Filter(str(tmp_path / "checked"), str(tmp_path / "clean")).run()
+    PreprocessStage(str(tmp_path / "raw"), str(tmp_path / "checked"), dataset).run()
+    FilterStage(str(tmp_path / "checked"), str(tmp_path / "clean")).run()
     kept, quarantined = read(tmp_path / "clean" / "data"), read(tmp_path / "clean" / "quarantine")
     assert [json.loads(row["raw"]) for row in kept] == good
     assert [(row["reason"], json.loads(row["raw"])) for row in quarantined] == bad
@@ -228,7 +228,7 @@ def test_parquet_with_images_in_it_is_the_same_as_jsonl(done: Path, spark: Spark
     for row in rows:
         row["images"] = [{"bytes": (raw / name).read_bytes(), "path": None} for name in row["images"]]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet", row_group_size=3)
-    Preprocess(str(tmp_path / "in.parquet"), str(tmp_path / "out"), "messages").run()
+    PreprocessStage(str(tmp_path / "in.parquet"), str(tmp_path / "out"), "messages").run()
     found = read(tmp_path / "out" / "data")
     assert [row["position"] for row in found] == list(range(12))
     assert [row["content_hash"] for row in found[:10]] == [row["content_hash"] for row in good]
@@ -247,7 +247,7 @@ def test_many_tiny_tasks_give_the_same_rows(
     usual = spark.conf.get("spark.sql.files.maxPartitionBytes")
     spark.conf.set("spark.sql.files.maxPartitionBytes", "3000")
     try:
-        Filter(checked, clean).run()
+        FilterStage(checked, clean).run()
     finally:
         spark.conf.set("spark.sql.files.maxPartitionBytes", usual)
     for part in ("data", "quarantine"):
@@ -263,7 +263,7 @@ def test_blobs_and_attempts_of_dead_runs_are_removed(
     for folder in (dead, others):
         folder.mkdir()
 
-    class Interrupted(Preprocess):
+    class Interrupted(PreprocessStage):
         """A task attempt that left a blob, and whose rows were not taken."""
 
         def transform(self, rows: Any, attempt: Any) -> Any:
@@ -283,38 +283,38 @@ def test_finished_work_is_skipped_and_other_work_is_refused(
 ) -> None:
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_lines(raw / "a.jsonl", lines([{"text": f"document {n}"} for n in range(5)]))
-    first = Preprocess(str(raw), str(out / "p"), "text").run()
-    Filter(str(out / "p"), str(out / "f")).run()
+    first = PreprocessStage(str(raw), str(out / "p"), "text").run()
+    FilterStage(str(out / "p"), str(out / "f")).run()
     capsys.readouterr()
-    assert Preprocess(str(raw), str(out / "p"), "text").run() == first
-    assert Filter(str(out / "p"), str(out / "f")).run().counts.rows_out == 5
+    assert PreprocessStage(str(raw), str(out / "p"), "text").run() == first
+    assert FilterStage(str(out / "p"), str(out / "f")).run().counts.rows_out == 5
     assert capsys.readouterr().out.count("already done, skipped") == 2
 
     with pytest.raises(UserError, match=r"dataset is text there and messages here.*--overwrite"):
-        Preprocess(str(raw), str(out / "p"), "messages").run()
+        PreprocessStage(str(raw), str(out / "p"), "messages").run()
     with pytest.raises(UserError, match="stage is filter there and preprocess here"):
-        Preprocess(str(raw), str(out / "f"), "text").run()
+        PreprocessStage(str(raw), str(out / "f"), "text").run()
     write_lines(raw / "b.jsonl", lines([{"text": "one more"}]))
     with pytest.raises(UserError, match="input is"):
-        Preprocess(str(raw), str(out / "p"), "text").run()
-    assert Preprocess(str(raw), str(out / "p"), "text").run(overwrite=True).counts.rows_out == 6
+        PreprocessStage(str(raw), str(out / "p"), "text").run()
+    assert PreprocessStage(str(raw), str(out / "p"), "text").run(overwrite=True).counts.rows_out == 6
     with pytest.raises(UserError, match="input is"):
-        Filter(str(out / "p"), str(out / "f")).run()
-    assert Filter(str(out / "p"), str(out / "f")).run(overwrite=True).counts.rows_out == 6
+        FilterStage(str(out / "p"), str(out / "f")).run()
+    assert FilterStage(str(out / "p"), str(out / "f")).run(overwrite=True).counts.rows_out == 6
 
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match=r"holds mine\.txt and no output of the preprocess stage"):
-        Preprocess(str(raw), str(tmp_path / "notes"), "text").run()
+        PreprocessStage(str(raw), str(tmp_path / "notes"), "text").run()
     assert (tmp_path / "notes" / "mine.txt").read_text() == "keep"
     assert not [path for path in out.iterdir() if path.name.startswith("_attempt")]
 
 
 def test_a_lost_row_is_found(spark: SparkSession, tmp_path: Path) -> None:
     write_lines(tmp_path / "raw" / "a.jsonl", lines([{"text": f"document {n}"} for n in range(5)]))
-    Preprocess(str(tmp_path / "raw"), str(tmp_path / "p"), "text").run()
+    PreprocessStage(str(tmp_path / "raw"), str(tmp_path / "p"), "text").run()
 
-    class Lossy(Filter):
+    class Lossy(FilterStage):
         def transform(self, rows: Any, attempt: Any) -> Any:
             return super().transform(rows, attempt).where("position > 0")
 

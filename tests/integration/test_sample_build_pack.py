@@ -22,19 +22,19 @@ from kanyun.reader import PackedDataset
 from kanyun.schema import Pack as StoredPack
 from kanyun.storage import Folder
 from kanyun.verify import verify
-from pipeline.build import Build
-from pipeline.images import short_digest
-from pipeline.pack import Pack
-from pipeline.report import Counts, Report
-from pipeline.sample import Sample, copies_before
+from pipeline.images.blobs import short_digest
+from pipeline.reports.report import Report, RowCounts
 from pipeline.schema import SAMPLE
-from tests.qwen_assets import tiny_text_folder, tiny_vl_folder
+from pipeline.stages.build import BuildStage
+from pipeline.stages.pack import PackStage
+from pipeline.stages.sample import SampleStage, copies_before
+from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 
 LENGTH = 256
 
 
 @dataclass(frozen=True)
-class SmallBuckets(Pack):
+class SmallBuckets(PackStage):
     bucket_samples: ClassVar[int] = 40
 
 
@@ -91,7 +91,7 @@ def save_filtered(root: Path, rows: list[dict[str, Any]], files: int = 3) -> Non
         path = root / "data" / f"part-{n}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows[n::files], SAMPLE), path)
-    counts = Counts(len(rows), len(rows))
+    counts = RowCounts(len(rows), len(rows))
     Report("filter", {}, "none", f"{len(rows)}", counts, counts, 0.0).save(Folder(str(root)))
 
 
@@ -111,8 +111,8 @@ def made(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tuple
     root = tmp_path_factory.mktemp("made")
     raw = Raw(root / "filtered", 300)
     tiny_vl_folder(root / "hf", max_pixels=32 * 28 * 28)
-    Sample(str(root / "filtered"), str(root / "sampled"), seed=5).run()
-    Build(str(root / "sampled"), str(root / "built"), tokenizer=str(root / "hf"), length=LENGTH).run()
+    SampleStage(str(root / "filtered"), str(root / "sampled"), seed=5).run()
+    BuildStage(str(root / "sampled"), str(root / "built"), tokenizer=str(root / "hf"), length=LENGTH).run()
     SmallBuckets.below(str(root / "built"), str(root / "packed"), LENGTH).run()
     return root, raw
 
@@ -180,11 +180,11 @@ def test_finished_work_is_skipped_and_other_work_is_refused(made: tuple[Path, Ra
     with pytest.raises(UserError, match=r"vision_budget.*--overwrite"):
         SmallBuckets.below(str(root / "built"), str(root / "packed"), LENGTH, vision_budget=10**6).run()
     with pytest.raises(UserError, match=r"--length is 512, but .* --length 256"):
-        Pack.below(str(root / "built"), str(root / "packed"), 512)
+        PackStage.below(str(root / "built"), str(root / "packed"), 512)
     with pytest.raises(UserError, match=r"--epoch is 1, but .* --epoch 0"):
-        Pack.below(str(root / "built"), str(root / "packed"), LENGTH, epoch=1)
+        PackStage.below(str(root / "built"), str(root / "packed"), LENGTH, epoch=1)
     with pytest.raises(UserError, match=r"--vision-budget is 70 .* least that fills packs is \d+"):
-        Pack.below(str(root / "built"), str(root / "tight"), LENGTH, vision_budget=70).run()
+        PackStage.below(str(root / "built"), str(root / "tight"), LENGTH, vision_budget=70).run()
     assert list((root / "tight").iterdir()) == []  # nothing is left behind
 
 
@@ -199,8 +199,8 @@ def test_same_bytes_for_other_files_and_partitions(made: tuple[Path, Raw], spark
     try:
         for key, value in settings.items():
             spark.conf.set(key, value)
-        Sample(str(tmp_path / "filtered"), str(tmp_path / "sampled"), seed=5).run()
-        Build(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(root / "hf"), length=LENGTH).run()
+        SampleStage(str(tmp_path / "filtered"), str(tmp_path / "sampled"), seed=5).run()
+        BuildStage(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(root / "hf"), length=LENGTH).run()
         SmallBuckets.below(str(tmp_path / "built"), str(tmp_path / "packed"), LENGTH).run()
     finally:
         for key, before in usual.items():
@@ -218,7 +218,7 @@ def test_ten_epochs_of_two_data_paths_with_ratios(spark: SparkSession, tmp_path:
     table = tmp_path / "ratios.yaml"
     table.write_text(yaml.safe_dump({path: float(ratio) for path, (ratio, _) in paths.items()}))
     copies: dict[str, dict[int, list[int]]] = {path: {} for path in paths}
-    first = Sample(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(table))
+    first = SampleStage(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(table))
     sizes: dict[str, list[int]] = {path: [] for path in paths}
     chosen = []
     for epoch in range(10):
@@ -245,7 +245,7 @@ def test_an_epoch_is_as_the_formula_says(spark: SparkSession, tmp_path: Path) ->
     raw = Raw(tmp_path / "filtered", 57)
     table = tmp_path / "ratios.yaml"
     table.write_text(".: 0.3\n")
-    stage = Sample(str(tmp_path / "filtered"), str(tmp_path / "out"), epoch=4, seed=1, ratios=str(table))
+    stage = SampleStage(str(tmp_path / "filtered"), str(tmp_path / "out"), epoch=4, seed=1, ratios=str(table))
     stage.run()
     ratio = Fraction("0.3")
     wanted = sum(copies_before(rank, 57, ratio, 5) - copies_before(rank, 57, ratio, 4) for rank in range(57))
@@ -261,10 +261,10 @@ def test_unknown_data_path_lists_what_is_known(spark: SparkSession, tmp_path: Pa
     Raw(tmp_path / "all/b", 4)
     (tmp_path / "ratios.yaml").write_text("a: 1\nc: 2\n")
     with pytest.raises(UserError, match=r"data path b; ratios are known for a: 1, c: 2"):
-        Sample(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(tmp_path / "ratios.yaml")).run()
+        SampleStage(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(tmp_path / "ratios.yaml")).run()
     (tmp_path / "ratios.yaml").write_text("a: 1\nb: -2\n")
     with pytest.raises(UserError, match=r"ratio of b is -2"):
-        Sample(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(tmp_path / "ratios.yaml")).run()
+        SampleStage(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(tmp_path / "ratios.yaml")).run()
 
 
 def test_long_documents_split_or_go_to_quarantine(spark: SparkSession, tmp_path: Path) -> None:
@@ -292,8 +292,8 @@ def test_long_documents_split_or_go_to_quarantine(spark: SparkSession, tmp_path:
     (tmp_path / "filtered").mkdir()
     save_filtered(tmp_path / "filtered", rows)
     tiny_text_folder(tmp_path / "hf")
-    Sample(str(tmp_path / "filtered"), str(tmp_path / "sampled")).run()
-    build = Build(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(tmp_path / "hf"), length=64)
+    SampleStage(str(tmp_path / "filtered"), str(tmp_path / "sampled")).run()
+    build = BuildStage(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(tmp_path / "hf"), length=64)
     build.run()
     assert [row["sample_id"] for row in read(tmp_path / "built")] == [1]
     bad = {row["sample_id"]: row for row in read(tmp_path / "built", "quarantine")}
@@ -307,9 +307,9 @@ def test_long_documents_split_or_go_to_quarantine(spark: SparkSession, tmp_path:
     pieces = sorted((row for row in read(tmp_path / "built") if row["sample_id"] == 0), key=lambda row: row["piece"])
     assert [row["piece"] for row in pieces] == list(range(-(-(len(whole) + 1) // 64)))
     assert [token for row in pieces for token in row["input_ids"]][:-1] == whole
-    assert report.counts == Counts(3, len(pieces) + 1, len(pieces) - 1, {"too_long": 1}, 0)
+    assert report.counts == RowCounts(3, len(pieces) + 1, len(pieces) - 1, {"too_long": 1}, 0)
 
-    Pack.below(str(tmp_path / "built"), str(tmp_path / "packed"), 64).run()
+    PackStage.below(str(tmp_path / "built"), str(tmp_path / "packed"), 64).run()
     manifest = PackedDataset(Folder(str(tmp_path / "packed/packed_length_64_0_epoch_0_v4"))).manifest
     assert (manifest.vision_budget, manifest.image_token_id, manifest.patches) == (0, None, 0)
     assert manifest.tokens == len(whole) + 1 + sum(
@@ -321,10 +321,10 @@ def test_nothing_to_pack_is_said_clearly(spark: SparkSession, tmp_path: Path) ->
     (tmp_path / "filtered").mkdir()
     save_filtered(tmp_path / "filtered", [])
     tiny_text_folder(tmp_path / "hf")
-    Sample(str(tmp_path / "filtered"), str(tmp_path / "sampled")).run()
-    Build(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(tmp_path / "hf"), length=64).run()
+    SampleStage(str(tmp_path / "filtered"), str(tmp_path / "sampled")).run()
+    BuildStage(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(tmp_path / "hf"), length=64).run()
     with pytest.raises(UserError, match="has no samples"):
-        Pack.below(str(tmp_path / "built"), str(tmp_path / "packed"), 64).run()
+        PackStage.below(str(tmp_path / "built"), str(tmp_path / "packed"), 64).run()
 
 
 def test_a_blob_that_changed_is_found(made: tuple[Path, Raw], spark: SparkSession, tmp_path: Path) -> None:
@@ -336,8 +336,8 @@ def test_a_blob_that_changed_is_found(made: tuple[Path, Raw], spark: SparkSessio
     (tmp_path / "filtered").mkdir()
     save_filtered(tmp_path / "filtered", [row | {"images": [ref]}], files=1)
     tiny_vl_folder(tmp_path / "hf", max_pixels=32 * 28 * 28)
-    Sample(str(tmp_path / "filtered"), str(tmp_path / "sampled")).run()
-    Build(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(tmp_path / "hf"), length=LENGTH).run()
+    SampleStage(str(tmp_path / "filtered"), str(tmp_path / "sampled")).run()
+    BuildStage(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(tmp_path / "hf"), length=LENGTH).run()
     with pytest.raises(Exception, match="ends at byte 5, but images are recorded up to 100"):
-        Pack.below(str(tmp_path / "built"), str(tmp_path / "packed"), LENGTH).run()
+        PackStage.below(str(tmp_path / "built"), str(tmp_path / "packed"), LENGTH).run()
     assert list((tmp_path / "packed").iterdir()) == []

@@ -11,10 +11,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-from tests.model_golden import Example, batch_of
-from tests.qwen_assets import tiny_text_folder
-from tests.two_processes import assert_two_train_as_one
-from trainer.model import ModelConfig, build_model
+from tests.support.model_golden import Example, batch_of
+from tests.support.qwen_assets import tiny_text_folder
+from tests.support.two_processes import assert_two_train_as_one
+from trainer.models.initialize import build_model
+from trainer.models.qwen2_5.config import ModelConfig
 from trainer.runtime import Runtime
 
 

@@ -8,7 +8,7 @@ import torch
 
 from kanyun.errors import DatasetError
 from kanyun.schema import Pack, Sample
-from tests.packed_data import IMAGE, PAD, random_packs, random_sample
+from tests.support.packed_data import IMAGE, PAD, random_packs, random_sample
 from trainer.data.batch import Batch, BatchFormat, StaticShape, make_batch
 from trainer.data.images import PatchGeometry, decode
 

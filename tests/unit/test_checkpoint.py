@@ -14,10 +14,12 @@ import torch
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from tests.qwen_assets import tiny_text_folder
+from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State
-from trainer.model import ModelConfig, Qwen2_5, build_model
+from trainer.models.initialize import build_model
+from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.qwen2_5.language import Qwen2_5
 from trainer.runtime import Runtime
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from kanyun.errors import UserError
 from trainer.config import TrainConfig, load_config
-from trainer.optimizer import learning_rate
+from trainer.optim.optimizer import learning_rate
 
 GOOD = """
 model: models/tiny # a comment

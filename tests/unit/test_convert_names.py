@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.names import canonical, require_same, table
-from convert.transforms import GATE_UP, PATCH_EMBED, QKV, VISION_DOWN, VISION_GATE_UP
 from kanyun.errors import UserError
-from trainer.model import ModelConfig, VisionConfig
+from trainer.models.qwen2_5.config import ModelConfig, VisionConfig
+from trainer.models.qwen2_5.names import canonical, require_same, table
+from trainer.models.transforms import GATE_UP, PATCH_EMBED, QKV, VISION_DOWN, VISION_GATE_UP
 
 VISION = VisionConfig(
     depth=3,

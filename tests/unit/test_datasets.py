@@ -13,7 +13,7 @@ from kanyun.errors import UserError
 from kanyun.storage import Folder
 from pipeline.checks import RowError
 from pipeline.datasets import dataset
-from pipeline.datasets.base import Dataset, Row, Sample, field, message
+from pipeline.datasets.base import Dataset, RawSample, Row, field, message
 from pipeline.readers import plan, read
 
 IMAGE = {"type": "image", "text": None}
@@ -65,7 +65,7 @@ def test_llava_has_one_image_several_or_none() -> None:
 
 
 def test_a_document_is_taken_as_it_is() -> None:
-    assert dataset("text").sample({"text": " <image> \n"}) == Sample(text=" <image> \n")
+    assert dataset("text").sample({"text": " <image> \n"}) == RawSample(text=" <image> \n")
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_a_further_dataset_is_one_class() -> None:
         name = "captions-of-a-test"
         min_text = 1
 
-        def sample(self, row: Row) -> Sample:
+        def sample(self, row: Row) -> RawSample:
             turns = [message("user", "<image>"), message("assistant", field(row, "caption", str))]
-            return Sample(messages=turns, images=(field(row, "file", str),))
+            return RawSample(messages=turns, images=(field(row, "file", str),))
 
     try:
         assert dataset("captions-of-a-test").sample({"caption": "a", "file": "f"}).images == ("f",)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.model.embedding import LookUp
+from trainer.kernels.embedding import LookUp
 
 
 @pytest.mark.parametrize("ids", [[3, 0, 3, 9, 3, 0, 7], [5], [2, 2, 2], [9, 0]])

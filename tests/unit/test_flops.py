@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kanyun.schema import Pack
-from tests.packed_data import encoded_image
-from tests.qwen_assets import tiny_text_folder, tiny_vl_folder
+from tests.support.packed_data import encoded_image
+from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from trainer.data.batch import Batch, BatchFormat, StaticShape, make_batch
 from trainer.data.images import PatchGeometry
-from trainer.flops import forward_flops, pack_cost, pair_flops, token_flops
-from trainer.model import ModelConfig
+from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.qwen2_5.costs import forward_flops, pack_cost, pair_flops, token_flops
 
 TEXT = ModelConfig(
     vocab_size=100,

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline.checks import RowError
-from pipeline.guard import Decoder
+from pipeline.images.guard import Decoder
 
 # Before anything else a Python runs `sitecustomize`: here it gives Pillow formats whose decoders do their worst.
 HOSTILE = """
@@ -105,7 +105,7 @@ def test_it_ends_with_its_parent(hostile: None, state: str) -> None:
     deed = "decoder.probe(b'HOSTILEspin', 'a')" if state == "busy" else "time.sleep(100)"
     program = f"""
 import time
-from pipeline.guard import Decoder
+from pipeline.images.guard import Decoder
 decoder = Decoder(cpu_seconds=1.0)
 decoder._running()
 print(decoder._process.pid, flush=True)

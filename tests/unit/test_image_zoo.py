@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from transformers.image_utils import load_image
 
 from pipeline.checks import RowError
-from pipeline.guard import decoder
+from pipeline.images.guard import decoder
 from trainer.data.images import decode
 
 WIDTH, HEIGHT = 90, 60

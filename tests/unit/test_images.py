@@ -11,10 +11,10 @@ from PIL import Image, PngImagePlugin
 from transformers.image_utils import load_image
 
 from kanyun.storage import Folder
-from pipeline import images
 from pipeline.checks import RowError
-from pipeline.guard import decoder
-from pipeline.images import CopiedImage, ImageCopier, thumbnail
+from pipeline.images import blobs
+from pipeline.images.blobs import CopiedImage, ImageCopier, thumbnail
+from pipeline.images.guard import decoder
 
 
 def encoded(width: int, height: int, kind: str = "PNG", mode: str = "RGB", **options: object) -> bytes:
@@ -139,7 +139,7 @@ def test_refs_find_the_very_bytes(raw: Path) -> None:
 
 def test_blobs_are_no_larger_than_their_limit(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [encoded(40 + n, 40) for n in range(5)]
-    monkeypatch.setattr(images, "BLOB_BYTES", 2 * len(pictures[4]))
+    monkeypatch.setattr(blobs, "BLOB_BYTES", 2 * len(pictures[4]))
     with copier(raw) as copy:
         copied: list[CopiedImage] = [copy.copy(picture, "x") for picture in pictures]
     assert [image.offset for image in copied] == [0, len(pictures[0]), 0, len(pictures[2]), 0]
@@ -193,7 +193,7 @@ def test_a_raw_folder_may_be_a_link_itself(raw: Path) -> None:
 
 def test_huge_files_are_refused_before_they_are_read(raw: Path) -> None:
     with open(raw / "huge.png", "wb") as stream:
-        stream.truncate(images.MAX_IMAGE_BYTES + 1)
+        stream.truncate(blobs.MAX_IMAGE_BYTES + 1)
     with copier(raw) as copy, pytest.raises(RowError) as caught:
         copy.copy("huge.png", "x.jsonl")
     assert str(caught.value.reason) == "image_too_large"

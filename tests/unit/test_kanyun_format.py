@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from kanyun.errors import DatasetError
-from kanyun.layout import discover
 from kanyun.manifest import Counts, Manifest
+from kanyun.naming import discover
 from kanyun.preview import preview
 from kanyun.reader import PackedDataset
 from kanyun.schema import Sample

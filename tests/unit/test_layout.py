@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from kanyun.errors import UserError
 from kanyun.vision import windows
 from trainer.data.images import PatchGeometry, window_order
-from trainer.layout import decide, few_sizes, parameter_count, peak_memory, static_shape
-from trainer.model.config import Compute
-from trainer.model.sizes import SIZES
-from trainer.speed import CARDS, step_seconds
+from trainer.models.qwen2_5.config import Compute
+from trainer.models.qwen2_5.sizes import SIZES
+from trainer.planning.planner import decide, few_sizes, parameter_count, peak_memory, static_shape
+from trainer.planning.speed import CARDS, step_seconds
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import torch
 import transformers
 
 from kanyun.errors import UserError
-from tests.model_golden import Example, batch_of, gradient_errors, load, transformers_answer
-from tests.qwen_assets import tiny_text_folder, tiny_vl_folder
-from trainer.model import ModelConfig, Qwen2_5, build_model, freeze
+from tests.support.model_golden import Example, batch_of, gradient_errors, load, transformers_answer
+from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
+from trainer.models.initialize import build_model, freeze
+from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.qwen2_5.language import Qwen2_5
 from trainer.runtime import Runtime
 
 

@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from kanyun.errors import UserError
-from tests.model_golden import Example, batch_of, gradient_errors, load, transformers_answer
-from tests.qwen_assets import tiny_vl_folder
+from tests.support.model_golden import Example, batch_of, gradient_errors, load, transformers_answer
+from tests.support.qwen_assets import tiny_vl_folder
 from trainer.data.batch import Batch, StaticShape
-from trainer.model import ModelConfig, Qwen2_5VL, build_model, freeze
-from trainer.model.config import Compute
-from trainer.model.vision import VisionTower
+from trainer.models.initialize import build_model, freeze
+from trainer.models.qwen2_5.config import Compute, ModelConfig
+from trainer.models.qwen2_5.vision import VisionTower
+from trainer.models.qwen2_5.vision_language import Qwen2_5VL
 from trainer.runtime import Runtime
 
 LENGTH = 640

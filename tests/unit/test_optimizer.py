@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.optimizer_state import cut, joined, split
+from trainer.optim.state import cut, joined, split
 
 
 def test_every_bit_of_a_master_weight_is_kept() -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.packing import DEFAULT_VISION_SLACK, lower_bound, mean_demand, pack
-from tests.packed_data import many_sizes, useful_patches
+from pipeline.stages.bin_packing import DEFAULT_VISION_SLACK, lower_bound, mean_demand, pack
+from tests.support.packed_data import many_sizes, useful_patches
 
 LENGTH, BUDGET = 64, 200
 samples = st.lists(st.tuples(st.integers(1, LENGTH), st.integers(0, BUDGET)), min_size=1, max_size=200)

@@ -4,7 +4,7 @@ import pytest
 from pyspark.errors import PySparkException
 
 from kanyun.errors import UserError
-from pipeline.session import plain_errors
+from pipeline.spark import plain_errors
 
 JAVA = "\tat org.apache.hadoop.hdfs.server.namenode.FSNamesystem.newSafemodeException(FSNamesystem.java:1687)\n"
 SAFE_MODE = "Cannot add block to /out/part-0.parquet. Name node is in safe mode."

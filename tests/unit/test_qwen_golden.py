@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
-from pipeline.qwen import Encoded, Encoder, Rejected, Settings
-from tests.qwen_assets import real_tokenizer_folder
+from pipeline.encoder import Encoded, Encoder, Rejected, Settings
+from tests.support.qwen_assets import real_tokenizer_folder
 
 # Qwen2.5-VL's template with {% generation %} around what is to be trained: transformers' return_assistant_tokens_mask
 # needs that. `{{ '\n' }}`: trim_blocks would swallow a newline behind a block.

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from kanyun.errors import UserError
-from pipeline.preprocess import Preprocess
+from pipeline.stages.preprocess import PreprocessStage
 
 
 def listed(raw: Path) -> tuple[list[tuple[str, int]], str]:
-    return Preprocess(str(raw), f"{raw}-out", "messages")._files
+    return PreprocessStage(str(raw), f"{raw}-out", "messages")._files
 
 
 @pytest.fixture

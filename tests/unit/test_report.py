@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kanyun.storage import Folder
 from pipeline.flow import Done, links, write_index
-from pipeline.page import Chart, duration, render, share, short
-from pipeline.report import Counts, Example, Histogram, Report
+from pipeline.reports.page import Chart, duration, render, share, short
+from pipeline.reports.report import Example, Histogram, Report, RowCounts
 
 values = st.lists(st.integers(0, 2**45), min_size=1, max_size=60).map(np.array)
 
@@ -71,7 +71,7 @@ def test_numbers_for_people(text: str, wanted: str) -> None:
 
 
 def test_the_page_escapes_what_rows_say_and_needs_no_network() -> None:
-    counts = Counts(3, 1, 0, {"malformed_row": 2}, 0)
+    counts = RowCounts(3, 1, 0, {"malformed_row": 2}, 0)
     example = Example(
         "<b>.jsonl @ 0",
         "no JSON: <script>alert(1)</script>",
@@ -93,17 +93,17 @@ def test_the_page_escapes_what_rows_say_and_needs_no_network() -> None:
 def run_with_losses() -> list[Done]:
     """Two data paths through all stages, with every way in and out."""
 
-    def done(folder: str, stage: str, counts: Counts, path: str = "", facts: dict[str, int] | None = None) -> Done:
+    def done(folder: str, stage: str, counts: RowCounts, path: str = "", facts: dict[str, int] | None = None) -> Done:
         return Done(folder, Report(stage, {"length": 8}, "in", "run", counts, counts, 1.0, facts=facts or {}), path)
 
     return [
-        done("preprocess/a b", "preprocess", Counts(100, 100), "a b"),
-        done("filter/a b", "filter", Counts(100, 88, 0, {"duplicate": 10, "image_missing": 2}), "a b"),
-        done("preprocess/c", "preprocess", Counts(40, 40), "c"),
-        done("filter/c", "filter", Counts(40, 40), "c"),
-        done("sample", "sample", Counts(128, 148, 50, {}, 30)),
-        done("build", "build", Counts(148, 150, 5, {"too_long": 3})),
-        done("packed/p", "pack", Counts(150, 150), facts={"packs": 20, "tokens": 120}),
+        done("preprocess/a b", "preprocess", RowCounts(100, 100), "a b"),
+        done("filter/a b", "filter", RowCounts(100, 88, 0, {"duplicate": 10, "image_missing": 2}), "a b"),
+        done("preprocess/c", "preprocess", RowCounts(40, 40), "c"),
+        done("filter/c", "filter", RowCounts(40, 40), "c"),
+        done("sample", "sample", RowCounts(128, 148, 50, {}, 30)),
+        done("build", "build", RowCounts(148, 150, 5, {"too_long": 3})),
+        done("packed/p", "pack", RowCounts(150, 150), facts={"packs": 20, "tokens": 120}),
     ]
 
 
@@ -124,7 +124,7 @@ def test_what_flows_into_a_node_flows_out_of_it() -> None:
     assert sum(link.rows for link in ends if not link.source) == 140 + 55
     ways_out = {link.what for link in ends if not link.target}
     assert ways_out == {"duplicate", "image_missing", "dropped", "too_long", "packed"}
-    lost = replace(run[1], report=replace(run[1].report, counts=Counts(100, 87, 0, {"duplicate": 13})))
+    lost = replace(run[1], report=replace(run[1].report, counts=RowCounts(100, 87, 0, {"duplicate": 13})))
     assert imbalance([run[0], lost, *run[2:]]) == {("sample", ""): -1}
 
 

@@ -13,9 +13,9 @@ import torch
 
 from kanyun.errors import DatasetError, UserError
 from kanyun.fingerprint import Fingerprint
-from kanyun.layout import dataset_name, shard_name
+from kanyun.naming import dataset_name, shard_name
 from kanyun.schema import Pack
-from tests.packed_data import IMAGE, MODEL, PAD, random_packs, write_packed
+from tests.support.packed_data import IMAGE, MODEL, PAD, random_packs, write_packed
 from trainer.data.batch import Batch, BatchFormat, make_batch
 from trainer.data.images import PatchGeometry
 from trainer.data.source import PackCost, PackedData, Packs

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from kanyun.errors import UserError
-from kanyun.layout import MANIFEST, dataset_name
+from kanyun.naming import MANIFEST, dataset_name
 from kanyun.storage import Folder
 from kanyun.transfer import Copied, copy_folder
 from kanyun.verify import verify
-from tests.packed_data import random_packs, write_packed
+from tests.support.packed_data import random_packs, write_packed
 
 NAME = dataset_name(256, 0, 0)
 

@@ -10,7 +10,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize 
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
 from kanyun.vision import grid_thw, image_tokens, smart_resize
-from tests.qwen_assets import real_tokenizer_folder
+from tests.support.qwen_assets import real_tokenizer_folder
 
 LIMITS = [(56 * 56, 28 * 28 * 1280), (56 * 56, 12845056), (256 * 28 * 28, 1280 * 28 * 28), (3136, 50176)]
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from kanyun.errors import DatasetError
 from kanyun.fingerprint import Fingerprint
-from kanyun.layout import discover
 from kanyun.manifest import digest_of
+from kanyun.naming import discover
 from kanyun.reader import PackedDataset
 from kanyun.schema import Pack
 

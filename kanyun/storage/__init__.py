@@ -1,0 +1,5 @@
+"""One interface over local disk and hdfs://: `Folder`."""
+
+from kanyun.storage.folder import Folder
+
+__all__ = ["Folder"]

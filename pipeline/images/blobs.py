@@ -1,0 +1,150 @@
+"""Images of raw rows: found, decoded once under guard, and their bytes copied into large immutable blobs."""
+
+import errno
+import os
+import posixpath
+import uuid
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+import xxhash
+
+from kanyun.storage import Folder
+from kanyun.storage.retries import asked, first_line
+from pipeline.checks import MAX_IMAGE_BYTES, Reason, RowError
+from pipeline.images.guard import decoder
+
+BLOB_BYTES = 1 << 30  # a task starts another blob after this many
+_REMEMBERED = 4096  # images of a task, about 500 B each: rows that share an image often follow each other
+
+
+@dataclass(frozen=True)
+class CopiedImage:
+    """An image in a blob: the fields of schema.IMAGE_REF."""
+
+    blob: str
+    offset: int
+    size: int
+    width: int
+    height: int
+    digest: bytes  # 16
+    looks: int
+
+    def ref(self) -> dict[str, Any]:
+        return asdict(self) | {"digest": short_digest(self.digest)}
+
+
+class ImageCopier:
+    """A task's images: each is checked, decoded to prove that it can be, and copied. Use with `with`.
+
+    Blobs are written below `folder`, under names no other task or attempt uses; refs say `uri`, where they will be.
+    """
+
+    def __init__(self, root: Folder, folder: Folder, uri: str):
+        self._root, self._folder, self._uri = root, folder, uri
+        self._real_root = os.path.realpath(root.path) if _is_local(root) else root.path
+        self._remembered: dict[str, CopiedImage] = {}
+        self._open = ExitStack()
+        self._stream: IO[bytes] | None = None
+        self._blob, self._offset = "", 0
+
+    def __enter__(self) -> "ImageCopier":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
+
+    def copy(self, image: str | bytes, file: str) -> CopiedImage:
+        """`image`: encoded bytes, or a path relative to the raw file `file`. Raises RowError with the reason."""
+        if isinstance(image, bytes):
+            return self._copy(image, "an image in the row")
+        path = self._resolve(image, file)
+        if path not in self._remembered:
+            if len(self._remembered) == _REMEMBERED:
+                self._remembered.clear()
+            self._remembered[path] = self._copy(self._read(path, image), image)
+        return self._remembered[path]
+
+    def read(self, image: str | bytes, file: str) -> bytes:
+        """Encoded bytes of an image, as `copy` takes it, unchecked. Raises RowError if it cannot be read."""
+        return image if isinstance(image, bytes) else self._read(self._resolve(image, file), image)
+
+    def _resolve(self, image: str, file: str) -> str:
+        """Full path of the image, which must lie in the raw folder."""
+        root = self._root.path
+        if image.startswith(f"{self._root.uri}/"):  # a URI into the raw folder is as good as a path
+            path = root + image.removeprefix(self._root.uri)
+        else:
+            path = posixpath.join(root, posixpath.dirname(file), image)
+            if "://" in image:
+                raise RowError(Reason.IMAGE_PATH_ESCAPES, f"{image!r} is a URL, a path in the raw folder is needed")
+        path = posixpath.normpath(path)
+        if not path.startswith(f"{root}/"):
+            raise RowError(Reason.IMAGE_PATH_ESCAPES, f"{image!r} is not in the raw folder {root}")
+        if _is_local(self._root) and "\0" not in path:
+            real = os.path.realpath(path)
+            if not real.startswith(f"{self._real_root}/"):
+                raise RowError(
+                    Reason.IMAGE_PATH_ESCAPES, f"{image!r} is a link to {real}, out of the raw folder {root}"
+                )
+        return path
+
+    def _read(self, path: str, image: str) -> bytes:
+        """Other errors of storage than these are not the row's fault: they fail the task, which Spark tries again."""
+        try:
+            info = asked(self._root.fs.info, path)
+            if info["type"] != "file":
+                raise RowError(Reason.IMAGE_MISSING, f"{image!r} is a {info['type']} and no file")
+            _check_bytes(info["size"], image)
+            data: bytes = asked(self._root.fs.cat_file, path)
+            return data
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RowError(Reason.IMAGE_MISSING, f"{image!r} does not exist: {path}") from error
+        except (PermissionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "AccessControlException" not in str(error):  # HDFS's word for it
+                raise
+            raise RowError(Reason.IMAGE_UNREADABLE, f"{image!r} may not be read: {first_line(error)}") from error
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise
+            raise RowError(Reason.IMAGE_MISSING, f"{image!r:.200} cannot be a path: {error}") from error
+
+    def _copy(self, data: bytes, name: str) -> CopiedImage:
+        _check_bytes(len(data), name)
+        decoded = decoder().probe(data, name)
+        if self._stream is None or self._offset + len(data) > BLOB_BYTES:
+            self._open.close()
+            self._blob, self._offset = f"{uuid.uuid4().hex}.blob", 0
+            self._stream = self._open.enter_context(self._folder.create(self._blob))
+        self._stream.write(data)
+        copied = CopiedImage(
+            blob=f"{self._uri}/{self._blob}",
+            offset=self._offset,
+            size=len(data),
+            width=decoded.width,
+            height=decoded.height,
+            digest=xxhash.xxh3_128_digest(data),
+            looks=decoded.looks,
+        )
+        self._offset += len(data)
+        return copied
+
+
+def thumbnail(data: bytes, side: int) -> bytes | None:
+    """A JPEG of at most side x side pixels of an encoded image, None if it cannot be decoded. Guarded as well."""
+    return decoder().thumbnail(data, side)
+
+
+def short_digest(digest: bytes) -> int:
+    """The part of an image's xxh3-128 that its ref keeps, as Spark has no wider number."""
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _check_bytes(size: int, name: str) -> None:
+    if size > MAX_IMAGE_BYTES:
+        raise RowError(Reason.IMAGE_TOO_LARGE, f"{name!r} has {size} bytes, limit {MAX_IMAGE_BYTES}")
+
+
+def _is_local(folder: Folder) -> bool:
+    return "file" in folder.fs.protocol

@@ -1,0 +1,161 @@
+"""The Spark session that all stages share, its progress bar, and Arrow schemas as Spark takes them."""
+
+import atexit
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
+from pyspark.sql.types import StructType
+from tqdm import tqdm
+
+from kanyun.errors import UserError
+from kanyun.storage.retries import UnavailableError
+
+_HERE = Path(__file__).absolute().parent  # in an executor it is a relative path, into the archive of our code
+# Rows to and from Python workers at a time, and in Spark's cache: 10,000 long rows, Spark's default, take gigabytes.
+BATCH_ROWS = 256
+# Spark tries a failed task at once, four times in all: too soon where a DataNode died and is not missed yet, so that
+# blocks are still given to it.
+RETRY_SECONDS = 20
+_SETTINGS = {
+    "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_ROWS),
+    "spark.sql.inMemoryColumnarStorage.batchSize": str(BATCH_ROWS),
+    "spark.sql.parquet.compression.codec": "zstd",
+    "spark.sql.session.timeZone": "UTC",
+    "spark.ui.showConsoleProgress": "false",
+    # Off, Hadoop's client gives up a NameNode that has been away for 10 s. On, it asks for minutes, and half a minute
+    # where one is in safe mode, which ends by itself after a start.
+    "spark.hadoop.dfs.client.retry.policy.enabled": "true",
+    "spark.hadoop.dfs.client.retry.policy.spec": "3000,10",
+    # Pages are written with a checksum, which nobody looks at unless told to.
+    "spark.hadoop.parquet.page.verify-checksum.enabled": "true",
+}
+# For a session that spark-submit did not configure.
+_LOCAL_SETTINGS = {
+    "spark.ui.enabled": "false",
+    "spark.driver.memory": "2g",  # in local mode this is the memory of all tasks
+    "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={(_HERE / 'log4j2.properties').as_uri()}",
+}
+# A UserError of a task, in the text of the error that Spark makes of it; and what Hadoop's client says in Java.
+_SAID = re.compile(r"^kanyun\.\w+\.\w+Error: (.+)$", re.MULTILINE)
+_REFUSED = re.compile(
+    r"(?:QuotaExceededException|AccessControlException|SafeModeException|ChecksumException|ConnectException"
+    r"|FileSystemException|ParquetDecodingException)\)?: ([^\n]+)"
+)
+
+
+def spark_session() -> SparkSession:
+    """The running session, or a new one: on spark-submit's master, else SPARK_MASTER's, else local[*]."""
+    running = SparkSession.getActiveSession()
+    if running is not None:
+        return running
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the workers' Python is the driver's
+    builder = SparkSession.builder.appName("kanyun")
+    settings = dict(_SETTINGS)
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit sets it
+        master = os.environ.get("SPARK_MASTER", "local[*]")
+        builder = builder.master(master)
+        settings |= _LOCAL_SETTINGS
+        if master.startswith("local"):  # a laptop's own name may lead nowhere
+            settings["spark.driver.host"] = "127.0.0.1"
+    if user := os.environ.get("HADOOP_USER_NAME"):  # Spark's JVMs tell each other, Python workers read it themselves
+        settings["spark.executorEnv.HADOOP_USER_NAME"] = user
+    for key, value in settings.items():
+        builder = builder.config(key, value)
+    session = builder.getOrCreate()
+    _ship_code(session)
+    return session
+
+
+def spark_schema(schema: pa.Schema) -> StructType:
+    return from_arrow_schema(schema)
+
+
+def arrow_schema(schema: pa.Schema) -> pa.Schema:
+    """`schema` with the Arrow types that Spark takes from Python: no fixed-size lists, no fixed-size binary."""
+    return to_arrow_schema(from_arrow_schema(schema))
+
+
+def map_rows(
+    rows: DataFrame, function: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]], schema: pa.Schema
+) -> DataFrame:
+    """mapInArrow with our schemas: `function` gets a task's batches (at most BATCH_ROWS rows each) and gives others."""
+    wanted = arrow_schema(schema)
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        try:
+            for batch in function(batches):
+                yield batch if batch.schema.equals(wanted) else batch.cast(wanted)
+        except UnavailableError:
+            time.sleep(RETRY_SECONDS)
+            raise
+
+    return rows.mapInArrow(run, spark_schema(schema))
+
+
+@contextmanager
+def progress(session: SparkSession, title: str) -> Iterator[None]:
+    """A bar on stderr over the tasks that run in the `with` block."""
+    tracker = session.sparkContext.statusTracker()
+    ended = threading.Event()
+    tasks: dict[int, tuple[int, int]] = {}  # Spark stage -> (tasks done, tasks)
+
+    def watch(bar: tqdm) -> None:
+        while not ended.wait(0.5):
+            for stage in tracker.getActiveStageIds():
+                if info := tracker.getStageInfo(stage):
+                    tasks[stage] = (info.numCompletedTasks, info.numTasks)
+            running = set(tracker.getActiveStageIds())
+            done = sum(count if stage in running else total for stage, (count, total) in tasks.items())
+            bar.total = sum(total for _, total in tasks.values())
+            bar.update(done - bar.n)
+
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    with tqdm(desc=title, unit=" tasks", mininterval=interval, maxinterval=interval, leave=False) as bar:
+        thread = threading.Thread(target=watch, args=(bar,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What a task raised for people, and what a storage refused Spark, as a UserError; other errors stay."""
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        if said := _SAID.findall(str(error)):
+            raise UserError(said[-1]) from error
+        if refused := _REFUSED.search(str(error)):
+            raise UserError(
+                f"Spark was refused by the storage ({refused[1]}): see to that, and run it again"
+            ) from error
+        raise
+
+
+def _ship_code(session: SparkSession) -> None:
+    """Give the executors this code: they need not have it installed."""
+    folder = tempfile.mkdtemp(prefix="kanyun-code-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # until then Spark compares its copies with it
+    path = Path(folder, "kanyun_code.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for package in ("pipeline", "kanyun"):
+            for module in sorted((_HERE.parent / package).rglob("*.py")):
+                archive.write(module, module.relative_to(_HERE.parent))
+    session.sparkContext.addPyFile(str(path))

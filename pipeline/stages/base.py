@@ -1,0 +1,192 @@
+"""What all five stages share: read -> transform -> write -> report, built aside and renamed into place.
+
+A stage is a frozen dataclass; its fields are its settings. The whole of one:
+
+    @dataclass(frozen=True)
+    class Shorten(Stage):
+        name, after, schema = "shorten", "filter", SAMPLE      # what it is, whose output it reads, what it writes
+        quarantines = True                                     # rows with a `reason` go to quarantine/
+        distributions = {"characters": "length(text)"}         # drawn in report.html: title -> SQL over data/
+        limit: int = 1000                                      # a setting
+
+        def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
+            return map_rows(rows, partial(shorten, limit=self.limit), self.schema)   # pipeline.spark
+
+    Shorten("IN", "OUT", limit=10).run(overwrite=False)
+
+- `transform` sees the rows of IN/data. Where the stage quarantines, it gives all rows back, with the columns of
+  `schema` and of QUARANTINE: those with a `reason` are written to quarantine/, the others to data/. A lost row is found
+  by the counts: override `added_and_dropped` if a row may become several or none.
+- Work in Python goes through `map_rows`; nothing may depend on how rows are partitioned.
+- Other inputs: override `inputs` (sample has several) and `read` (preprocess reads raw files).
+- Another output than parquet: override `write`; put files below `attempt.folder`; they will be below `attempt.target`.
+- `settings` is what makes finished work the same work: override it if a field is a path to something that may change.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import pyarrow as pa
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import functions as F
+
+from kanyun.errors import UserError
+from kanyun.manifest import canonical, digest_of
+from kanyun.storage import Folder
+from pipeline.reports import summary
+from pipeline.reports.report import Report, RowCounts
+from pipeline.schema import QUARANTINE
+from pipeline.spark import plain_errors, progress, spark_schema, spark_session
+from pipeline.stages.attempt import Attempt
+
+SHUFFLE_ROWS = 50_000  # a partition, before Spark puts small ones together; its fixed 200 are too many or too few
+SHUFFLE_PARTITIONS = 4  # at least
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the pipeline. See the top of this file."""
+
+    source: str
+    output: str
+
+    name: ClassVar[str]
+    after: ClassVar[str] = ""
+    schema: ClassVar[pa.Schema]
+    quarantines: ClassVar[bool] = False
+    distributions: ClassVar[dict[str, str]] = {}
+
+    def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values that, with the input, decide what comes out."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("source", "output")}
+
+    def inputs(self) -> dict[str, Report]:
+        """Reports of the outputs this stage reads. Raises UserError if they are not there or not finished."""
+        return {".": Report.load(Folder(self.source), self.after)}
+
+    def input_digest(self, inputs: dict[str, Report]) -> str:
+        """What the input is: redone input is other input, because image refs point into it."""
+        return digest_of(canonical({path: report.digest for path, report in inputs.items()}))
+
+    def read(self, spark: SparkSession, attempt: Attempt) -> DataFrame:
+        return spark.read.parquet((Folder(self.source) / "data").uri)
+
+    def write(self, rows: DataFrame, attempt: Attempt) -> RowCounts:
+        """Write data/ and quarantine/ and count what is written there."""
+        data, bad = attempt.folder / "data", attempt.folder / "quarantine"
+        if self.quarantines:
+            rows = rows.persist(StorageLevel.DISK_ONLY)  # two writes, one computation
+            marked = F.col("reason").isNotNull()
+            with attempt.timed("transform and write data"):
+                rows.where(~marked).select(*self.schema.names).write.parquet(data.uri)
+            with attempt.timed("write quarantine"):
+                rows.where(marked).select(*QUARANTINE.names).write.parquet(bad.uri)
+            rows.unpersist()
+        else:
+            with attempt.timed("transform and write data"):
+                rows.select(*self.schema.names).write.parquet(data.uri)
+        with attempt.timed("count"):
+            written = self._written(data)
+            rows_out = written.count()
+            quarantined = summary.reasons(self._written(bad, QUARANTINE)) if self.quarantines else {}
+            rows_in = attempt.rows_in if attempt.inputs else rows_out + sum(quarantined.values())
+            added, dropped = self.added_and_dropped(written, rows_in)
+        return RowCounts(rows_in, rows_out, added, quarantined, dropped)
+
+    def added_and_dropped(self, written: DataFrame, rows_in: int) -> tuple[int, int]:
+        """How many rows `transform` made beyond one for each row in, and for how many rows in it made none."""
+        return 0, 0
+
+    def run(self, overwrite: bool = False) -> Report:
+        """Do the work, unless OUT has it already. Raises UserError: input missing, OUT is other work, not writable."""
+        target = Folder(self.output)
+        self._refuse_input_in(target)
+        inputs = self.inputs()
+        digest = self.input_digest(inputs)
+        if not overwrite and (done := self._finished(target, digest)):
+            return done
+        with Attempt.begin(target, inputs) as attempt, plain_errors():
+            if not overwrite and (done := self._finished(target, digest)):
+                return done  # by a driver that published between the look and the claim
+            started = time.time()
+            with attempt.timed("start Spark"):
+                spark = spark_session()
+            spark.conf.set("spark.sql.shuffle.partitions", max(SHUFFLE_PARTITIONS, attempt.rows_in // SHUFFLE_ROWS))
+            with progress(spark, self.name):
+                with attempt.timed("plan"):
+                    rows = self.transform(self.read(spark, attempt), attempt)
+                counts = self.write(rows, attempt)
+                counts.check(f"{self.name} of {self.source}")
+                with attempt.timed("report"):
+                    seen = self.seen(attempt)
+                report = self.report(attempt, digest, counts, seen, time.time() - started)
+            report.save(attempt.folder)
+            attempt.publish()
+        print(f"{self.name}: {report.summary()} -> {target.path}")
+        return report
+
+    def report(
+        self, attempt: Attempt, input_digest: str, counts: RowCounts, seen: dict[str, Any], seconds: float
+    ) -> Report:
+        return Report(
+            stage=self.name,
+            settings=self.settings(),
+            input=input_digest,
+            run=uuid.uuid4().hex,
+            counts=counts,
+            since_raw=counts.after([report.since_raw for report in attempt.inputs.values()]),
+            seconds=round(seconds, 1),
+            phases=attempt.phases,
+            **seen,
+        )
+
+    def seen(self, attempt: Attempt) -> dict[str, Any]:
+        """What the report shows of the written rows: reasons with examples, and distributions."""
+        data = self._written(attempt.folder / "data")
+        marked = self._written(attempt.folder / "quarantine", QUARANTINE) if self.quarantines else data
+        shown = {"distributions": summary.histograms(data, self.distributions)}
+        if "reason" not in marked.columns:
+            return shown
+        examples = summary.examples(marked, self.images_of, attempt.inputs.values())
+        return {**shown, "reasons": summary.reasons(marked), "examples": examples}
+
+    def images_of(self, rejected: Row) -> Iterable[bytes]:
+        """Encoded images of a row that is shown in the report."""
+        return summary.images_in_blobs(rejected)
+
+    def _written(self, folder: Folder, schema: pa.Schema | None = None) -> DataFrame:
+        return spark_session().read.schema(spark_schema(schema or self.schema)).parquet(folder.uri)
+
+    def _finished(self, target: Folder, digest: str) -> Report | None:
+        """The report of this very work if `target` holds it, and says so; None if nothing is there; else UserError."""
+        if not target.names():
+            return None
+        report = Report.load_if_there(target)
+        if report is None:
+            raise UserError(
+                f"{target.path} holds {', '.join(target.names()[:3])} and no output of the {self.name} stage: "
+                "choose another output, or give --overwrite to replace all of it"
+            )
+        there = {"stage": report.stage, "input": report.input} | report.settings
+        wanted = {"stage": self.name, "input": digest} | json.loads(canonical(self.settings()))
+        for key in wanted | there:
+            if there.get(key) != wanted.get(key):
+                raise UserError(
+                    f"{target.path} holds the output of other work: {key} is {there.get(key)} there and "
+                    f"{wanted.get(key)} here; choose another output, or give --overwrite to redo it"
+                )
+        print(f"{self.name}: already done, skipped: {target.path}")
+        return report
+
+    def _refuse_input_in(self, target: Folder) -> None:
+        source = Folder(self.source)
+        if f"{source.uri}/".startswith(f"{target.uri}/"):
+            raise UserError(f"the output {target.path} holds the input {source.path}: choose another output")

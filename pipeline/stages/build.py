@@ -1,0 +1,125 @@
+"""build: rows to tokens, loss mask and image grids, as Qwen's processor would make them. See qwen.py."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame
+
+from kanyun.errors import UserError
+from kanyun.fingerprint import TOKENIZER_FILES, copy_tokenizer
+from kanyun.manifest import canonical, digest_of
+from kanyun.storage import Folder
+from pipeline.checks import Reason
+from pipeline.encoder import Encoded, Encoder, Rejected, Settings
+from pipeline.reports.report import Report
+from pipeline.schema import BUILT, QUARANTINE
+from pipeline.spark import map_rows
+from pipeline.stages.base import Attempt, Stage
+
+TOKENIZER = "tokenizer"  # folder in the output: the tokenizer's files as they came
+# What a task makes of a row: its columns in data/, and those in quarantine/ if it has a reason.
+OUTCOME = pa.schema([*BUILT, *(field for field in QUARANTINE if field.name not in BUILT.names)])
+_KEPT = ("sample_id", "dataset", "copy", "images")
+_NOTHING = Encoded(np.empty(0, np.int32), np.empty(0, np.bool_), [])
+_ONLY_REJECTED = tuple(name for name in QUARANTINE.names if name not in (*_KEPT, "reason", "evidence"))
+
+
+@dataclass(frozen=True)
+class BuildStage(Stage):
+    """A sample of more than `length` tokens goes to quarantine (too_long): nothing is ever cut off. A text document may
+    be split into pieces of `length` instead (overflow="split"), a conversation not."""
+
+    name, after, schema, quarantines = "build", "sample", BUILT, True
+    distributions = {"tokens a row": "tokens", "patches a row": "patches", "images a row": "size(images)"}  # noqa: RUF012
+
+    tokenizer: str  # Hugging Face folder
+    length: int
+    overflow: str = "drop"  # of text documents: drop | split
+
+    def settings(self) -> dict[str, Any]:
+        """The tokenizer counts by its files, wherever they lie; what `sample` decided is handed on to pack."""
+        if self.overflow not in ("drop", "split"):
+            raise UserError(f"--overflow is {self.overflow!r}: give drop or split")
+        if self.length < 1:
+            raise UserError(f"--length is {self.length}: give the token slots of a pack, for example 8192")
+        folder = Folder(self.tokenizer)
+        files = {name: digest_of(folder.read(name)) for name in TOKENIZER_FILES if folder.exists(name)}
+        sampling = Report.load(Folder(self.source), self.after).settings
+        return {"tokenizer": digest_of(canonical(files)), "length": self.length, "overflow": self.overflow, **sampling}
+
+    def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
+        settings = Settings.load(self.tokenizer)
+        copy_tokenizer(Folder(self.tokenizer), attempt.folder / TOKENIZER)
+        work = partial(build, settings=settings, length=self.length, split=self.overflow == "split")
+        return map_rows(rows, work, OUTCOME)
+
+    def added_and_dropped(self, written: DataFrame, rows_in: int) -> tuple[int, int]:
+        return written.where("piece > 0").count(), 0
+
+
+def build(batches: Iterator[pa.RecordBatch], settings: Settings, length: int, split: bool) -> Iterator[pa.RecordBatch]:
+    """Batches of SAMPLED rows to batches of OUTCOME rows, one for one; more where a document is split."""
+    encoder = _encoder(settings)
+    for batch in batches:
+        encoded = encoder.encode(batch.select(["messages", "text", "images"]).to_pylist())
+        is_document = batch.column("messages").is_null().to_pylist()
+        outcomes = [fit(one, length, split and document) for one, document in zip(encoded, is_document)]
+        yield _outcome_batch(batch, outcomes)
+
+
+def fit(encoded: Encoded | Rejected, length: int, split: bool) -> list[Encoded] | Rejected:
+    """`encoded` as pieces of at most `length` tokens: one, several if it may be split, or rejected."""
+    if isinstance(encoded, Rejected):
+        return encoded
+    tokens = len(encoded.input_ids)
+    if tokens <= length:
+        return [encoded]
+    if not split:
+        return Rejected(Reason.TOO_LONG, f"{tokens} tokens, the length is {length}")
+    pieces = [slice(start, start + length) for start in range(0, tokens, length)]
+    return [replace(encoded, input_ids=encoded.input_ids[s], loss_mask=encoded.loss_mask[s]) for s in pieces]
+
+
+def _outcome_batch(batch: pa.RecordBatch, outcomes: list[list[Encoded] | Rejected]) -> pa.RecordBatch:
+    """The columns of OUTCOME. What comes from the input row is taken from `batch` without passing through Python."""
+    numbers: list[int] = []  # row of the batch that each row here comes from
+    pieces: list[int] = []
+    encoded: list[Encoded] = []
+    rejected: list[Rejected | None] = []
+    for number, outcome in enumerate(outcomes):
+        parts = [_NOTHING] if isinstance(outcome, Rejected) else outcome
+        numbers += [number] * len(parts)
+        pieces += range(len(parts))
+        encoded += parts
+        rejected += [outcome if isinstance(outcome, Rejected) else None] * len(parts)
+    lengths = np.array([len(e.input_ids) for e in encoded], np.int32)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    source = pa.array(numbers, pa.int32())
+    source_if_rejected = pa.array([n if r else None for n, r in zip(numbers, rejected)], pa.int32())
+    columns = {
+        **{name: batch.column(name).take(source) for name in _KEPT},
+        **{name: batch.column(name).take(source_if_rejected) for name in _ONLY_REJECTED},
+        "piece": pa.array(pieces, pa.int32()),
+        "input_ids": pa.ListArray.from_arrays(
+            offsets, np.concatenate([_NOTHING.input_ids, *(e.input_ids for e in encoded)])
+        ),
+        "loss_mask": pa.ListArray.from_arrays(
+            offsets, np.concatenate([_NOTHING.loss_mask, *(e.loss_mask for e in encoded)])
+        ),
+        "image_grid_thw": pa.array([e.image_grid_thw for e in encoded], pa.list_(pa.list_(pa.int32()))),
+        "tokens": pa.array(lengths),
+        "patches": pa.array([sum(t * h * w for t, h, w in e.image_grid_thw) for e in encoded], pa.int32()),
+        "reason": pa.array([r and r.reason for r in rejected], pa.string()),
+        "evidence": pa.array([r and r.evidence for r in rejected], pa.string()),
+    }
+    return pa.record_batch([columns[name] for name in OUTCOME.names], names=OUTCOME.names)
+
+
+@lru_cache(maxsize=1)
+def _encoder(settings: Settings) -> Encoder:
+    """One a Python worker: Spark reuses it for task after task."""
+    return Encoder(settings)

@@ -1,0 +1,200 @@
+"""pack: tokens, masks and image bytes into packs of a fixed length. Writes a finished kanyun dataset.
+
+A hash of (sample_id, copy, piece, seed) deals the samples to buckets; one bucket is one task and one shard. The number
+of buckets follows from totals alone, and a task puts its samples in order before it plans, so the bytes are the same
+for any partitioning. Image bytes do not pass through Spark: the task that writes a pack reads them from the blobs.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from kanyun import manifest
+from kanyun.errors import UserError
+from kanyun.fingerprint import copy_tokenizer, fingerprint
+from kanyun.naming import dataset_name
+from kanyun.reader import PackedDataset
+from kanyun.storage import Folder
+from kanyun.writer import ShardResult, publish
+from pipeline.encoder import END_OF_DOCUMENT, IMAGE_TOKENS
+from pipeline.reports.report import Histogram, Report, RowCounts
+from pipeline.schema import BUILT
+from pipeline.spark import map_rows
+from pipeline.stages import bin_packing
+from pipeline.stages.base import Attempt, Stage
+from pipeline.stages.build import TOKENIZER
+from pipeline.stages.shard import TASK_ROW, Job, write_shard
+
+
+@dataclass(frozen=True)
+class PackStage(Stage):
+    """`output` is the packed dataset's own folder; see `below`."""
+
+    name, after, schema = "pack", "build", BUILT
+    # A bucket's tokens lie in memory at 5 bytes each (320 MB at most); its images take as long as they take.
+    bucket_samples: ClassVar[int] = 100_000
+    bucket_tokens: ClassVar[int] = 64_000_000
+    bucket_image_bytes: ClassVar[int] = 8 << 30
+
+    length: int
+    part: int = 0
+    epoch: int = 0
+    vision_budget: int | None = None  # patches a pack; None = 1.3 x mean demand
+
+    @classmethod
+    def below(
+        cls,
+        source: str,
+        parent: str,
+        length: int,
+        part: int = 0,
+        epoch: int | None = None,
+        vision_budget: int | None = None,
+    ) -> "PackStage":
+        """The job that writes `parent`/packed_length_...; `epoch` is the one that was sampled.
+
+        Raises UserError if `source` was built for another length or sampled for another epoch.
+        """
+        built = Report.load(Folder(source), cls.after).settings
+        for what, wanted, found in (("--length", length, built["length"]), ("--epoch", epoch, built["epoch"])):
+            if wanted is not None and wanted != found:
+                stage = "build" if what == "--length" else "sample"
+                raise UserError(
+                    f"{what} is {wanted}, but {source} comes from {stage} with {what} {found}: give the same"
+                )
+        name = dataset_name(length, part, built["epoch"])
+        return cls(source, (Folder(parent) / name).uri, length, part, built["epoch"], vision_budget)
+
+    def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
+        return rows
+
+    def write(self, rows: DataFrame, attempt: Attempt) -> RowCounts:
+        built, tokenizer = attempt.inputs["."], Folder(self.source) / TOKENIZER
+        seed, facts = built.settings["seed"], fingerprint(tokenizer)
+        with attempt.timed("add up sizes"):
+            totals = _Totals.of(rows)
+        if not totals.samples:
+            raise UserError(f"{self.source} has no samples: all rows were quarantined or dropped; see its report.html")
+        mean_demand = totals.sum_patches / totals.sum_tokens * self.length
+        budget = choose_vision_budget(mean_demand, totals.largest, self.vision_budget)
+        buckets, pad = self._buckets(totals), facts.token_ids[END_OF_DOCUMENT]
+        bucket = F.pmod(F.xxhash64("sample_id", "copy", "piece", F.lit(seed)), F.lit(buckets)).cast("int")
+        job = Job(attempt.folder.uri, buckets, self.length, budget, seed, pad)
+        with attempt.timed("shuffle, plan and write shards"):
+            written = map_rows(rows.repartitionById(buckets, bucket), partial(write_shard, job=job), TASK_ROW).collect()
+        counts = RowCounts(attempt.rows_in, sum(row["samples"] for row in written))
+        copy_tokenizer(tokenizer, attempt.folder / TOKENIZER)
+        publish(
+            attempt.folder,
+            [ShardResult.from_row(row) for row in written],
+            length=self.length,
+            vision_budget=budget,
+            part=self.part,
+            epoch=self.epoch,
+            seed=seed,
+            ratios=built.settings["ratios"],
+            counts=_counts_since_raw(built, counts.rows_out),
+            packs_lower_bound=totals.lower_bound(self.length, budget),
+            tokenizer=facts.digest,
+            processor=facts.processor,
+            pad_token_id=pad,
+            image_token_id=facts.token_ids[IMAGE_TOKENS[0]] if facts.processor else None,
+        )
+        return counts
+
+    def seen(self, attempt: Attempt) -> dict[str, Any]:
+        packed = manifest.Manifest.load(attempt.folder)
+        facts = {
+            "packs": packed.packs,
+            "lower bound of packs": packed.packs_lower_bound,
+            "bound / packs": round(packed.packs_lower_bound / packed.packs, 5),
+            "fill": round(packed.fill, 5),
+            "shards": len(packed.shards),
+            "tokens": packed.tokens,
+            "patches": packed.patches,
+            "vision budget": packed.vision_budget,
+            "content digest": packed.content_digest,
+        }
+        patches = PackedDataset(attempt.folder).pack_patches
+        filled = [Histogram.of("patches a pack", patches)] if packed.patches else []
+        return {"facts": facts, "distributions": filled}
+
+    def _buckets(self, totals: "_Totals") -> int:
+        return max(
+            math.ceil(totals.samples / self.bucket_samples),
+            math.ceil(totals.sum_tokens / self.bucket_tokens),
+            math.ceil(totals.image_bytes / self.bucket_image_bytes),
+        )
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """What is known of all samples before they are dealt to buckets: small, whatever their number."""
+
+    tokens: tuple[np.ndarray, np.ndarray]  # sizes, and how many samples have each: at most `length` sizes
+    patches: tuple[np.ndarray, np.ndarray]
+    image_bytes: int
+
+    @classmethod
+    def of(cls, rows: DataFrame) -> "_Totals":
+        image_bytes = rows.select(F.expr("aggregate(images, 0L, (sum, image) -> sum + image.size)").alias("bytes"))
+        return cls(_sizes(rows, "tokens"), _sizes(rows, "patches"), image_bytes.agg(F.sum("bytes")).first()[0] or 0)
+
+    @property
+    def largest(self) -> int:
+        """Patches of the sample that has most."""
+        return int(self.patches[0].max())
+
+    @property
+    def samples(self) -> int:
+        return int(self.tokens[1].sum())
+
+    @property
+    def sum_tokens(self) -> int:
+        return int(self.tokens[0] @ self.tokens[1])
+
+    @property
+    def sum_patches(self) -> int:
+        return int(self.patches[0] @ self.patches[1])
+
+    def lower_bound(self, length: int, vision_budget: int) -> int:
+        budgets = [(self.tokens, length), (self.patches, vision_budget)]
+        return max(bin_packing.bound(sizes, counts, capacity) for (sizes, counts), capacity in budgets if capacity)
+
+
+def _counts_since_raw(built: Report, packed: int) -> manifest.Counts:
+    """From the raw rows to the packs, through all stages: a row that any of them lost is found here."""
+    counts = built.since_raw
+    quarantined = sum(counts.quarantined.values())
+    return manifest.Counts(counts.rows_in, packed, counts.added, quarantined, counts.dropped)
+
+
+def _sizes(rows: DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
+    counted = rows.groupBy(column).count().collect()
+    sizes, counts = np.array([tuple(row) for row in counted], np.int64).reshape(-1, 2).T
+    return sizes, counts
+
+
+def choose_vision_budget(mean_demand: float, largest: int, wanted: int | None) -> int:
+    """Patches that a pack may have. mean_demand: patches in a pack full of average samples; largest: in one sample.
+
+    Raises UserError if `wanted` is too small to fill packs.
+    """
+    if largest == 0:
+        return 0
+    if wanted is None:
+        step = bin_packing.VISION_BUDGET_STEP
+        return math.ceil(max(largest, bin_packing.DEFAULT_VISION_SLACK * mean_demand) / step) * step
+    least = max(largest, math.ceil(bin_packing.MIN_VISION_SLACK * mean_demand))
+    if wanted < least:
+        raise UserError(
+            f"--vision-budget is {wanted} patches, and the least that fills packs is {least}: the largest sample has "
+            f"{largest}, and {bin_packing.MIN_VISION_SLACK} x the mean demand of a pack is "
+            f"{bin_packing.MIN_VISION_SLACK * mean_demand:.0f}; give {least} or more, or leave it out"
+        )
+    return wanted

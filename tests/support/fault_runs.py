@@ -1,0 +1,127 @@
+"""Runs of the pipeline on real daemons, for tests that break something: start one, meet it, see what it left."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.cluster import Cluster
+from kanyun.manifest import Manifest
+from kanyun.naming import dataset_name
+from kanyun.storage import Folder
+from kanyun.verify import verify
+
+ROOT = Path(__file__).parents[2]
+LENGTH = 256
+PACKED = f"packed/{dataset_name(LENGTH, 0, 0)}"
+# What a finished run may consist of (.crc: Spark's on a local disk); every blob must be named by a row as well.
+_FILES = re.compile(
+    r"ratios\.yaml|index\.html|.*/\.[^/]*\.crc|.*/report\.(json|html)|.*/tokenizer/[\w.]+|.*/blobs/\w{32}\.blob"
+    r"|(preprocess/chat|filter/chat|sample|build)/(data|quarantine)/(_SUCCESS|part-[^/]*\.parquet)"
+    rf"|{PACKED}/(manifest\.json|batches\.arrow|shard-\d+-of-\d+\.arrow|lineage/lineage-\d+-of-\d+\.parquet)"
+)
+
+
+@dataclass(frozen=True)
+class FaultRun:
+    """One recipe, in a folder of its own on some storage, on some Spark."""
+
+    raw: str
+    model: Path
+    out: Folder
+    here: Path  # local folder for the recipe and for files that processes see
+    master: Mapping[str, str] = field(default_factory=dict)  # environment; none: local[2]
+
+    @contextmanager
+    def started(self, *faults: str, conf: str = "", **environment: str) -> Iterator[subprocess.Popen[str]]:
+        """The driver, which is killed if the block ends before it."""
+        settings = {"output": self.out.uri, "tokenizer": str(self.model), "length": LENGTH, "seed": 3}
+        datasets = {"chat": {"raw": self.raw, "dataset": "messages", "ratio": 0.7}}
+        recipe = self.here / "recipe.yaml"
+        recipe.write_text(json.dumps(settings | {"datasets": datasets}))  # JSON is YAML
+        command = [sys.executable, "-m", "tests.support.faulty_pipeline", str(recipe), str(self.here), *faults]
+        options = {"PYSPARK_SUBMIT_ARGS": f"{conf} pyspark-shell"} if conf else {}
+        env = {**os.environ, **self.master, **options, **environment}
+        with (self.here / "stderr").open("w") as errors:
+            driver = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
+            try:
+                yield driver
+            finally:
+                driver.kill()
+                driver.communicate()
+
+    def beside(self, name: str) -> "FaultRun":
+        """The same recipe and output, with other files that processes see."""
+        here = self.here / name
+        here.mkdir()
+        return replace(self, here=here)
+
+    def run(self, *faults: str, conf: str = "", **environment: str) -> str:
+        """To its end, which must be a good one; stdout."""
+        with self.started(*faults, conf=conf, **environment) as driver:
+            return self.ended(driver)
+
+    def ended(self, driver: "subprocess.Popen[str]") -> str:
+        said, _ = driver.communicate(timeout=500)
+        assert driver.returncode == 0, self.errors()[-6000:]
+        return said
+
+    def refused(self, driver: "subprocess.Popen[str]") -> str:
+        """The one sentence with which the driver ends."""
+        driver.communicate(timeout=500)
+        assert driver.returncode == 2, self.errors()[-6000:]
+        assert "Traceback" not in self.errors()
+        (said,) = (line for line in self.errors().splitlines() if line.startswith("error: "))
+        return said.removeprefix("error: ")
+
+    def errors(self) -> str:
+        return (self.here / "stderr").read_text()
+
+    @contextmanager
+    def meeting(self, driver: "subprocess.Popen[str]", where: str) -> Iterator[None]:
+        """The block runs when a task has reached its meeting; then that goes on."""
+        deadline = time.monotonic() + 400
+        while not (self.here / f"{where}-reached").exists():
+            assert driver.poll() is None, self.errors()[-6000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield
+        (self.here / f"{where}-go").touch()
+
+    def happened(self) -> set[str]:
+        return {path.name for path in self.here.iterdir() if re.fullmatch(r"\w+-\d+-\w+-\d+", path.name)}
+
+    def digest(self) -> str:
+        """Of the packs, which must be sound, with no file beside that does not belong to the run."""
+        assert list(verify(self.out / PACKED)) == []
+        found = {name for name, _ in self.out.files()}
+        assert [name for name in found if not _FILES.fullmatch(name)] == []
+        assert {name for name in found if name.endswith(".blob")} == self._blobs_in_use(found)
+        return Manifest.load(self.out / PACKED).content_digest
+
+    def _blobs_in_use(self, files: set[str]) -> set[str]:
+        used = set()
+        for name in files:
+            if name.startswith("preprocess/chat/data/part-"):
+                table = pq.read_table(pa.BufferReader(self.out.read(name)), columns=["images"])
+                for images in table["images"].to_pylist():
+                    used |= {image["blob"].removeprefix(f"{self.out.uri}/") for image in images or []}
+        return used
+
+
+@contextmanager
+def namenode_away(cluster: Cluster, seconds: float) -> Iterator[None]:
+    """Stopped before the block, and up again some time after it."""
+    cluster.stop("namenode")
+    yield
+    time.sleep(seconds)
+    cluster.start("namenode")

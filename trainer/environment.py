@@ -1,0 +1,38 @@
+"""What a process needs before torch and megatron.core are imported: environment variables, warnings, imports."""
+
+import logging
+import os
+import sys
+import warnings
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+# Read when CUDA and NCCL start. Without the first, freed blocks of one size do not serve another, and a layout that
+# takes 93 % of a GPU runs out of memory. The second orders the kernels of tensor parallelism. By the third, NCCL does
+# not register buffers of captured collectives: not safe with the first, megatron.core's own graphs refuse to start so.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+
+# What megatron.core says when it is imported (no Apex, no Transformer Engine), builds a GPTModel (deprecated in 0.19,
+# but its successor has no mrope), steps its optimizer or loads a checkpoint is known; it hides what people should read.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\.")
+warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+class _NeedsGpu(MetaPathFinder):
+    """Without a GPU, Transformer Engine is not there, even where it is installed: megatron.core would take its CUDA
+    kernels for the optimizer as soon as it can import it.
+    """
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name == "transformer_engine":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ModuleNotFoundError("Transformer Engine needs a GPU", name=name)
+
+
+sys.meta_path.insert(0, _NeedsGpu())

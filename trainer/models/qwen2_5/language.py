@@ -1,0 +1,174 @@
+"""Qwen2.5: megatron.core's GPTModel over a pack.
+
+A pack is one sequence of batch 1 with its own position ids; cu_seqlens reach the core attention as the attention mask.
+GPTModel is deprecated in megatron.core 0.19 (its successor has no mrope): only this file knows it.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import silu
+
+from kanyun.errors import UserError
+from trainer.data.batch import Batch
+from trainer.kernels.embedding import LookUp
+from trainer.kernels.loss import IGNORED, LinearCrossEntropy
+from trainer.models.qwen2_5.config import BFLOAT16, Compute, ModelConfig
+from trainer.runtime import Runtime
+
+EXTRA_STATE = "._extra_state"
+
+
+class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
+    """Batch in, loss out."""
+
+    def __init__(self, model_config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT16) -> None:
+        super().__init__(core_config(model_config, runtime, compute))
+        self.model_config = model_config
+        self.language = GPTModel(
+            self.config,
+            _block(model_config.num_layers, runtime),
+            vocab_size=model_config.vocab_size,
+            max_sequence_length=model_config.max_positions,
+            position_embedding_type="mrope",
+            rotary_base=model_config.rope_theta,
+            share_embeddings_and_output_weights=model_config.tied,
+            scatter_embedding_sequence_parallel=model_config.vision is None,
+        )
+        # Under tensor parallelism each rank has a part of the vocabulary, which megatron.core's own modules add up.
+        self._fused = runtime.cuda and runtime.tensor_parallel == 1
+        self.register_load_state_dict_post_hook(_ignore_extra_state)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Cross entropy summed over the trained tokens, a float32 scalar: a mean's weight would depend on the pack.
+
+        On a GPU the gradients of embeddings and output head go straight into main_grad, so the model must be in a
+        DistributedDataParallel, and `backward` be called on the sum itself.
+        """
+        if self._fused:
+            labels = batch.labels.masked_fill(batch.loss_mask == 0, IGNORED)
+            total: Tensor = self._language(batch, labels=labels, output_processor=_fused_head)
+            return total
+        losses: Tensor = self._language(batch, labels=batch.labels[None])
+        return (losses[0] * batch.loss_mask).sum()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[T, vocabulary]; under tensor parallelism gathered from all ranks."""
+        logits: Tensor = self._language(batch, runtime_gather_output=True)
+        return logits[0]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """megatron.core's, without the linear layers' `_extra_state`.
+
+        Nothing we train needs it, it differs between CPU and CUDA layers, and it would be pickled into checkpoints.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {name: tensor for name, tensor in state.items() if not name.endswith(EXTRA_STATE)}
+
+    def _language(self, batch: Batch, **kwargs: Any) -> Tensor:
+        return self.language(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[:, None],
+            attention_mask=batch.cu_seqlens,
+            decoder_input=self._embed(batch),
+            **kwargs,
+        )
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """Input embeddings [T, 1, hidden]."""
+        if self._fused:
+            found: Tensor = LookUp.apply(batch.input_ids, self.language.embedding.word_embeddings.weight)
+            return found[:, None]
+        embeddings: Tensor = self.language.embedding(input_ids=batch.input_ids[None], position_ids=None)
+        return embeddings
+
+
+def _fused_head(hidden_states: Tensor, output_layer: Module, output_weight: Tensor | None, **facts: Any) -> Tensor:
+    """GPTModel's output processor: the summed loss of the decoder's output [T, 1, hidden]."""
+    weight = output_layer.weight if output_weight is None else output_weight
+    total: Tensor = LinearCrossEntropy.apply(hidden_states[:, 0], weight, facts["labels"], torch.is_grad_enabled())
+    return total
+
+
+def _ignore_extra_state(model: Module, keys: Any) -> None:
+    """After load_state_dict: extra state is in no checkpoint, so it isn't missing either."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(EXTRA_STATE)]
+
+
+def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT16) -> TransformerConfig:
+    """The facts of the model in megatron.core's words, and what its fused kernels may do on this device.
+
+    Raises UserError if tensor parallelism does not divide the model.
+    """
+    divided = {
+        "attention heads": config.num_heads,
+        "key/value heads": config.num_kv_heads,
+        "MLP neurons": config.intermediate_size,
+        "tokens": config.vocab_size,
+    }
+    for what, count in divided.items():
+        if count % runtime.tensor_parallel:
+            # The vocabulary is not padded here: Qwen's own (151,936 or 152,064) are multiples of 128 already.
+            raise UserError(f"tensor parallelism {runtime.tensor_parallel} does not divide the model's {count} {what}")
+    cuda = runtime.cuda
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_heads,
+        num_query_groups=config.num_kv_heads,
+        kv_channels=config.head_dim,
+        mrope_section=list(config.mrope_section),
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        activation_func=silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,  # build.initialize does it, the same for any parallelism
+        calculate_per_token_loss=True,
+        params_dtype=runtime.dtype,
+        bf16=runtime.dtype == torch.bfloat16,
+        # Scales of the tensors at hand, not of steps before: no history that a checkpoint or a CUDA graph would carry.
+        fp8="hybrid" if compute.fp8 else None,
+        fp8_recipe="tensorwise",
+        # Weights are cast in every micro-batch. megatron.core would do so in a step's first one, by a flag of the host
+        # that a graph does not see: it replays the cast weights of the capture for ever.
+        disable_parameter_transpose_cache=True,
+        # The first layers: they wait longest for their backward pass.
+        recompute_granularity="full" if compute.recomputed_layers else None,
+        recompute_method="block" if compute.recomputed_layers else None,
+        recompute_num_layers=compute.recomputed_layers or None,
+        tensor_model_parallel_size=runtime.tensor_parallel,
+        sequence_parallel=runtime.tensor_parallel > 1,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=cuda,
+        fused_single_qkv_rope=cuda,  # splits query, key and value and turns them in one kernel
+        cross_entropy_loss_fusion=cuda,
+        cross_entropy_fusion_impl="te" if cuda else "native",
+        # Were cuDNN's kernels refused, attention would run five times slower without a word; forced, it fails instead.
+        attention_backend=AttnBackend.fused if cuda else AttnBackend.auto,
+    )
+
+
+def _block(num_layers: int, runtime: Runtime) -> TransformerBlockSubmodules:
+    if runtime.cuda:
+        from trainer.models.qwen2_5.spec_te import te_block
+
+        return te_block(num_layers)
+    from trainer.models.qwen2_5.spec import reference_block
+
+    return reference_block(num_layers)

@@ -1,0 +1,70 @@
+"""The layers of megatron.core's GPTModel on a CPU: the reference that spec_te.py's fast ones are compared with.
+
+Checkpoints of both have the same names: those of the fused Transformer Engine layers.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from trainer.kernels.attention import segment_attention
+
+
+class SegmentAttention(nn.Module):
+    """Core attention of a pack. megatron.core hands its `attention_mask` through untouched: here it is cu_seqlens.
+
+    Its own packing (packed_seq_params) is not used: with it, stock rope gives segments after the first wrong angles.
+    """
+
+    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **kwargs: Any) -> Tensor:
+        """query [T, 1, heads, D], key and value [T, 1, groups, D] -> [T, 1, heads * D], causal."""
+        out = segment_attention(query[:, 0], key[:, 0], value[:, 0], cu_seqlens, causal=True)
+        return out.flatten(1)[:, None]
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's norm, which megatron.core's wrapper of it refuses under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
+        # Each tensor parallel rank sees a part of the tokens: marks the gradient as one to be summed over them.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def reference_block(num_layers: int) -> TransformerBlockSubmodules:
+    """Specification of a whole Qwen2.5 decoder out of torch and megatron.core modules."""
+    layer = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear, core_attention=SegmentAttention, linear_proj=RowParallelLinear
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=ModuleSpec(
+            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        ),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
+    )
+    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,73 @@
+"""AdamW, sharded over the data-parallel ranks by megatron.core, and its learning rate."""
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from trainer.config import TrainConfig
+from trainer.optim.state import MOMENTS
+from trainer.runtime import Runtime
+
+
+def build_optimizer(config: TrainConfig, ddp: DistributedDataParallel, runtime: Runtime) -> ChainedOptimizer:
+    """Over the parameters that require a gradient. Master weights in float32, moments in the precision of the model."""
+    moments = torch.bfloat16 if runtime.cuda else torch.float32
+    settings = OptimizerConfig(
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        params_dtype=runtime.dtype,
+        bf16=runtime.dtype == torch.bfloat16,
+        use_distributed_optimizer=True,
+        # A bfloat16 weight is the upper half of its float32 master weight: only the other 16 bits are stored beside it.
+        use_precision_aware_optimizer=runtime.cuda,
+        store_param_remainders=True,
+        # Both moments in bfloat16, as DeepSeek-V3 was trained (arXiv 2412.19437, 3.3.3): 4 bytes a parameter less.
+        exp_avg_dtype=moments,
+        exp_avg_sq_dtype=moments,
+    )
+    optimizer: ChainedOptimizer = get_megatron_optimizer(settings, [ddp])
+    # Adam makes its state in its first step. A checkpoint is loaded before that, and the first step may be skipped.
+    for sharded in optimizer.chained_optimizers:
+        for parameter in sharded.get_parameters():
+            if runtime.cuda:
+                sharded.optimizer.initialize_state(parameter, store_param_remainders=True)
+            else:
+                moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
+                sharded.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+    return optimizer
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Of step 0 .. steps - 1: rises in a line during the warm-up, then falls from lr along half a cosine to min_lr,
+    which would be that of step `steps`: the last one still learns.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_rates(optimizer: ChainedOptimizer, config: TrainConfig, lr: float) -> None:
+    """For the next step. megatron.core puts biases and norms into a group of their own (wd_mult 0), but leaves it to
+    the learning-rate schedule to act on it: without this they would decay too.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+
+
+def take_step(optimizer: ChainedOptimizer, clip_grad: float) -> float:
+    """Clip the gradient and step. Returns its norm before clipping; if that is not finite, weights stay as they are."""
+    optimizer.prepare_grads()
+    (only,) = optimizer.chained_optimizers  # a second one would be of experts
+    norm = float(only.clip_grad_norm(clip_grad))
+    if math.isfinite(norm):
+        optimizer.step_with_ready_grads()
+    return norm
