@@ -46,7 +46,7 @@ def train_on_cpu(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 def optimizer_state(trainer: Trainer) -> dict[str, Tensor]:
     """As it is saved."""
-    weights = trainer.models.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    weights = trainer.model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     tensors = OptimizerState(trainer.optimizer, weights).tensors
     return {name: part.data.detach().cpu().clone() for name, part in tensors.items()}
 
@@ -94,7 +94,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Any) -> None:
     with training(values) as trainer:
         first, second = (list(step) for step in islice(trainer.stream.batches(0), 2))
         assert math.isfinite(trainer.train_step(first, 1e-3).grad_norm)
-        norm = trainer.models.language.decoder.final_layernorm.weight
+        norm = trainer.model.language.decoder.final_layernorm.weight
         before, sound = optimizer_state(trainer), norm[3].item()
         norm.data[3] = math.inf
         assert not math.isfinite(trainer.train_step(second, 1e-3).grad_norm)

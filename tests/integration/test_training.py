@@ -217,12 +217,12 @@ def test_an_infinite_gradient_skips_the_step_and_many_stop_the_run(text: dict[st
     values = text | {"output": str(tmp_path / "out"), "steps": 20}
     run = Run.prepare(TrainConfig(**values), world=1, cuda=False)
     with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
-        norm_weight = trainer.models.get_parameter("language.decoder.final_layernorm.weight")
+        norm_weight = trainer.model.get_parameter("language.decoder.final_layernorm.weight")
         norm_weight.data[3] = math.inf
-        before = {name: parameter.detach().clone() for name, parameter in trainer.models.named_parameters()}
+        before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
         with pytest.raises(UserError, match=f"nan in {BAD_STEPS} steps in a row, up to step {BAD_STEPS}"):
             trainer.train()
-        for name, parameter in trainer.models.named_parameters():
+        for name, parameter in trainer.model.named_parameters():
             assert torch.equal(parameter, before[name]), name
     lines = metrics_of(values)
     assert [line["skipped"] for line in lines] == list(range(1, len(lines) + 1))
