@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from jobs.cluster import Cluster
+from kanyun import claim
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from pipeline.stages import attempt
 from pipeline.stages.attempt import DRIVER, Attempt
 
 
 @pytest.fixture(params=["file", "hdfs"])
 def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
     """An empty place on each storage; a driver is dead after 4 s."""
-    monkeypatch.setattr(attempt, "BEAT", 0.5)
-    monkeypatch.setattr(attempt, "DEAD_AFTER", 4)
+    monkeypatch.setattr(claim, "HEARTBEAT", 0.5)
+    monkeypatch.setattr(claim, "DEAD_AFTER", 4)
     if request.param == "file":
         return Folder(str(tmp_path / "root"))
     return Folder(f"{request.getfixturevalue('cluster').hdfs}/{tmp_path.name}")
@@ -65,9 +65,9 @@ def test_attempts_of_dead_drivers_and_of_other_outputs(root: Folder, capfd: pyte
 
 def test_driver_that_was_taken_for_dead_does_not_publish(root: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as asleep:
-        asleep.setattr(attempt, "BEAT", 3600)
+        asleep.setattr(claim, "HEARTBEAT", 3600)
         with (
-            pytest.raises(UserError, match=r"another run took this one for dead, since it gave no sign for 4 s"),
+            pytest.raises(UserError, match=r"another run took this one for dead after 4 s without a heartbeat"),
             Attempt.begin(root / "out", {}) as sleeper,
         ):
             sleeper.folder.write("file", b"too late")

@@ -25,10 +25,11 @@ import pyarrow as pa
 from pyspark import TaskContext
 from pyspark.sql import DataFrame
 
+from kanyun import claim
 from kanyun.errors import run_cli
 from pipeline.recipe import Recipe
 from pipeline.spark import map_rows
-from pipeline.stages import attempt, pack, preprocess
+from pipeline.stages import pack, preprocess
 
 Rows = Iterator[pa.RecordBatch]
 
@@ -117,7 +118,7 @@ def main() -> None:
     faults = list(map(Fault.parse, texts))
     preprocess.PreprocessStage.task_bytes = (5000, 5000)
     pack.PackStage.bucket_samples = 20
-    attempt.BEAT, attempt.DEAD_AFTER = 1.0, 10
+    claim.HEARTBEAT, claim.DEAD_AFTER = 1.0, 10
 
     def faulty(where: str) -> Callable[[DataFrame, Callable[[Rows], Rows], pa.Schema], DataFrame]:
         mine = tuple(fault for fault in faults if fault.where == where)

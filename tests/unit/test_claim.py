@@ -1,0 +1,37 @@
+"""Claims: one writer an output, and dead ones are told from living ones by their heartbeat."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kanyun import claim
+from kanyun.errors import UserError
+from kanyun.storage import Folder
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "HEARTBEAT", 0.2)
+    monkeypatch.setattr(claim, "DEAD_AFTER", 2)
+
+
+def test_second_writer_of_a_folder_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "out"))
+    with claim.only_writer(folder) as first:
+        with (
+            pytest.raises(UserError, match=r"out is being written by process \d+ on .*, since 20.*: wait for"),
+            claim.only_writer(folder),
+        ):
+            pass
+        assert folder.names() == [first.name]
+        assert first.is_there()
+    assert folder.names() == []
+
+
+def test_claims_of_dead_processes_are_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Folder(str(tmp_path))
+    folder.write("_writer-0.json", json.dumps({"host": "far", "pid": 7, "since": "2026-01-01 10:00:00"}).encode())
+    with claim.only_writer(folder) as mine:
+        assert folder.names() == [mine.name]
+    assert "these still work: process 7 on far, since 2026-01-01 10:00:00" in capsys.readouterr().err
