@@ -1,17 +1,18 @@
 """The CUDA path (Transformer Engine, bfloat16): as near to transformers in float32 as transformers in bfloat16 is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+from tests.support.cuda_golden import in_ddp, losses_of_graphs
 from tests.support.model_golden import (
     assert_as_near,
     batch_of,
+    examples,
     expected_tensors,
     gradients,
     load,
@@ -19,17 +20,13 @@ from tests.support.model_golden import (
     transformers_answer,
 )
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
-from tests.unit.test_model_text import examples
-from tests.unit.test_model_vision import PACKS, example
-from trainer.data.batch import Batch
-from trainer.graph import Graphed
+from tests.support.vision_golden import PACKS, example
 from trainer.models.initialize import build_model
 from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.language import Qwen2_5
 from trainer.models.qwen2_5.spec import SegmentAttention
 from trainer.runtime import Runtime
 
-accumulate_in_place = pytest.importorskip("trainer.models.qwen2_5.spec_te", exc_type=ImportError).accumulate_in_place
+pytest.importorskip("trainer.models.qwen2_5.spec_te", exc_type=ImportError)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LENGTH = 512
 
@@ -113,39 +110,3 @@ def test_graph_captured_on_one_batch_is_right_on_another(runtime: Runtime, tmp_p
         runtime,
     )
     assert all(abs(loss - first) > 0.01 * first for loss in others)
-
-
-def losses_of_graphs(model: Qwen2_5, batches: list[Batch], runtime: Runtime) -> list[float]:
-    """Warmed up on the first batch; each batch's loss and gradients must be those without a graph."""
-    ddp, total = in_ddp(model), torch.zeros((), device=runtime.device)
-
-    def work(batch: Batch) -> None:
-        loss = ddp(batch)
-        loss.backward()
-        total.add_(loss.detach())
-
-    def run(step: Callable[[Batch], None], batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-        total.zero_()
-        ddp.zero_grad_buffer()
-        step(batch)
-        return total.item(), {name: p.main_grad.clone() for name, p in model.named_parameters()}
-
-    graph = Graphed(work, runtime.device)
-    graph.prepare(batches[0], max(0 if b.vision is None else len(b.vision.patches) for b in batches))
-    losses = []
-    for batch in batches:
-        loss, gradients = run(graph, batch)
-        expected, exact = run(work, batch.to(runtime.device))
-        assert loss == pytest.approx(expected, rel=1e-3)
-        for name, gradient in exact.items():
-            assert (gradients[name] - gradient).norm() <= 0.02 * gradient.norm() + 1e-6, name
-        losses.append(loss)
-    return losses
-
-
-def in_ddp(model: Qwen2_5) -> DistributedDataParallel:
-    """As Trainer makes it: gradients are added up in main_grad, by the matrix products themselves."""
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    ddp = DistributedDataParallel(model.config, config, model)
-    accumulate_in_place(model)
-    return ddp

@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
-from tests.gpu.test_model_cuda import in_ddp, losses_of_graphs
+from tests.support.cuda_golden import in_ddp, losses_of_graphs
 from tests.support.model_golden import assert_as_near, batch_of, load
 from tests.support.qwen_assets import tiny_vl_folder
+from tests.support.vision_golden import LENGTH, PACKS, example, kept
 from tests.support.window_golden import differences
-from tests.unit.test_model_vision import LENGTH, PACKS, example, kept
 from trainer.data.batch import Batch, StaticShape
 from trainer.models.initialize import build_model, freeze
 from trainer.models.qwen2_5.config import Compute, ModelConfig

@@ -8,9 +8,9 @@ import pytest
 from jobs.cluster import Cluster, temporary_cluster
 from kanyun.storage import Folder
 from kanyun.transfer import copy_folder
-from tests.integration.test_pipeline_digest import raw_files, write_raw
 from tests.support.fault_runs import FaultRun
 from tests.support.qwen_assets import tiny_vl_folder
+from tests.support.raw_conversations import raw_files, write_raw
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,7 @@ from kanyun.storage import Folder
 from pipeline.reports.report import Report
 from pipeline.stages.filter import FilterStage
 from pipeline.stages.preprocess import PreprocessStage
-from tests.unit.test_guard import HOSTILE
-from tests.unit.test_image_zoo import BAD, GOOD
+from tests.support.image_zoo import BAD, GOOD, HOSTILE
 
 Rows = list[dict[str, Any]]
 

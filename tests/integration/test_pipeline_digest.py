@@ -2,51 +2,21 @@
 
 import json
 import os
-import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from kanyun.storage import Folder
 from pipeline.flow import Done, links
 from pipeline.reports.report import Report
 from tests.support.qwen_assets import tiny_vl_folder
+from tests.support.raw_conversations import FILES, ROWS_A_FILE, raw_files, write_raw
 
-ROWS_A_FILE, FILES = 40, 3
 # Spark reads these from the environment of a driver that it starts itself: other splits, other shuffles.
 OTHER_SETTINGS = "--conf spark.sql.files.maxPartitionBytes=30000 --conf spark.sql.shuffle.partitions=3 pyspark-shell"
-
-
-def raw_files(seed: int = 4) -> dict[str, str]:
-    """jsonl files by name: conversations with and without an image; a row of each file has an image that is missing."""
-    rng = random.Random(seed)
-    files = {}
-    for file in range(FILES):
-        lines = []
-        for number in range(ROWS_A_FILE):
-            words = " ".join(rng.choices(["what", "is", "naïve", "你好", "?"], k=rng.randint(3, 30)))
-            name = f"images/{rng.randrange(12)}.png" if number else "images/none.png"
-            marker, images = ("<image>\n", [name]) if number % 2 == 0 else ("", [])
-            answer = {"role": "assistant", "content": f"answer {file} {number}"}
-            lines.append({"messages": [{"role": "user", "content": marker + words}, answer], "images": images})
-        files[f"part-{file}.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines)
-    return files
-
-
-def write_raw(folder: Path, names: list[str]) -> None:
-    """The raw folder, its files created in the order of `names`."""
-    rng = random.Random(6)
-    (folder / "images").mkdir(parents=True)
-    pictures = {n: ((rng.randint(28, 150), rng.randint(28, 150)), tuple(rng.randbytes(3))) for n in range(12)}
-    for n in sorted(pictures, reverse=names != sorted(names)):
-        Image.new("RGB", *pictures[n]).save(folder / f"images/{n}.png")
-    files = raw_files()
-    for name in names:
-        (folder / name).write_text(files[name])
 
 
 def run_all(raw: Path, out: Path, model: Path, master: str, spark_settings: str | None = None) -> dict[str, object]:

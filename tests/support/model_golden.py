@@ -28,6 +28,12 @@ class Example:
     grids: list[list[int]] = field(default_factory=list)
 
 
+def examples(vocabulary: int, *lengths: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    ids = [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths]
+    return [Example(x, torch.rand(len(x), generator=generator) < 0.5) for x in ids]
+
+
 def batch_of(
     config: ModelConfig, packs: Sequence[Sequence[Example]], length: int, static: StaticShape | None = None
 ) -> Batch:

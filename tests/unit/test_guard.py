@@ -16,29 +16,7 @@ from PIL import Image
 
 from pipeline.checks import RowError
 from pipeline.images.guard import Decoder
-
-# Before anything else a Python runs `sitecustomize`: here it gives Pillow formats whose decoders do their worst.
-HOSTILE = """
-import ctypes, os, time
-from PIL import Image, ImageFile
-
-class Hostile(ImageFile.ImageFile):
-    format = "HOSTILE"
-    def _open(self):
-        self._size, self._mode = (64, 64), "RGB"
-        self.deed = self.fp.read()[7:]
-    def load(self):
-        match self.deed:
-            case b"crash": ctypes.string_at(0)
-            case b"abort": os.abort()
-            case b"spin":
-                while True: pass
-            case b"sleep": time.sleep(1000)
-            case b"memory": bytearray(5 << 30)
-        return super().load()
-
-Image.register_open("HOSTILE", Hostile, lambda prefix: prefix.startswith(b"HOSTILE"))
-"""
+from tests.support.image_zoo import HOSTILE
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from kanyun.errors import UserError
-from tests.support.model_golden import Example, batch_of, gradient_errors, load, transformers_answer
+from tests.support.model_golden import batch_of, examples, gradient_errors, load, transformers_answer
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from trainer.models.initialize import build_model, freeze
 from trainer.models.qwen2_5.config import ModelConfig
@@ -33,12 +33,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = build_model(ModelConfig.from_hf(str(folder)), runtime)
     load(model, reference)
     return model, reference
-
-
-def examples(vocabulary: int, *lengths: int) -> list[Example]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    ids = [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths]
-    return [Example(x, torch.rand(len(x), generator=generator) < 0.5) for x in ids]
 
 
 @pytest.mark.parametrize(

@@ -32,3 +32,10 @@ def test_every_way_to_import_it_is_seen() -> None:
         "import megatron.training\nfrom megatron import training\ndef f():\n    from megatron.training.x import y\n"
     )
     assert list(imported(source)) == ["megatron.training", "megatron.training", "megatron.training.x.y"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_test_module_is_imported(path: Path) -> None:
+    """What tests share is in tests/support: a test can be moved, renamed or run alone."""
+    names = [name.split(".") for name in imported(path.read_text())]
+    assert [name for name in names if name[0] == "tests" and name[1] != "support"] == []
