@@ -20,9 +20,11 @@ from datetime import datetime
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
+from kanyun.storage.waits import scaled
 
-HEARTBEAT = 3.0  # seconds between two refreshes of a claim
-DEAD_AFTER = 30  # seconds without one
+HEARTBEAT = scaled(3)  # seconds between two refreshes of a claim
+DEAD_AFTER = scaled(30)  # seconds without one
+_LOOKS = 30  # at the claims of others in that time
 _PREFIX = "_writer-"
 
 
@@ -91,9 +93,9 @@ def refuse_living(claims: Sequence[Claim], output: str) -> None:
     if not first:
         return
     owners = "; ".join(claim.owner() for claim in first)
-    print(f"watching for {DEAD_AFTER} s whether these still work: {owners}", file=sys.stderr)
-    for _ in range(DEAD_AFTER):
-        time.sleep(1)
+    print(f"watching for {DEAD_AFTER:g} s whether these still work: {owners}", file=sys.stderr)
+    for _ in range(_LOOKS):
+        time.sleep(DEAD_AFTER / _LOOKS)
         for claim, before in first.items():
             if claim.refreshed() not in (before, None):
                 raise UserError(

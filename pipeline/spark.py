@@ -23,13 +23,14 @@ from tqdm import tqdm
 
 from kanyun.errors import UserError
 from kanyun.storage.retries import UnavailableError
+from kanyun.storage.waits import scaled
 
 _HERE = Path(__file__).absolute().parent  # in an executor it is a relative path, into the archive of our code
 # Rows to and from Python workers at a time, and in Spark's cache: 10,000 long rows, Spark's default, take gigabytes.
 BATCH_ROWS = 256
 # Spark tries a failed task at once, four times in all: too soon where a DataNode died and is not missed yet, so that
 # blocks are still given to it.
-RETRY_SECONDS = 20
+RETRY_SECONDS = scaled(20)
 _SETTINGS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_ROWS),
     "spark.sql.inMemoryColumnarStorage.batchSize": str(BATCH_ROWS),
@@ -39,7 +40,7 @@ _SETTINGS = {
     # Off, Hadoop's client gives up a NameNode that has been away for 10 s. On, it asks for minutes, and half a minute
     # where one is in safe mode, which ends by itself after a start.
     "spark.hadoop.dfs.client.retry.policy.enabled": "true",
-    "spark.hadoop.dfs.client.retry.policy.spec": "3000,10",
+    "spark.hadoop.dfs.client.retry.policy.spec": f"{round(scaled(3000))},10",
     # Pages are written with a checksum, which nobody looks at unless told to.
     "spark.hadoop.parquet.page.verify-checksum.enabled": "true",
 }

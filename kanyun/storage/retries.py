@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from functools import wraps
 
 from kanyun.errors import UserError
+from kanyun.storage.waits import scaled
 
-_PAUSES = (1, 3, 9, 20, 30)  # seconds between attempts
+_PAUSES = tuple(map(scaled, (1, 3, 9, 20, 30)))  # seconds between attempts
 # What a NameNode refuses only for a while: it starts, or has not missed a dead DataNode yet (which takes it minutes).
 _FOR_A_WHILE = re.compile(
     "RetriableException|StandbyException|NotReplicatedYetException|Safe mode will be turned off automatically"
@@ -35,7 +36,7 @@ def retried[T](action: Callable[[], T]) -> T:
         try:
             return action()
         except UnavailableError as error:
-            _log.warning("%s; trying again in %d s", error, pause)
+            _log.warning("%s; trying again in %.3g s", error, pause)
             time.sleep(pause)
     try:
         return action()

@@ -69,7 +69,7 @@ class Attempt:
     def publish(self) -> None:
         """Rename to the target: at every moment it is old, absent or new, never a mixture."""
         lost = UserError(
-            f"another run took this one for dead after {claim.DEAD_AFTER} s without a heartbeat, and removed "
+            f"another run took this one for dead after {claim.DEAD_AFTER:g} s without a heartbeat, and removed "
             f"{self.folder.path}: see whether that run works on {self.target.path}, or start this again"
         )
         # The folder itself may be there again: tasks that still ran have written into it.
