@@ -1,4 +1,4 @@
-"""Shared by all tests: no hub, and one Spark session."""
+"""Shared by all tests: no hub, short waits, one Spark session, and which tests may run beside each other."""
 
 import os
 from collections.abc import Iterator
@@ -11,6 +11,30 @@ if TYPE_CHECKING:
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never touch a hub
 os.environ["SPARK_MASTER"] = "local[2]"
+os.environ.setdefault(
+    "KANYUN_TIME_SCALE", "0.2"
+)  # before kanyun is imported: daemons that tests stop are back in seconds
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: more threads gain nothing on models this small
+
+# What needs the daemons of one cluster, then what needs a Spark session alone: the longest groups first.
+_GROUPS = ("cluster", "spark")
+
+
+def _group(item: pytest.Function) -> str:
+    """Tests of one group run in one process of pytest-xdist: they share the cluster, the session, or a module."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    needs = {*item.fixturenames, "cluster" if "hdfs" in parameters else ""}
+    return next((group for group in _GROUPS if group in needs), item.path.stem)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    functions = [item for item in items if isinstance(item, pytest.Function)]
+    for item in functions:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    rank = {group: number for number, group in enumerate(_GROUPS)}
+    items.sort(key=lambda item: rank.get(_group(item), len(rank)) if isinstance(item, pytest.Function) else len(rank))
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyspark.sql import SparkSession
 
 from jobs.cluster import Cluster, temporary_cluster
 from kanyun.storage import Folder
 from kanyun.transfer import copy_folder
-from tests.support.fault_runs import FaultRun
+from pipeline.recipe import Recipe
+from tests.support.fault_runs import FaultRun, recipe_for
 from tests.support.qwen_assets import tiny_vl_folder
 from tests.support.raw_conversations import raw_files, write_raw
 
@@ -21,14 +23,26 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
+def undisturbed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
     """A run that nothing disturbs, on local folders and local Spark: what all others are compared with."""
     here = tmp_path_factory.mktemp("undisturbed")
     write_raw(here / "raw", sorted(raw_files()))
     model = tiny_vl_folder(here / "hf", max_pixels=32 * 28 * 28)
     run = FaultRun(str(here / "raw"), model, Folder(str(here / "out")), here)
-    run.run()
+    run.run_here()
     return run
+
+
+@pytest.fixture(scope="session")
+def on_hdfs(
+    cluster: Cluster, undisturbed: FaultRun, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Folder]:
+    """The same raw folder on HDFS, the recipe that reads it there in tasks of the usual size, and its output."""
+    root = Folder(f"{cluster.hdfs}/{tmp_path_factory.mktemp('on_hdfs').name}")
+    copy_folder(Folder(undisturbed.raw), root / "raw", "put")
+    recipe = recipe_for(root, undisturbed.model)
+    recipe.run(overwrite=False)
+    return recipe, root / "out"
 
 
 @pytest.fixture

@@ -20,33 +20,16 @@ from kanyun.manifest import Manifest
 from kanyun.storage import Folder
 from kanyun.transfer import copy_folder
 from kanyun.verify import verify
-from pipeline.recipe import RATIOS, Recipe, RecipeDataset
+from pipeline.recipe import RATIOS, Recipe
 from pipeline.reports.report import Report, RowCounts
 from pipeline.stages.build import BuildStage
 from pipeline.stages.filter import FilterStage
 from pipeline.stages.pack import PackStage
 from pipeline.stages.preprocess import PreprocessStage
 from pipeline.stages.sample import SampleStage
-from tests.support.fault_runs import LENGTH, PACKED, FaultRun
+from tests.support.fault_runs import LENGTH, PACKED, FaultRun, recipe_for
 
 STAGES = ("preprocess/chat", "filter/chat", "sample", "build", PACKED)
-
-
-@pytest.fixture(scope="module")
-def made(
-    cluster: Cluster, undisturbed: FaultRun, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Recipe, Folder]:
-    """The undisturbed run's raw folder and output, on HDFS, by this process' Spark."""
-    root = Folder(f"{cluster.hdfs}/{tmp_path_factory.mktemp('bytes').name}")
-    copy_folder(Folder(undisturbed.raw), root / "raw", "put")
-    recipe = recipe_for(root, undisturbed.model)
-    recipe.run(overwrite=False)
-    return recipe, root / "out"
-
-
-def recipe_for(root: Folder, model: Path) -> Recipe:
-    datasets = {"chat": RecipeDataset((root / "raw").uri, "messages", 0.7)}
-    return Recipe((root / "out").uri, str(model), LENGTH, datasets, seed=3)
 
 
 @contextmanager
@@ -78,8 +61,8 @@ def in_a_page(folder: Folder, name: str, column: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["manifest.json", "batches.arrow", "shard-", "lineage/"])
-def test_any_byte_of_a_packed_dataset(made: tuple[Recipe, Folder], kind: str) -> None:
-    packed = made[1] / PACKED
+def test_any_byte_of_a_packed_dataset(on_hdfs: tuple[Recipe, Folder], kind: str) -> None:
+    packed = on_hdfs[1] / PACKED
     name = first(packed, kind)
     assert list(verify(packed)) == []
     size = packed.size(name)
@@ -94,8 +77,8 @@ def test_any_byte_of_a_packed_dataset(made: tuple[Recipe, Folder], kind: str) ->
     assert list(verify(packed)) == []
 
 
-def test_a_byte_of_a_blob(made: tuple[Recipe, Folder]) -> None:
-    _, out = made
+def test_a_byte_of_a_blob(on_hdfs: tuple[Recipe, Folder]) -> None:
+    _, out = on_hdfs
     image = next(image for row in rows_of(out / "build/data") for image in row["images"])  # of a sample that was chosen
     blobs, name = out / "preprocess/chat/blobs", image["blob"].rsplit("/", 1)[1]
     with (
@@ -109,8 +92,8 @@ def test_a_byte_of_a_blob(made: tuple[Recipe, Folder]) -> None:
 
 
 @pytest.mark.parametrize(("stage", "column"), [("preprocess/chat", "raw"), ("build", "input_ids")])
-def test_a_byte_of_a_stage_s_rows(made: tuple[Recipe, Folder], stage: str, column: str) -> None:
-    _, out = made
+def test_a_byte_of_a_stage_s_rows(on_hdfs: tuple[Recipe, Folder], stage: str, column: str) -> None:
+    _, out = on_hdfs
     rows = out / stage / "data"
     name = first(rows, "part-")
     with flipped(rows, name, in_a_page(rows, name, column)), pytest.raises(UserError, match="CRC checksum"):
@@ -122,8 +105,8 @@ def test_a_byte_of_a_stage_s_rows(made: tuple[Recipe, Folder], stage: str, colum
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_any_byte_of_a_report(made: tuple[Recipe, Folder], stage: str) -> None:
-    recipe, out = made
+def test_any_byte_of_a_report(on_hdfs: tuple[Recipe, Folder], stage: str) -> None:
+    recipe, out = on_hdfs
     report = (out / stage).read("report.json")
     for position in (report.index(b'"rows_in"') + 11, report.index(b'"settings"') + 3, len(report) // 2):
         with (
@@ -134,9 +117,9 @@ def test_any_byte_of_a_report(made: tuple[Recipe, Folder], stage: str) -> None:
     recipe.run(overwrite=False)
 
 
-def test_a_raw_folder_that_changes_between_stages(made: tuple[Recipe, Folder], undisturbed: FaultRun) -> None:
+def test_a_raw_folder_that_changes_between_stages(on_hdfs: tuple[Recipe, Folder], undisturbed: FaultRun) -> None:
     """Later stages do not read it; preprocess says that its output is of something else."""
-    _, out = made
+    _, out = on_hdfs
     root = out.parent / "changed"
     at = {name: (root / "out" / name).uri for name in ("preprocess", "filter", "sample", "build", "packed")}
     copy_folder(Folder(undisturbed.raw), root / "raw", "put")

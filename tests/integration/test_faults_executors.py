@@ -1,11 +1,12 @@
 """Executors, tasks and drivers that die: the packs are those of a run that nothing disturbed, and nothing else is left.
 
-Real HDFS and Spark daemons; faults are made by tests/faulty_pipeline.py.
+Real HDFS and Spark daemons; faults are made by tests/support/faulty_pipeline.py.
 """
 
 import time
 
 import psutil
+from pyspark.sql import SparkSession
 
 from jobs.cluster import Cluster
 from tests.support.fault_runs import PACKED, FaultRun
@@ -32,7 +33,7 @@ def test_tasks_that_fail_twice_executors_killed_and_stragglers_overtaken(
 
 
 def test_drivers_killed_in_preprocess_and_in_pack_run_again_and_a_second_one_refused(
-    cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun
+    cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun, spark: SparkSession
 ) -> None:
     for where, task, folder in (("preprocess", "2:6", "preprocess"), ("pack", "0:2", "packed")):
         dying = fault_run.beside(where)
@@ -43,9 +44,9 @@ def test_drivers_killed_in_preprocess_and_in_pack_run_again_and_a_second_one_ref
         assert attempt.startswith("_attempt-")
         wait_for_end_of_executors(cluster)
     second = fault_run.beside("second")
-    with fault_run.started("pack:0:2:1:meet") as first:
-        with fault_run.meeting(first, "pack"), second.started() as driver:
-            refusal = second.refused(driver)
+    with fault_run.started("pack:0:2:1:meet", SPARK_MASTER="local[2]") as first:
+        with fault_run.meeting(first, "pack"):
+            refusal = second.refused_here()
         said = fault_run.ended(first)
     assert said.count("already done, skipped") == 4, "all but pack"
     assert f"{fault_run.out.path}/{PACKED} is being written by" in refusal

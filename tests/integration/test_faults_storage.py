@@ -1,14 +1,17 @@
 """HDFS that fails under the pipeline, or refuses: the packs of an undisturbed run, or one sentence; nothing is left."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from pyspark.sql import SparkSession
 
 from jobs.cluster import Cluster
 from kanyun.storage import Folder
 from tests.support.fault_runs import FaultRun, namenode_away
 
-ONE_TRY = "--conf spark.task.maxFailures=1"  # the same in a quarter of the time
+# Without the retries of our own settings Hadoop's client would give up a NameNode after 2 s, not after 10.
+IMPATIENT = "--conf spark.hadoop.ipc.client.connect.max.retries=2"
 
 
 @pytest.fixture(autouse=True)
@@ -21,35 +24,39 @@ def sound(cluster: Cluster) -> Iterator[None]:
 
 
 def test_refusals_then_namenode_away_in_preprocess_and_datanode_killed_in_pack(
-    cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun
+    cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun, spark: SparkSession
 ) -> None:
     """One after the other on one output, which in the end is what it would have been."""
     out = fault_run.out
     out.make()
     cluster.shell("-chmod", "755", out.path)
-    with fault_run.started(HADOOP_USER_NAME="somebody") as driver:
+    with fault_run.started(HADOOP_USER_NAME="somebody", SPARK_MASTER="local[2]") as driver:
         assert "Permission denied: user=somebody, access=WRITE" in fault_run.refused(driver)
     assert out.files() == []
 
     safe = fault_run.beside("safe")
-    with safe.started("preprocess:1:4:1:meet", conf=ONE_TRY) as driver:
-        with safe.meeting(driver, "preprocess"):
+
+    def enter_safe_mode() -> None:
+        with safe.meeting(None, "preprocess"):
             cluster.dfsadmin("-safemode", "enter")
+
+    with ThreadPoolExecutor(1) as other:
+        entered = other.submit(enter_safe_mode)
         try:
-            assert "in safe mode" in safe.refused(driver)
+            assert "in safe mode" in safe.refused_here("preprocess:1:4:1:meet")
         finally:
+            entered.result()
             cluster.dfsadmin("-safemode", "leave")
 
     cluster.dfsadmin("-setSpaceQuota", "1m", out.path)  # less than a block, so nothing can be written
-    with fault_run.started() as driver:
-        assert "quota" in fault_run.refused(driver)
+    assert "quota" in fault_run.refused_here()
     cluster.dfsadmin("-setSpaceQuota", "40m", out.path)  # two blocks of 8 MiB in two replicas, while they are written
-    with fault_run.started(conf=ONE_TRY) as driver:
-        assert "The DiskSpace quota of" in fault_run.refused(driver)
+    assert "The DiskSpace quota of" in fault_run.refused_here()
     cluster.dfsadmin("-clrSpaceQuota", out.path)
 
-    with fault_run.started("preprocess:1:4:1:meet", "pack:0:2:1:meet") as driver:
-        with fault_run.meeting(driver, "preprocess"), namenode_away(cluster, 9):
+    faults = ("preprocess:1:4:1:meet", "pack:0:2:1:meet")
+    with fault_run.started(*faults, conf=IMPATIENT, KANYUN_TIME_SCALE="1") as driver:
+        with fault_run.meeting(driver, "preprocess"), namenode_away(cluster, 2):
             (fault_run.here / "preprocess-go").touch()
         with fault_run.meeting(driver, "pack"):
             cluster.kill("datanode-1")
@@ -63,7 +70,7 @@ def test_raw_files_that_may_not_be_read(cluster: Cluster, fault_run: FaultRun) -
     fault_run.out.make()
     cluster.shell("-chmod", "777", fault_run.out.path)
     try:
-        with fault_run.started(conf=ONE_TRY, HADOOP_USER_NAME="somebody") as driver:
+        with fault_run.started(HADOOP_USER_NAME="somebody", SPARK_MASTER="local[2]") as driver:
             assert "Permission denied: user=somebody, access=READ" in fault_run.refused(driver)
     finally:
         cluster.shell("-chmod", "644", hidden.path)

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from jobs.cluster import Cluster
+from kanyun.errors import UserError
 from kanyun.manifest import Manifest
 from kanyun.naming import dataset_name
 from kanyun.storage import Folder
 from kanyun.verify import verify
+from pipeline.recipe import Recipe, RecipeDataset
+from tests.support.faulty_pipeline import small_tasks
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 256
@@ -44,11 +48,7 @@ class FaultRun:
     @contextmanager
     def started(self, *faults: str, conf: str = "", **environment: str) -> Iterator[subprocess.Popen[str]]:
         """The driver, which is killed if the block ends before it."""
-        settings = {"output": self.out.uri, "tokenizer": str(self.model), "length": LENGTH, "seed": 3}
-        datasets = {"chat": {"raw": self.raw, "dataset": "messages", "ratio": 0.7}}
-        recipe = self.here / "recipe.yaml"
-        recipe.write_text(json.dumps(settings | {"datasets": datasets}))  # JSON is YAML
-        command = [sys.executable, "-m", "tests.support.faulty_pipeline", str(recipe), str(self.here), *faults]
+        command = [sys.executable, "-m", "tests.support.faulty_pipeline", self._recipe(), str(self.here), *faults]
         options = {"PYSPARK_SUBMIT_ARGS": f"{conf} pyspark-shell"} if conf else {}
         env = {**os.environ, **self.master, **options, **environment}
         with (self.here / "stderr").open("w") as errors:
@@ -58,6 +58,24 @@ class FaultRun:
             finally:
                 driver.kill()
                 driver.communicate()
+
+    def _recipe(self) -> str:
+        settings = {"output": self.out.uri, "tokenizer": str(self.model), "length": LENGTH, "seed": 3}
+        datasets = {"chat": {"raw": self.raw, "dataset": "messages", "ratio": 0.7}}
+        recipe = self.here / "recipe.yaml"
+        recipe.write_text(json.dumps(settings | {"datasets": datasets}))  # JSON is YAML
+        return str(recipe)
+
+    def run_here(self, *faults: str) -> None:
+        """The same in this process, on the Spark session of all tests: a start of Spark less."""
+        with small_tasks(self.here, faults):
+            Recipe.load(self._recipe()).run(overwrite=False)
+
+    def refused_here(self, *faults: str) -> str:
+        """The one sentence with which `run_here` ends."""
+        with pytest.raises(UserError) as caught:
+            self.run_here(*faults)
+        return str(caught.value)
 
     def beside(self, name: str) -> "FaultRun":
         """The same recipe and output, with other files that processes see."""
@@ -87,11 +105,11 @@ class FaultRun:
         return (self.here / "stderr").read_text()
 
     @contextmanager
-    def meeting(self, driver: "subprocess.Popen[str]", where: str) -> Iterator[None]:
-        """The block runs when a task has reached its meeting; then that goes on."""
+    def meeting(self, driver: "subprocess.Popen[str] | None", where: str) -> Iterator[None]:
+        """The block runs when a task has reached its meeting; then that goes on. driver: None for this process."""
         deadline = time.monotonic() + 400
         while not (self.here / f"{where}-reached").exists():
-            assert driver.poll() is None, self.errors()[-6000:]
+            assert driver is None or driver.poll() is None, self.errors()[-6000:]
             assert time.monotonic() < deadline
             time.sleep(0.02)
         yield
@@ -116,6 +134,12 @@ class FaultRun:
                 for images in table["images"].to_pylist():
                     used |= {image["blob"].removeprefix(f"{self.out.uri}/") for image in images or []}
         return used
+
+
+def recipe_for(root: Folder, model: Path) -> Recipe:
+    """The recipe of FaultRun from `root`/raw to `root`/out."""
+    datasets = {"chat": RecipeDataset((root / "raw").uri, "messages", 0.7)}
+    return Recipe((root / "out").uri, str(model), LENGTH, datasets, seed=3)
 
 
 @contextmanager

@@ -14,18 +14,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pyarrow as pa
 from pyspark import TaskContext
 from pyspark.sql import DataFrame
 
-from kanyun import claim
 from kanyun.errors import run_cli
 from pipeline.recipe import Recipe
 from pipeline.spark import map_rows
@@ -80,15 +80,13 @@ class FaultyTask:
     folder: Path
 
     def __call__(self, batches: Rows) -> Rows:
-        import kanyun.writer
-
-        kanyun.writer.BATCH_BYTES = 10_000  # a few packs, so that files grow while there are packs to come
         mine = [fault for fault in self.faults if fault.task == TaskContext.get().partitionId()]
         with self._in_calls(mine):
             yield from self.function(batches)
 
     @contextmanager
     def _in_calls(self, faults: list[Fault]) -> Iterator[None]:
+        from kanyun import writer
         from kanyun.writer import ShardWriter
         from pipeline.stages.preprocess import SampleMaker
 
@@ -105,27 +103,37 @@ class FaultyTask:
 
             return call
 
-        usual = SampleMaker.__call__, ShardWriter.add
-        SampleMaker.__call__, ShardWriter.add = map(counted, usual)  # type: ignore[method-assign]
-        try:
+        small = 10_000  # bytes, a few packs: files grow while there are packs to come
+        with (
+            patch.object(writer, "BATCH_BYTES", small),
+            patch.object(SampleMaker, "__call__", counted(SampleMaker.__call__)),
+            patch.object(ShardWriter, "add", counted(ShardWriter.add)),
+        ):
             yield
-        finally:
-            SampleMaker.__call__, ShardWriter.add = usual  # type: ignore[method-assign]
+
+
+@contextmanager
+def small_tasks(folder: Path, texts: Sequence[str]) -> Iterator[None]:
+    """In the block, stages of this process run in small tasks, in which the faults of `texts` happen."""
+    faults = tuple(map(Fault.parse, texts))
+
+    def faulty(where: str) -> Callable[[DataFrame, Callable[[Rows], Rows], pa.Schema], DataFrame]:
+        mine = tuple(fault for fault in faults if fault.where == where)
+        return lambda rows, function, schema: map_rows(rows, FaultyTask(function, mine, folder), schema)
+
+    with (
+        patch.object(preprocess.PreprocessStage, "task_bytes", (5000, 5000)),
+        patch.object(pack.PackStage, "bucket_samples", 20),
+        patch.object(preprocess, "map_rows", faulty("preprocess")),
+        patch.object(pack, "map_rows", faulty("pack")),
+    ):
+        yield
 
 
 def main() -> None:
     recipe, folder, *texts = sys.argv[1:]
-    faults = list(map(Fault.parse, texts))
-    preprocess.PreprocessStage.task_bytes = (5000, 5000)
-    pack.PackStage.bucket_samples = 20
-    claim.HEARTBEAT, claim.DEAD_AFTER = 1.0, 10
-
-    def faulty(where: str) -> Callable[[DataFrame, Callable[[Rows], Rows], pa.Schema], DataFrame]:
-        mine = tuple(fault for fault in faults if fault.where == where)
-        return lambda rows, function, schema: map_rows(rows, FaultyTask(function, mine, Path(folder)), schema)
-
-    preprocess.map_rows, pack.map_rows = faulty("preprocess"), faulty("pack")  # type: ignore[assignment]
-    Recipe.load(recipe).run(overwrite=False)
+    with small_tasks(Path(folder), texts):
+        Recipe.load(recipe).run(overwrite=False)
 
 
 if __name__ == "__main__":
