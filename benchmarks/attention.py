@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformer_engine.pytorch import DotProductAttention
 
 from benchmarks.train_text import flash_attention
 from trainer.kernels.rope import rotary_2d
 from trainer.models.qwen2_5.sizes import SIZES
-from trainer.models.qwen2_5.vision_te import te_attend, turned
+from trainer.models.qwen2_5.vision_layers_te import TEVisionLayers, rotated
 
 LENGTH, PACKS, REPEATS = 8192, 8, 10
 SHAPES = {"0.5B": (14, 2, 64), "1.5B": (12, 2, 128)}  # heads, groups, dimension
@@ -117,10 +118,12 @@ def report_tower(segments: str, lengths: list[int], bound: int) -> None:
     qkv = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     rotary = rotary_2d(torch.randint(0, 56, (PATCHES, 2), device="cuda"), vision.head_dim)
     ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    gradient, ours = torch.randn_like(qkv[:, 0]), te_attend(vision)
+    config = TransformerConfig(num_layers=1, hidden_size=vision.hidden_size, num_attention_heads=vision.num_heads)
+    layers = TEVisionLayers(vision, config, qkv.device)
+    gradient, ours = torch.randn_like(qkv[:, 0]), layers.attend
     kernels: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: ours(qkv, rotary, ends, bound),
-        "rope, FlashAttention 2": lambda: flash_attention(*turned(qkv, rotary), ends, bound, causal=False),
+        "rope, FlashAttention 2": lambda: flash_attention(*rotated(qkv, rotary), ends, bound, causal=False),
     }
     for what, kernel in kernels.items():
         with torch.no_grad():

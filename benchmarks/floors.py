@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.profiles import ATTENTION, BANDWIDTH, PRODUCTS
 from benchmarks.train_text import LENGTH
-from trainer.models.qwen2_5.config import Compute
+from trainer.models.config import Compute
 from trainer.models.qwen2_5.sizes import SIZES
-from trainer.planning.planner import parameter_count
+from trainer.models.registry import costs_of
 from trainer.planning.speed import PRODUCTS_FP8, SEGMENT, UPDATE, work
 
 Row = tuple[str, str, float, float, float]  # what, its shape, FLOPs, bytes, seconds
@@ -54,7 +54,7 @@ def floors(size: str, packs: int, fp8: bool) -> list[Row]:
     passes = {"SwiGLU": token.swiglu, "norms, rope, residuals": token.norms, "cross entropy": token.loss}
     if fp8:
         passes["casts to fp8"] = token.casts
-    moved = {what: rows * each for what, each in passes.items()} | {"optimizer": UPDATE * parameter_count(model)}
+    moved = {what: rows * each for what, each in passes.items()} | {"optimizer": UPDATE * costs_of(model).parameters}
     return found + [(what, "", 0, b, b / BANDWIDTH) for what, b in moved.items()]
 
 

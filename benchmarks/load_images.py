@@ -28,7 +28,7 @@ from trainer.data.images import PatchGeometry, write_patches
 from trainer.data.loader import _threads
 from trainer.data.source import PackedData
 from trainer.data.stream import PackStream
-from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.config import ModelConfig
 from trainer.planning.planner import batch_format
 
 GEOMETRY = PatchGeometry()

@@ -75,8 +75,8 @@ def plain_loop(
     from kanyun.storage import Folder
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
-    from trainer.models.qwen2_5.config import ModelConfig
-    from trainer.models.qwen2_5.costs import pack_cost
+    from trainer.models.config import ModelConfig
+    from trainer.models.registry import costs_of
     from trainer.planning.planner import batch_format
 
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -89,7 +89,11 @@ def plain_loop(
     )
     data = PackedData(config.data, LENGTH, fingerprint(Folder(config.model)))
     facts = ModelConfig.from_hf(config.model)
-    order = {"seed": config.seed, "global_batch": config.global_batch, "cost": pack_cost(facts)}  # as Trainer's
+    order = {
+        "seed": config.seed,
+        "global_batch": config.global_batch,
+        "cost": costs_of(facts).pack_cost,
+    }  # as Trainer's
     losses = []
     with PackStream(data, batch_format(facts), micro_batch=1, **order) as stream:
         for step, packs in enumerate(islice(stream.batches(0), args.steps)):

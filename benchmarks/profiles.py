@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from trainer.data.batch import Batch
-from trainer.models.qwen2_5.config import Compute, ModelConfig
-from trainer.models.qwen2_5.costs import TRAINING, forward_flops, patch_flops, token_flops
-from trainer.planning.planner import parameter_count
+from trainer.models.config import Compute, ModelConfig
+from trainer.models.costs import TRAINING
+from trainer.models.registry import costs_of
 from trainer.planning.speed import PRODUCTS_FP8, UPDATE, work
 from trainer.trainer import Run
 
@@ -54,12 +54,12 @@ def print_profile(run: Run, step: Callable[[], object], batches: Sequence[Batch]
 def least(model: ModelConfig, compute: Compute, batches: Sequence[Batch]) -> dict[str, float]:
     """Seconds by kind, of a step on these batches where nothing is computed twice."""
     slots = sum(len(batch.input_ids) for batch in batches)
-    forward = sum(forward_flops(model, batch) for batch in batches)
-    token, layer_flops, patch_bytes = work(model, compute), slots * token_flops(model), Counter[str]()
+    forward = sum(costs_of(model).forward_flops(batch) for batch in batches)
+    token, layer_flops, patch_bytes = work(model, compute), slots * costs_of(model).token_flops, Counter[str]()
     if model.vision is not None:
         vision = model.vision
         patches = sum(batch.real_patches for batch in batches)
-        layer_flops += patches * patch_flops(vision)
+        layer_flops += patches * costs_of(model).patch_flops
         # As of the language model's layers, see trainer.planning.speed.work.
         patch_bytes["SwiGLU"] = patches * vision.depth * 2 * 8 * vision.intermediate_size
         patch_bytes["norms"] = patches * vision.depth * 2 * 24 * vision.hidden_size
@@ -67,7 +67,7 @@ def least(model: ModelConfig, compute: Compute, batches: Sequence[Batch]) -> dic
         patch_bytes["casts"] = patches * vision.depth * casts
     head, in_layers = slots * token.head, TRAINING * layer_flops - slots * token.head
     return {
-        "optimizer": UPDATE * parameter_count(model) / BANDWIDTH,
+        "optimizer": UPDATE * costs_of(model).parameters / BANDWIDTH,
         "attention": 3.5 * (forward - layer_flops) / ATTENTION,
         "matrix products": in_layers / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS) + head / PRODUCTS,
         "cross entropy": slots * token.loss / BANDWIDTH,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.side_by_side import main, train
 from trainer.config import TrainConfig
-from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.config import ModelConfig
 from trainer.models.qwen2_5.sizes import SIZES
 
 LENGTH = 8192
@@ -106,8 +106,9 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from kanyun.storage import Folder
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
-    from trainer.models.qwen2_5.config import ModelConfig
-    from trainer.models.qwen2_5.costs import TRAINING, forward_flops
+    from trainer.models.config import ModelConfig
+    from trainer.models.costs import TRAINING
+    from trainer.models.registry import costs_of
     from trainer.planning.planner import CARDS, batch_format, card
 
     packed_attention()
@@ -126,7 +127,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for batches in islice(stream.batches(0), args.peer_steps + 1):
             begun, flops, useful = time.perf_counter(), 0, 0
             for batch in batches:
-                flops += TRAINING * forward_flops(facts, batch)
+                flops += TRAINING * costs_of(facts).forward_flops(batch)
                 longest = int(batch.cu_seqlens.diff().max())
                 batch = batch.to(torch.device("cuda"))
                 labels = torch.where(batch.loss_mask > 0, batch.labels, -100)[None]

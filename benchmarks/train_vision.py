@@ -24,7 +24,7 @@ from benchmarks.side_by_side import main, train
 from benchmarks.train_text import LENGTH, flash_attention, model_folder, text_config
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
-from trainer.models.qwen2_5.config import ModelConfig
+from trainer.models.config import ModelConfig
 from trainer.models.qwen2_5.sizes import SIZES
 
 CHECKPOINTED = {"6", "mix"}  # rows that the peer has no memory for otherwise
@@ -141,7 +141,8 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from kanyun.storage import Folder
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
-    from trainer.models.qwen2_5.costs import TRAINING, forward_flops
+    from trainer.models.costs import TRAINING
+    from trainer.models.registry import costs_of
     from trainer.planning.planner import batch_format
 
     packed_attention()
@@ -165,7 +166,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with PackStream(data, batch_format(facts), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
         begun = time.perf_counter()
         for batches in islice(stream.batches(0), args.peer_steps + 1):
-            flops.append(sum(TRAINING * forward_flops(facts, batch) for batch in batches))
+            flops.append(sum(TRAINING * costs_of(facts).forward_flops(batch) for batch in batches))
             for batch in batches:
                 given = inputs(batch, facts.vision.merge_size**2)
                 given = {name: x.to("cuda") if isinstance(x, Tensor) else x for name, x in given.items()}

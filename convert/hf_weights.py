@@ -1,6 +1,7 @@
 """The weights of a Hugging Face folder: safetensors files, read and written tensor by tensor."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kanyun.errors import UserError
-from trainer.models.qwen2_5.names import canonical, require_same
+from trainer.models.names import require_same
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # as the Hub recommends; a larger single tensor gets a file of its own
@@ -19,7 +20,8 @@ SHARD_BYTES = 5 * 10**9  # as the Hub recommends; a larger single tensor gets a 
 class HFWeights:
     """The tensors of a folder under their canonical names. Files are mapped into memory, not read ahead."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, canonical: Callable[[str], str] = str) -> None:
+        """`canonical`: the family's, which returns a tensor's name as its table spells it."""
         self._folder = folder
         self._found: list[tuple[str, str, Any]] = []  # canonical name, name in the file, open file
         for name in _files(folder):

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 
 from kanyun.errors import UserError
 from trainer.checkpoint import _PlainMetadata
-from trainer.models.qwen2_5.names import require_same
+from trainer.models.names import require_same
 
 PARTS = ("language.", "vision.")  # what else is in a checkpoint is the optimizer's
 

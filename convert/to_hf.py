@@ -12,8 +12,8 @@ from convert.megatron_weights import MegatronWeights
 from convert.output import new_folder
 from kanyun.errors import UserError
 from trainer import checkpoint
-from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.names import table
+from trainer.models.config import ModelConfig
+from trainer.models.registry import family_of
 
 
 def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
@@ -26,7 +26,7 @@ def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
     step = checkpoint.resolve(source)
     folder = Path(step.path)
     config = ModelConfig.from_hf(str(folder / "hf"))
-    rows, weights = table(config), MegatronWeights(folder)
+    rows, weights = family_of(config).table(config), MegatronWeights(folder)
     weights.require([row.megatron for row in rows])
     dtype = _dtype(folder / "hf" / "config.json") if checkpoint.read_state(step).step else None
     with new_folder(out, folder, overwrite) as attempt:

@@ -15,9 +15,10 @@ from kanyun.errors import UserError
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
-from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.language import Qwen2_5
-from trainer.models.qwen2_5.names import Row, table
+from trainer.models.config import ModelConfig
+from trainer.models.language import LanguageModel
+from trainer.models.names import Row
+from trainer.models.registry import family_of
 from trainer.runtime import Runtime
 
 TRAINED = (torch.float32, torch.bfloat16)
@@ -26,11 +27,13 @@ TRAINED = (torch.float32, torch.bfloat16)
 def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
     """Write `out` like the output folder of a run, in the dtype of the source. Takes as much memory as the weights.
 
-    Raises UserError if the source is no Qwen2.5 or Qwen2.5-VL, or not exactly one, and as `new_folder` does.
+    Raises UserError if no family knows the source's model_type, or its tensors are not exactly the family's, and as
+    `new_folder` does.
     """
     config, hf = ModelConfig.from_hf(str(source)), Folder(str(source))
     state = checkpoint.State(0, 0, 0, fingerprint(hf).digest, asdict(config), run={})
-    rows, weights = table(config), HFWeights(source)
+    family = family_of(config)
+    rows, weights = family.table(config), HFWeights(source, family.canonical)
     weights.require([name for row in rows for name in row.hf])
     with new_folder(out, source, overwrite) as attempt:
         bar = tqdm(rows, "reading", unit=" tensors")
@@ -38,7 +41,7 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
         print(f"writing {out}", flush=True)
         with Runtime.start():
             # It asks a model for nothing but its tensors.
-            checkpoint.save(Folder(str(attempt)), state, cast(Qwen2_5, tensors), None, hf)
+            checkpoint.save(Folder(str(attempt)), state, cast(LanguageModel, tensors), None, hf)
 
 
 def _converted(row: Row, weights: HFWeights, config: ModelConfig, source: Path) -> Tensor:

@@ -17,8 +17,8 @@ from kanyun.errors import UserError
 from kanyun.schema import Pack
 from trainer import checkpoint
 from trainer.data.batch import make_batch
+from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
-from trainer.models.qwen2_5.config import ModelConfig
 from trainer.planning.planner import batch_format
 from trainer.runtime import Runtime
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from kanyun.errors import UserError
 from kanyun.fingerprint import copy_tokenizer
 from kanyun.storage import Folder
-from trainer.models.qwen2_5.language import Qwen2_5
+from trainer.models.language import LanguageModel
 from trainer.optim.state import OptimizerState
 
 _STEP = re.compile(r"step_\d{8}")
@@ -90,7 +90,12 @@ def read_state(step: Folder) -> State:
 
 
 def save(
-    output: Folder, state: State, model: Qwen2_5, optimizer: ChainedOptimizer | None, hf: Folder, keep_last: int = 1
+    output: Folder,
+    state: State,
+    model: LanguageModel,
+    optimizer: ChainedOptimizer | None,
+    hf: Folder,
+    keep_last: int = 1,
 ) -> Folder:
     """Write a checkpoint of the run in `output` and make it the latest; older ones than `keep_last` go.
 
@@ -125,7 +130,7 @@ def save(
     return final
 
 
-def load(step: Folder, model: Qwen2_5, optimizer: ChainedOptimizer | None = None) -> None:
+def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None = None) -> None:
     """Fill model, and optimizer if given, from a checkpoint. Every rank calls it.
 
     Raises UserError if the checkpoint is damaged, has other tensors, or holds anything but plain data.
@@ -155,7 +160,7 @@ def _remove(folder: Folder) -> None:
         hidden.delete()
 
 
-def _weights(model: Qwen2_5) -> dict[str, Any]:
+def _weights(model: LanguageModel) -> dict[str, Any]:
     """What megatron.core saves of the model, or loads into."""
     weights: dict[str, Any] = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})  # one key a layer
     return weights

@@ -3,15 +3,16 @@
 import argparse
 
 from kanyun.errors import run_cli
-from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.sizes import SIZES
-from trainer.planning.planner import GB, USABLE, decide, parameter_count
+from trainer.models.config import ModelConfig
+from trainer.models.registry import costs_of, published_sizes
+from trainer.planning.planner import GB, USABLE, decide
 from trainer.planning.speed import CARDS, SEGMENT, step_seconds
 
 
 def main() -> int:
+    sizes = published_sizes()
     parser = argparse.ArgumentParser(prog="python -m trainer.layout", description="The layout that a run would get.")
-    parser.add_argument("model", help=f"{', '.join(SIZES)}; or a Hugging Face folder")
+    parser.add_argument("model", help=f"{', '.join(sizes)}; or a Hugging Face folder")
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--card", choices=list(CARDS), default="H100")
     parser.add_argument("--length", type=int, default=8192, help="token slots a pack (8192)")
@@ -20,11 +21,11 @@ def main() -> int:
     )
     parser.add_argument("--global-batch", type=int, help="packs a step; default: 16 for each GPU")
     args = parser.parse_args()
-    model = SIZES[args.model] if args.model in SIZES else ModelConfig.from_hf(args.model)
+    model = sizes[args.model] if args.model in sizes else ModelConfig.from_hf(args.model)
     patches = 2 * args.length if args.patches is None else args.patches
     packs = args.global_batch or 16 * args.gpus
     layout = decide(model, args.gpus, args.card, args.length, packs, patches)
-    memory, split, parameters = layout.memory or 0.0, layout.tensor_parallel, parameter_count(model)
+    memory, split, parameters = layout.memory or 0.0, layout.tensor_parallel, costs_of(model).parameters
     share = packs * split / args.gpus  # packs of a step that a model has
     work = round(share * args.length), round(share * patches), layout.compute
     rate = packs * args.length / step_seconds(model, parameters, CARDS[args.card], args.gpus, split, *work)

@@ -26,9 +26,10 @@ from trainer.data.source import PackedData
 from trainer.data.stream import PackStream, ValidationStream
 from trainer.graph import Graphed
 from trainer.metrics import Metrics, StepMetrics, peak_memory_gb
+from trainer.models.config import ModelConfig
+from trainer.models.costs import TRAINING
 from trainer.models.initialize import build_model
-from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.costs import TRAINING, forward_flops, pack_cost
+from trainer.models.registry import costs_of
 from trainer.optim.optimizer import build_optimizer, learning_rate, set_rates, take_step
 from trainer.planning.planner import CARDS, Layout, batch_format, card, decide, static_shape
 from trainer.runtime import Runtime
@@ -91,6 +92,7 @@ class Trainer:
         self.run, self.config, self.runtime = run, config, runtime
         self.step, self.skipped, self.bad_in_a_row = run.start.step, run.start.skipped, 0
 
+        self.costs = costs_of(run.model)
         self._open = ExitStack()
         form = batch_format(run.model, pinned=runtime.cuda)
         self.static = static_shape(run.data.all, layout.micro_batch, form.geometry)
@@ -101,7 +103,7 @@ class Trainer:
                 replace(form, static=self.static) if runtime.cuda else form,
                 seed=config.seed,
                 global_batch=config.global_batch,
-                cost=pack_cost(run.model),
+                cost=self.costs.pack_cost,
                 **place,
             )
         )
@@ -122,7 +124,7 @@ class Trainer:
         self.loss_sum, self.trained = self._zero(), self._zero()  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
         if self.graph:
-            from trainer.models.qwen2_5.spec_te import accumulate_in_place
+            from trainer.models.layers_te import accumulate_in_place
 
             self._open.callback(self.graph.close)
             accumulate_in_place(self.model)
@@ -178,7 +180,7 @@ class Trainer:
                 self.graph(batch)
             else:
                 self._forward_backward(batch)
-            flops += TRAINING * forward_flops(self.run.model, batch)
+            flops += TRAINING * self.costs.forward_flops(batch)
         # Reduces the gradients and `trained` over the ranks, and divides the ones by the other.
         finalize_model_grads([self.ddp], self.trained)
         set_rates(self.optimizer, self.config, lr)

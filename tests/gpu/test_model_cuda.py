@@ -21,12 +21,12 @@ from tests.support.model_golden import (
 )
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.support.vision_golden import PACKS, example
+from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
-from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.spec import SegmentAttention
+from trainer.models.layers import SegmentAttention
 from trainer.runtime import Runtime
 
-pytest.importorskip("trainer.models.qwen2_5.spec_te", exc_type=ImportError)
+pytest.importorskip("trainer.models.layers_te", exc_type=ImportError)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LENGTH = 512
 

@@ -14,8 +14,8 @@ from tests.support.qwen_assets import tiny_vl_folder
 from tests.support.vision_golden import LENGTH, PACKS, example, kept
 from tests.support.window_golden import differences
 from trainer.data.batch import Batch, StaticShape
+from trainer.models.config import Compute, ModelConfig
 from trainer.models.initialize import build_model, freeze
-from trainer.models.qwen2_5.config import Compute, ModelConfig
 from trainer.runtime import Runtime
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

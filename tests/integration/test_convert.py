@@ -24,9 +24,9 @@ from kanyun.storage import Folder
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.support.training_job import train, write_job
 from trainer import checkpoint
+from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
-from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.names import table
+from trainer.models.registry import family_of
 from trainer.runtime import Runtime
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -133,7 +133,7 @@ def test_a_trained_checkpoint_is_rounded_to_the_configs_dtype(tmp_path: Path) ->
     to_hf(values["output"], tmp_path / "back")
     written, config = load_file(tmp_path / "back" / WEIGHTS), ModelConfig.from_hf(values["model"])
     trained = MegatronWeights(Path(checkpoint.resolve(values["output"]).path))
-    for row in table(config):
+    for row in family_of(config).table(config):
         assert trained[row.megatron].dtype == torch.float32
         parts = row.transform.to_hf(trained[row.megatron], config)
         same({name: part.bfloat16() for name, part in zip(row.hf, parts)}, {name: written[name] for name in row.hf})

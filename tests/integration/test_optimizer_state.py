@@ -18,9 +18,9 @@ from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State
 from trainer.config import TrainConfig
+from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
-from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.language import Qwen2_5
+from trainer.models.language import LanguageModel
 from trainer.optim.optimizer import build_optimizer, take_step
 from trainer.optim.state import OptimizerState
 from trainer.runtime import Runtime
@@ -89,7 +89,7 @@ def work(folder: Path, action: str) -> None:
                 dump(folder / f"{found.name}.pt", model, optimizer)
 
 
-def one_step(folder: Path, runtime: Runtime) -> tuple[Qwen2_5, ChainedOptimizer]:
+def one_step(folder: Path, runtime: Runtime) -> tuple[LanguageModel, ChainedOptimizer]:
     """A model whose moments are not 0, after the same two packs however many processes there are."""
     config = ModelConfig.from_hf(str(folder / "hf"))
     model = build_model(config, runtime)
@@ -107,12 +107,12 @@ def one_step(folder: Path, runtime: Runtime) -> tuple[Qwen2_5, ChainedOptimizer]
     return model, optimizer
 
 
-def state_of(model: Qwen2_5, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
+def state_of(model: LanguageModel, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
     weights = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     return {name: part.data for name, part in OptimizerState(optimizer, weights).tensors.items()}
 
 
-def dump(file: Path, model: Qwen2_5, optimizer: ChainedOptimizer) -> None:
+def dump(file: Path, model: LanguageModel, optimizer: ChainedOptimizer) -> None:
     torch.save({name: values.clone() for name, values in state_of(model, optimizer).items()}, file)
 
 

@@ -14,8 +14,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from tests.support.model_golden import Example, batch_of
 from tests.support.qwen_assets import tiny_text_folder
 from tests.support.two_processes import assert_two_train_as_one
+from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
-from trainer.models.qwen2_5.config import ModelConfig
 from trainer.runtime import Runtime
 
 

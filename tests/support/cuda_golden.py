@@ -8,11 +8,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from trainer.data.batch import Batch
 from trainer.graph import Graphed
-from trainer.models.qwen2_5.language import Qwen2_5
+from trainer.models.language import LanguageModel
 from trainer.runtime import Runtime
 
 
-def losses_of_graphs(model: Qwen2_5, batches: list[Batch], runtime: Runtime) -> list[float]:
+def losses_of_graphs(model: LanguageModel, batches: list[Batch], runtime: Runtime) -> list[float]:
     """Warmed up on the first batch; each batch's loss and gradients must be those without a graph."""
     ddp, total = in_ddp(model), torch.zeros((), device=runtime.device)
 
@@ -40,11 +40,11 @@ def losses_of_graphs(model: Qwen2_5, batches: list[Batch], runtime: Runtime) -> 
     return losses
 
 
-def in_ddp(model: Qwen2_5) -> DistributedDataParallel:
+def in_ddp(model: LanguageModel) -> DistributedDataParallel:
     """As Trainer makes it: gradients are added up in main_grad, by the matrix products themselves."""
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     ddp = DistributedDataParallel(model.config, config, model)
-    from trainer.models.qwen2_5.spec_te import accumulate_in_place
+    from trainer.models.layers_te import accumulate_in_place
 
     accumulate_in_place(model)
     return ddp

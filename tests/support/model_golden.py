@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kanyun.schema import Pack
 from trainer.data.batch import Batch, StaticShape, make_batch
-from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.language import Qwen2_5
+from trainer.models.config import ModelConfig
+from trainer.models.language import LanguageModel
 from trainer.planning.planner import batch_format
 
 
@@ -113,7 +113,7 @@ def _vision(get: Callable[[str], Tensor], depth: int) -> dict[str, Tensor]:
     return found
 
 
-def expected_tensors(model: Qwen2_5, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def expected_tensors(model: LanguageModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`ours`, where Transformer Engine's layers (on CUDA) hold the norms before them."""
     fused = {
         "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -128,7 +128,7 @@ def expected_tensors(model: Qwen2_5, tensors: Mapping[str, Tensor]) -> dict[str,
 
 
 @torch.no_grad()
-def load(model: Qwen2_5, reference: Any) -> None:
+def load(model: LanguageModel, reference: Any) -> None:
     """Fill our model with transformers' weights: every parameter, none left over."""
     weights = expected_tensors(model, dict(reference.named_parameters()))
     parameters = dict(model.named_parameters())
@@ -137,7 +137,7 @@ def load(model: Qwen2_5, reference: Any) -> None:
         parameter.copy_(weights[name])
 
 
-def gradient_errors(model: Qwen2_5, reference: Any) -> dict[str, float]:
+def gradient_errors(model: LanguageModel, reference: Any) -> dict[str, float]:
     """Difference of each parameter's gradient from transformers', relative to the gradient's own norm."""
     theirs = {name: weight.grad for name, weight in reference.named_parameters()}
     errors = {}

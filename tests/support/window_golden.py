@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.rope import rotary_2d
-from trainer.models.qwen2_5.vision import reference_layers
+from trainer.models.qwen2_5.vision_layers import ReferenceVisionLayers
 
 
 def differences(windows: list[int], longest: int, heads: int, width: int, like: Tensor) -> list[float]:
@@ -21,7 +21,7 @@ def differences(windows: list[int], longest: int, heads: int, width: int, like: 
     ends = torch.tensor([0, *windows], device=like.device).cumsum(0).int()
     found = window_attention(qkv, rotary.cos, rotary.sin, ends, longest)
     exact = qkv.detach().float().requires_grad_()
-    expected = reference_layers().attend(exact, rotary, ends, longest)
+    expected = ReferenceVisionLayers().attend(exact, rotary, ends, longest)
     (slopes,) = torch.autograd.grad(found, qkv, gradient)
     (slopes_expected,) = torch.autograd.grad(expected, exact, gradient.float())
     pairs = [(found, expected), *zip(slopes.unbind(1), slopes_expected.unbind(1))]

@@ -17,9 +17,9 @@ from kanyun.storage import Folder
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State
+from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
-from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.language import Qwen2_5
+from trainer.models.language import LanguageModel
 from trainer.runtime import Runtime
 
 
@@ -35,7 +35,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(hf: Path, runtime: Runtime) -> Qwen2_5:
+def model(hf: Path, runtime: Runtime) -> LanguageModel:
     return build_model(ModelConfig.from_hf(str(hf)), runtime)
 
 
@@ -44,7 +44,7 @@ def output(tmp_path: Path) -> Folder:
     return Folder(str(tmp_path / "out"))
 
 
-def state(model: Qwen2_5, step: int = 0) -> State:
+def state(model: LanguageModel, step: int = 0) -> State:
     return State(step, 4 * step, 0, "tokenizer", asdict(model.model_config), {"seed": 1, "length": 64})
 
 
@@ -52,7 +52,7 @@ def names(output: Folder) -> list[str]:
     return checkpoint.checkpoints_of(output).names()
 
 
-def test_weights_and_files_come_back(output: Folder, model: Qwen2_5, hf: Path, runtime: Runtime) -> None:
+def test_weights_and_files_come_back(output: Folder, model: LanguageModel, hf: Path, runtime: Runtime) -> None:
     written = checkpoint.save(output, state(model, 7), model, None, Folder(str(hf)))
     assert written.name == "step_00000007"
     # The folder of the Hugging Face model, byte for byte, without its weights.
@@ -73,7 +73,7 @@ def test_weights_and_files_come_back(output: Folder, model: Qwen2_5, hf: Path, r
 EMBEDDING = "language.embedding.word_embeddings.weight"
 
 
-def test_resolve_takes_a_run_its_checkpoints_or_a_step(output: Folder, model: Qwen2_5, hf: Path) -> None:
+def test_resolve_takes_a_run_its_checkpoints_or_a_step(output: Folder, model: LanguageModel, hf: Path) -> None:
     assert checkpoint.latest(output) is None
     with pytest.raises(UserError, match="is no checkpoint: give a run's output folder"):
         checkpoint.resolve(output.path)
@@ -85,7 +85,9 @@ def test_resolve_takes_a_run_its_checkpoints_or_a_step(output: Folder, model: Qw
     assert checkpoint.resolve(f"{root}/step_00000003").name == "step_00000003"
 
 
-def test_keeps_the_last_ones_and_no_later_one_of_an_abandoned_attempt(output: Folder, model: Qwen2_5, hf: Path) -> None:
+def test_keeps_the_last_ones_and_no_later_one_of_an_abandoned_attempt(
+    output: Folder, model: LanguageModel, hf: Path
+) -> None:
     checkpoint.save(output, state(model, 90), model, None, Folder(str(hf)))  # killed before it could move `latest`
     for step in (1, 2, 3):
         checkpoint.save(output, state(model, step), model, None, Folder(str(hf)), keep_last=2)
@@ -96,7 +98,7 @@ def test_keeps_the_last_ones_and_no_later_one_of_an_abandoned_attempt(output: Fo
 
 @pytest.mark.parametrize("at", ["copy_tokenizer", "state.json", "move_to", "latest"])
 def test_a_crash_at_any_point_leaves_the_one_before(
-    at: str, output: Folder, model: Qwen2_5, hf: Path, monkeypatch: pytest.MonkeyPatch
+    at: str, output: Folder, model: LanguageModel, hf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save(output, state(model, 1), model, None, Folder(str(hf)))
     original_write = Folder.write
@@ -122,7 +124,7 @@ def test_a_crash_at_any_point_leaves_the_one_before(
     assert names(output) == ["latest", "step_00000003"]  # nothing is left of the attempt
 
 
-def test_going_on_as_another_training_is_refused(model: Qwen2_5) -> None:
+def test_going_on_as_another_training_is_refused(model: LanguageModel) -> None:
     ours = state(model)
     ours.require(ours, "here")
     changed = [
@@ -137,7 +139,7 @@ def test_going_on_as_another_training_is_refused(model: Qwen2_5) -> None:
     replace(ours, run={}).require(replace(ours, run={"seed": 5}), "here")
 
 
-def test_another_model_does_not_load(output: Folder, model: Qwen2_5, hf: Path, runtime: Runtime) -> None:
+def test_another_model_does_not_load(output: Folder, model: LanguageModel, hf: Path, runtime: Runtime) -> None:
     written = checkpoint.save(output, state(model), model, None, Folder(str(hf)))
     for other in ({"num_layers": 3}, {"intermediate_size": 256}):
         with pytest.raises(UserError, match="does not hold this model"):
@@ -157,7 +159,7 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_checkpoint_cannot_run_code(output: Folder, model: Qwen2_5, hf: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_cannot_run_code(output: Folder, model: LanguageModel, hf: Path, tmp_path: Path) -> None:
     """torch's .metadata is a pickle, and so are the values beside the tensors."""
     written = checkpoint.save(output, state(model), model, None, Folder(str(hf)))
     metadata = Path(written.path, ".metadata")
@@ -180,7 +182,7 @@ def test_a_checkpoint_cannot_run_code(output: Folder, model: Qwen2_5, hf: Path, 
     assert not list(tmp_path.glob("run by*"))
 
 
-def test_a_damaged_state_is_said_so(output: Folder, model: Qwen2_5, hf: Path) -> None:
+def test_a_damaged_state_is_said_so(output: Folder, model: LanguageModel, hf: Path) -> None:
     written = checkpoint.save(output, state(model), model, None, Folder(str(hf)))
     Path(written.path, "state.json").write_text(json.dumps({"step": 3}))
     with pytest.raises(UserError, match="cannot be read"):

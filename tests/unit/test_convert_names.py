@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kanyun.errors import UserError
-from trainer.models.qwen2_5.config import ModelConfig, VisionConfig
-from trainer.models.qwen2_5.names import canonical, require_same, table
+from trainer.models.config import ModelConfig, VisionConfig
+from trainer.models.names import require_same
+from trainer.models.qwen2_5.names import canonical, table
 from trainer.models.transforms import GATE_UP, PATCH_EMBED, QKV, VISION_DOWN, VISION_GATE_UP
 
 VISION = VisionConfig(
@@ -29,16 +30,20 @@ VISION = VisionConfig(
     image_std=(0.5, 0.5, 0.5),
 )
 CONFIG = ModelConfig(
+    model_type="qwen2_5_vl",
     vocab_size=100,
     hidden_size=64,
     intermediate_size=128,
     num_layers=2,
     num_heads=4,
     num_kv_heads=2,
+    head_dim=16,
     max_positions=512,
     norm_eps=1e-6,
     rope_theta=1e6,
     mrope_section=(2, 3, 3),
+    qkv_bias=True,
+    qk_norm=False,
     tied=True,
     initializer_range=0.02,
     image_token_id=7,
@@ -70,7 +75,7 @@ def test_both_layouts_of_qwen2_5_vl_have_the_same_canonical_name(name: str) -> N
 @given(groups=st.integers(1, 4), repeats=st.integers(1, 4), half=st.integers(1, 4), bias=st.booleans())
 def test_qkv_interleave_and_its_inverse(groups: int, repeats: int, half: int, bias: bool) -> None:
     heads, dim = groups * repeats, 2 * half
-    config = replace(CONFIG, num_heads=heads, num_kv_heads=groups, hidden_size=heads * dim)
+    config = replace(CONFIG, num_heads=heads, num_kv_heads=groups, head_dim=dim)
     width = () if bias else (3,)
     query, key, value = (torch.randn(count * dim, *width) for count in (heads, groups, groups))
     fused = QKV.to_megatron([query, key, value], config)

@@ -11,20 +11,24 @@ from tests.support.packed_data import encoded_image
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from trainer.data.batch import Batch, BatchFormat, StaticShape, make_batch
 from trainer.data.images import PatchGeometry
-from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.costs import forward_flops, pack_cost, pair_flops, token_flops
+from trainer.models.config import ModelConfig
+from trainer.models.registry import costs_of
 
 TEXT = ModelConfig(
+    model_type="qwen2",
     vocab_size=100,
     hidden_size=8,
     intermediate_size=16,
     num_layers=3,
     num_heads=4,
     num_kv_heads=2,
+    head_dim=2,
     max_positions=64,
     norm_eps=1e-6,
     rope_theta=1e4,
     mrope_section=(1, 0, 0),
+    qkv_bias=True,
+    qk_norm=False,
     tied=True,
     initializer_range=0.02,
     image_token_id=None,
@@ -50,14 +54,14 @@ def batch_of(ids: list[int], segments: list[int], form: BatchFormat, grids: list
 
 def test_a_text_model_counted_by_hand() -> None:
     # A layer: q 8x8, k and v 8x4 each, output 8x8, gate, up and down 8x16 each = 576 products; 3 layers; head 8x100.
-    assert token_flops(TEXT) == 2 * (3 * (64 + 32 + 32 + 64 + 3 * 128) + 800) == 5056
+    assert costs_of(TEXT).token_flops == 2 * (3 * (64 + 32 + 32 + 64 + 3 * 128) + 800) == 5056
     # Two tokens that meet: 2 channels x 4 heads, once for the score and once for the output.
-    assert pair_flops(TEXT) == 3 * 2 * 2 * 8 == 96
+    assert costs_of(TEXT).pair_flops == 3 * 2 * 2 * 8 == 96
     # Segments of 3 and 5 tokens have 1+2+3 and 1+2+3+4+5 pairs; as one segment they would have 36.
     batch = batch_of([1] * 8, [3, 5], BatchFormat(None))
-    assert forward_flops(TEXT, batch) == 8 * 5056 + (6 + 15) * 96
-    assert pack_cost(TEXT).pair * 8**2 == 32 * 96  # without the 1 / 2 of the diagonal
-    assert pack_cost(TEXT).patch == 0
+    assert costs_of(TEXT).forward_flops(batch) == 8 * 5056 + (6 + 15) * 96
+    assert costs_of(TEXT).pack_cost.pair * 8**2 == 32 * 96  # without the 1 / 2 of the diagonal
+    assert costs_of(TEXT).pack_cost.patch == 0
 
 
 def test_text_as_torch_counts_transformers(tmp_path: Path) -> None:
@@ -70,8 +74,10 @@ def test_text_as_torch_counts_transformers(tmp_path: Path) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids)
     rope = 2 * config.head_dim // 2 * n  # transformers makes its angles by a matrix product
-    ours = forward_flops(config, batch_of(ids[0].tolist(), [n], BatchFormat(None)))
-    skipped_by_causality = n * (n - 1) // 2 * pair_flops(config)  # eager attention computes them and throws them away
+    ours = costs_of(config).forward_flops(batch_of(ids[0].tolist(), [n], BatchFormat(None)))
+    skipped_by_causality = (
+        n * (n - 1) // 2 * costs_of(config).pair_flops
+    )  # eager attention computes them and throws them away
     assert counter.get_total_flops() == ours + skipped_by_causality + rope
 
 
@@ -89,7 +95,7 @@ def test_images_as_torch_counts_transformers(tmp_path: Path) -> None:
     form = BatchFormat(PatchGeometry(vision.patch_size, vision.merge_size, vision.window_size), image)
     batch = batch_of(ids, [len(ids)], form, grids)
     text_only = batch_of([1] * len(ids), [len(ids)], form)
-    ours = forward_flops(config, batch) - forward_flops(config, text_only)
+    ours = costs_of(config).forward_flops(batch) - costs_of(config).forward_flops(text_only)
 
     tower = transformers.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").model.visual
     patches = torch.zeros(208, 3 * 2 * 14 * 14)
@@ -101,4 +107,4 @@ def test_images_as_torch_counts_transformers(tmp_path: Path) -> None:
     # Padding to a static shape is no work of the model.
     static = StaticShape(segments=8, patches=(512,), windows=32, images=8)
     padded = batch_of(ids, [len(ids)], BatchFormat(form.geometry, image, static), grids)
-    assert forward_flops(config, padded) == forward_flops(config, batch)
+    assert costs_of(config).forward_flops(padded) == costs_of(config).forward_flops(batch)

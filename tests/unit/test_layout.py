@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from kanyun.errors import UserError
 from kanyun.vision import windows
 from trainer.data.images import PatchGeometry, window_order
-from trainer.models.qwen2_5.config import Compute
-from trainer.models.qwen2_5.sizes import SIZES
-from trainer.planning.planner import decide, few_sizes, parameter_count, peak_memory, static_shape
+from trainer.models.config import Compute
+from trainer.models.registry import costs_of, published_sizes
+from trainer.planning.planner import decide, few_sizes, peak_memory, static_shape
 from trainer.planning.speed import CARDS, step_seconds
+
+SIZES = published_sizes()
 
 
 @pytest.mark.parametrize(
@@ -31,7 +33,7 @@ from trainer.planning.speed import CARDS, step_seconds
     ],
 )
 def test_parameters_are_counted_right(size: str, parameters: int) -> None:
-    assert parameter_count(SIZES[size]) == parameters
+    assert costs_of(SIZES[size]).parameters == parameters
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_speed_is_what_was_measured(
 ) -> None:
     """Tokens a second of whole steps, see benchmarks/README.md."""
     model = SIZES[size]
-    facts = parameter_count(model), CARDS[card], 1, 1, packs * 8192, packs * patches
+    facts = costs_of(model).parameters, CARDS[card], 1, 1, packs * 8192, packs * patches
     assert packs * 8192 / step_seconds(model, *facts, compute) == pytest.approx(measured, rel=0.06)
 
 

@@ -13,9 +13,9 @@ import transformers
 from kanyun.errors import UserError
 from tests.support.model_golden import batch_of, examples, gradient_errors, load, transformers_answer
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
+from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model, freeze
-from trainer.models.qwen2_5.config import ModelConfig
-from trainer.models.qwen2_5.language import Qwen2_5
+from trainer.models.language import LanguageModel
 from trainer.runtime import Runtime
 
 
@@ -136,7 +136,7 @@ def test_text_model_has_one_part(pair: tuple[Any, Any]) -> None:
 
 def test_tensor_parallelism_must_divide_the_model(pair: tuple[Any, Any], runtime: Runtime) -> None:
     with pytest.raises(UserError, match="tensor parallelism 4 does not divide the model's 2 key/value heads"):
-        Qwen2_5(pair[0].model_config, replace(runtime, tensor_parallel=4))
+        LanguageModel(pair[0].model_config, replace(runtime, tensor_parallel=4))
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:

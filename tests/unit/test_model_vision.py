@@ -13,8 +13,8 @@ from tests.support.model_golden import batch_of, gradient_errors, load, transfor
 from tests.support.qwen_assets import tiny_vl_folder
 from tests.support.vision_golden import LENGTH, PACKS, example, kept
 from trainer.data.batch import StaticShape
+from trainer.models.config import Compute, ModelConfig
 from trainer.models.initialize import build_model, freeze
-from trainer.models.qwen2_5.config import Compute, ModelConfig
 from trainer.models.qwen2_5.vision_language import Qwen2_5VL
 from trainer.runtime import Runtime
 

@@ -1,4 +1,4 @@
-"""Making a model: its modules, its first weights, and which of them train."""
+"""Making a model: its modules, its initial weights, and which of them train."""
 
 from zlib import crc32
 
@@ -6,31 +6,30 @@ import torch
 from torch import Tensor, nn
 
 from kanyun.errors import UserError
-from trainer.models.qwen2_5.config import BFLOAT16, Compute, ModelConfig
-from trainer.models.qwen2_5.language import Qwen2_5
-from trainer.models.qwen2_5.vision import GatedMLP
-from trainer.models.qwen2_5.vision_language import Qwen2_5VL
+from trainer.models.config import BFLOAT16, Compute, ModelConfig
+from trainer.models.language import LanguageModel
+from trainer.models.registry import family_of
 from trainer.runtime import Runtime
 
 
 def build_model(
     config: ModelConfig, runtime: Runtime, *, trainable: str = "all", compute: Compute = BFLOAT16
-) -> Qwen2_5:
-    """Qwen2_5, or Qwen2_5VL if the config has a vision tower, on the runtime's device, with random weights.
+) -> LanguageModel:
+    """Return the model of the config's family on the runtime's device, with random weights.
 
-    The weights depend on the runtime's seed (and on CPU or CUDA), not on how many processes there are. Raises UserError
-    for a `trainable` that names no part of this model, or a tensor parallelism that does not fit it.
+    The weights depend on the runtime's seed (and on CPU or CUDA), not on the number of processes. Raises UserError for
+    a `trainable` that names no part of this model, or a tensor-parallel size that does not divide it.
     """
-    model = (Qwen2_5VL if config.vision else Qwen2_5)(config, runtime, compute)
+    model = family_of(config).build(config, runtime, compute)
     initialize(model, runtime)
     freeze(model, trainable)
     return model
 
 
-def freeze(model: Qwen2_5, trainable: str) -> None:
+def freeze(model: LanguageModel, trainable: str) -> None:
     """Let only the named parts train: all, or some of language, vision, merger, joined by "+".
 
-    vision is the tower without its merger; the merger (the projection into the language model) is a part of its own,
+    `vision` is the tower without its merger. The merger (the projection into the language model) is a separate part,
     because it is often trained first, alone. Raises UserError for a part that this model doesn't have.
     """
     parts = {name: _part(name) for name, _ in model.named_parameters()}
@@ -48,10 +47,10 @@ def _part(name: str) -> str:
 
 
 @torch.no_grad()
-def initialize(model: Qwen2_5, runtime: Runtime) -> None:
-    """Weights as transformers initialises them: matrices normal(0, initializer_range), biases 0, norms 1.
+def initialize(model: LanguageModel, runtime: Runtime) -> None:
+    """Draw weights as transformers does: matrices normal(0, initializer_range), biases 0, norms 1.
 
-    Each matrix has its own generator, seeded by its name, and is drawn whole; a tensor parallel rank takes its part.
+    Each matrix has its own generator, seeded by its name, and is drawn whole; a tensor-parallel rank takes its part.
     """
     config = model.model_config
     for name, parameter in model.named_parameters():
@@ -62,18 +61,16 @@ def initialize(model: Qwen2_5, runtime: Runtime) -> None:
         std = vision.initializer_range if vision else config.initializer_range
         generator = torch.Generator(runtime.device).manual_seed(crc32(f"{runtime.seed} {name}".encode()))
         parameter.copy_(_draw(parameter, std, generator, runtime))
-    for module in model.modules():
-        if isinstance(module, GatedMLP):
-            module.clear_padding()
+    model.clear_padding()
 
 
 def _draw(parameter: nn.Parameter, std: float, generator: torch.Generator, runtime: Runtime) -> Tensor:
-    """This rank's part of a whole normal(0, std) matrix."""
+    """Return this rank's part of a whole normal(0, std) matrix."""
     split = runtime.tensor_parallel if getattr(parameter, "tensor_model_parallel", False) else 1
     dim = parameter.partition_dim if split > 1 else 0
     shape = list(parameter.shape)
     shape[dim] *= split
     whole = torch.empty(shape, device=runtime.device).normal_(0.0, std, generator=generator)
-    # Gate and up rows of a gated MLP are split each for itself ("stride" 2): a rank has both rows of the same neurons.
+    # Gate and up rows of a gated MLP are split separately ("stride" 2): a rank has both rows of the same neurons.
     strides = whole.chunk(parameter.partition_stride if split > 1 else 1, dim)
     return torch.cat([part.chunk(split, dim)[runtime.tensor_rank if split > 1 else 0] for part in strides], dim)

@@ -14,7 +14,8 @@ from trainer.data.batch import PADDING_IMAGE, BatchFormat, StaticShape
 from trainer.data.images import PatchGeometry
 from trainer.data.source import Packs
 from trainer.kernels.loss import CHUNK
-from trainer.models.qwen2_5.config import BFLOAT16, Compute, ModelConfig, VisionConfig
+from trainer.models.config import BFLOAT16, Compute, ModelConfig
+from trainer.models.registry import costs_of
 from trainer.planning.speed import CARDS
 
 GB = 1e9
@@ -152,44 +153,21 @@ def peak_memory(
     model: ModelConfig, tensor_parallel: int, ranks: int, tokens: int, patches: int, compute: Compute
 ) -> float:
     """Bytes of a GPU: weights, gradients, optimizer state; activations of `tokens` slots and `patches`; logits."""
-    tower = _vision_parameters(model.vision) if model.vision else 0  # whole on every rank
-    language, again = (parameter_count(model) - tower) / tensor_parallel, compute.recomputed_layers
+    costs, recomputed = costs_of(model), compute.recomputed_layers
+    # The vision tower is whole on every rank.
+    language, tower = costs.decoder_parameters / tensor_parallel, costs.vision_parameters
     # bfloat16 weights, float32 gradients; sharded over the ranks, two moments and the other half of master weights
     state = (language + tower) * (2 + 4 + 6 / ranks)
-    h, q, kv, f = (
-        model.hidden_size,
-        model.num_heads * model.head_dim,
-        model.num_kv_heads * model.head_dim,
-        model.intermediate_size,
-    )
-    # What a layer keeps of a token for its backward pass, in bfloat16: both norms' inputs; query, key and value;
-    # attention's output; gate and up. And the inputs of its matrix products: both norms' outputs and the product of
-    # gate and up, in 8 bits in fp8, where attention's output is kept once more.
-    inputs = (2 * h + q + f) if compute.fp8 else 2 * (2 * h + f)
-    layer = (2 * (2 * h + (q + 2 * kv) + q + 2 * f) + inputs) / tensor_parallel
-    kept = (model.num_layers - again + (again > 0)) * layer + again * 2 * h / tensor_parallel
+    h, layer = model.hidden_size, costs.layer_bytes(compute) / tensor_parallel
+    kept = (model.num_layers - recomputed + (recomputed > 0)) * layer + recomputed * 2 * h / tensor_parallel
     activations = tokens * (kept + 8 * h)
     # In fp8 the layers' weights are cast in every forward pass, and kept in 8 bits for the backward pass.
-    embeddings = model.vocab_size * h * (1 if model.tied else 2)
-    state += compute.fp8 * (language + tower - embeddings / tensor_parallel)
+    state += compute.fp8 * (language + tower - costs.embedding_parameters / tensor_parallel)
     # Logits, whose gradient takes their place: a chunk of them. Under tensor parallelism all, and a gradient of the
     # whole embedding.
     rows = min(tokens, CHUNK) if tensor_parallel == 1 else tokens + h
     logits = 2 * rows * model.vocab_size / tensor_parallel
-    vision = patches * _patch_memory(model.vision, compute) if model.vision else 0
-    return state + ROUNDED * (activations + vision) + logits
-
-
-def _patch_memory(vision: VisionConfig, compute: Compute) -> float:
-    """Bytes that the tower keeps of a patch for its backward pass; see peak_memory's layer. Attention in windows keeps
-    no output: in fp8 the product that follows has it in 8 bits.
-    """
-    h, f, again = vision.hidden_size, vision.padded_intermediate_size, compute.recomputed_blocks
-    inputs = (2 * h + h + f) * (1 if compute.fp8 else 2)
-    block = 2 * (2 * h + 3 * h + 2 * f) + inputs
-    merger = 2 * 4 * h  # the norm's input and output, both sides of gelu
-    embedding = 2 * vision.channels * vision.patch_size**2
-    return (vision.depth - again + (again > 0)) * block + again * 2 * h + merger + embedding
+    return state + ROUNDED * (activations + patches * costs.patch_bytes(compute)) + logits
 
 
 def _fp8(model: ModelConfig, card: str) -> bool:
@@ -198,23 +176,6 @@ def _fp8(model: ModelConfig, card: str) -> bool:
 
 def _depth(model: ModelConfig) -> int:
     return model.vision.depth if model.vision else 0
-
-
-def parameter_count(model: ModelConfig) -> int:
-    """Of the language model and, if there is one, the vision tower."""
-    h, d = model.hidden_size, model.head_dim
-    qkv = (model.num_heads + 2 * model.num_kv_heads) * d
-    layer = h * qkv + qkv + model.num_heads * d * h + 3 * h * model.intermediate_size + 2 * h
-    embeddings = model.vocab_size * h * (1 if model.tied else 2)
-    return model.num_layers * layer + embeddings + h + (_vision_parameters(model.vision) if model.vision else 0)
-
-
-def _vision_parameters(vision: VisionConfig) -> int:
-    h, f, unit = vision.hidden_size, vision.intermediate_size, vision.merge_size**2
-    block = 4 * h * h + 4 * h + 3 * h * f + 2 * f + h + 2 * h
-    embedding = h * vision.channels * vision.temporal_patch_size * vision.patch_size**2
-    merger = h + (unit * h) ** 2 + unit * h + (unit * h + 1) * vision.out_hidden_size
-    return embedding + vision.depth * block + merger
 
 
 def _tensor_parallels(model: ModelConfig, gpus: int) -> list[int]:

@@ -8,8 +8,9 @@ NVLink's and a network's usual rates.
 
 from typing import NamedTuple
 
-from trainer.models.qwen2_5.config import Compute, ModelConfig
-from trainer.models.qwen2_5.costs import TRAINING, pair_flops, patch_flops, token_flops
+from trainer.models.config import Compute, ModelConfig
+from trainer.models.costs import TRAINING
+from trainer.models.registry import costs_of
 
 SEGMENT = 900  # tokens of a sample
 # Of an H100, FLOP/s or bytes/s.
@@ -56,20 +57,19 @@ def work(model: ModelConfig, compute: Compute) -> Work:
     """Recomputation is counted. Attention's backward pass takes 5 products to forward's 2, all others' takes twice as
     many as forward's.
     """
-    h, f, layers = model.hidden_size, model.intermediate_size, model.num_layers
-    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    head = 2 * h * model.vocab_size
+    h, f, layers, costs = model.hidden_size, model.intermediate_size, model.num_layers, costs_of(model)
+    q, kv = costs.query_width, costs.kv_width
     runs = TRAINING + compute.recomputed_layers / layers
     vision = model.vision
     return Work(
-        products=runs * (token_flops(model) - head),
-        head=TRAINING * head,
-        attention=(runs + 0.5) * pair_flops(model) * SEGMENT / 2,
+        products=runs * (costs.token_flops - costs.head_flops),
+        head=TRAINING * costs.head_flops,
+        attention=(runs + 0.5) * costs.pair_flops * SEGMENT / 2,
         swiglu=layers * 2 * 8 * f,  # reads and writes 8 values in both passes
-        norms=layers * 2 * 24 * h,
+        norms=layers * costs.norm_bytes,
         loss=2 * 3 * model.vocab_size,  # logits are read twice, their gradient written
         casts=layers * 5 * ((2 * h + q + f) + (q + 2 * kv + 2 * h + 2 * f)) * compute.fp8,  # 5 bytes a value
-        tower=(TRAINING + compute.recomputed_blocks / vision.depth) * patch_flops(vision) if vision else 0,
+        tower=(TRAINING + compute.recomputed_blocks / vision.depth) * costs.patch_flops if vision else 0,
     )
 
 

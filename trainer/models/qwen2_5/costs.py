@@ -1,75 +1,77 @@
-"""Floating point operations of the model, as its mathematics needs them: the numerator of MFU.
+"""Costs of Qwen2.5-VL: those of its decoder, and of the vision tower."""
 
-A matrix product [m, k] x [k, n] takes 2 m k n. Attention of a segment takes two such products a layer: scores (query x
-key) and output (weights x value). Norms, softmax, rope and activations are left out, as usual; they are below 1 %.
-"""
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from trainer.data.batch import Batch, VisionBatch
 from trainer.data.source import PackCost
-from trainer.models.qwen2_5.config import ModelConfig, VisionConfig
+from trainer.models.config import Compute, ModelConfig, VisionConfig
+from trainer.models.costs import Costs
 
-# Backward computes two products for each one of forward: gradients of the input and of the weight.
-TRAINING = 3
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-def forward_flops(config: ModelConfig, batch: Batch) -> int:
-    """Of one micro-batch on the CPU: every token slot, each segment's attention, and the real images.
-
-    Padding tails of packs count (they are 1 to 2 % of the slots); patches that fill up a static shape do not.
-    """
-    # Causal: token i of a segment looks at i + 1 tokens, so a segment of n has n (n + 1) / 2 pairs.
-    lengths = batch.cu_seqlens.diff().long()
-    pairs = int((lengths * (lengths + 1)).sum()) // 2
-    flops = len(batch.input_ids) * token_flops(config) + pairs * pair_flops(config)
-    if config.vision is not None and batch.vision is not None:
-        flops += vision_flops(config.vision, batch.vision, batch.real_patches)
-    return flops
+    from trainer.data.batch import Batch, VisionBatch
 
 
-def token_flops(config: ModelConfig) -> int:
-    """Matrix products of one token: in each layer query, key and value; output; gate and up; down. Then the head."""
-    h, d = config.hidden_size, config.head_dim
-    attention = h * (config.num_heads + 2 * config.num_kv_heads) * d + config.num_heads * d * h
-    mlp = 3 * h * config.intermediate_size
-    return 2 * (config.num_layers * (attention + mlp) + h * config.vocab_size)
+class VisionLanguageCosts(Costs):
+    def __init__(self, model: ModelConfig, vision: VisionConfig) -> None:
+        super().__init__(model)
+        self.vision = vision
+
+    @property
+    def vision_parameters(self) -> int:
+        h, f, unit = self.vision.hidden_size, self.vision.intermediate_size, self.vision.merge_size**2
+        block = 4 * h * h + 4 * h + 3 * h * f + 2 * f + h + 2 * h
+        embedding = h * self.vision.channels * self.vision.temporal_patch_size * self.vision.patch_size**2
+        merger = h + (unit * h) ** 2 + unit * h + (unit * h + 1) * self.vision.out_hidden_size
+        return embedding + self.vision.depth * block + merger
+
+    @property
+    def patch_flops(self) -> int:
+        """Embedding, blocks (q, k, v; output; gate, up, down) and merger, which works on merge_size^2 patches at once.
+
+        Both frames of an image are the same, so the embedding reads one.
+        """
+        h, unit = self.vision.hidden_size, self.vision.merge_size**2
+        embedding = self.vision.channels * self.vision.patch_size**2 * h
+        block = 4 * h * h + 3 * h * self.vision.intermediate_size
+        merger = (unit * h) ** 2 + unit * h * self.vision.out_hidden_size
+        return 2 * (embedding + self.vision.depth * block) + 2 * merger // unit
+
+    @property
+    def pack_cost(self) -> PackCost:
+        """The decoder's, and patches, whose attention is taken as within windows: full attention adds 5 % for a
+        784 x 784 picture.
+        """
+        window = self.vision.longest_window * 4 * self.vision.hidden_size * self.vision.depth
+        return PackCost(pair=super().pack_cost.pair, patch=self.patch_flops + window)
+
+    def forward_flops(self, batch: "Batch") -> int:
+        flops = super().forward_flops(batch)
+        return flops + (0 if batch.vision is None else self._vision_flops(batch.vision, batch.real_patches))
+
+    def _vision_flops(self, images: "VisionBatch", patches: int) -> int:
+        """Return the tower's FLOPs on the first `patches`; all others are padding."""
+        full = len(self.vision.full_attention_blocks)
+        squares = full * _squares(images.cu_images, patches)
+        squares += (self.vision.depth - full) * _squares(images.cu_windows, patches)
+        return patches * self.patch_flops + squares * 2 * 2 * self.vision.hidden_size
+
+    def patch_bytes(self, compute: Compute) -> int:
+        """See Costs.layer_bytes.
+
+        Attention in windows keeps no output: in fp8 the product behind it has it in 8 bits.
+        """
+        h, f = self.vision.hidden_size, self.vision.padded_intermediate_size
+        recomputed = compute.recomputed_blocks
+        inputs = (2 * h + h + f) * (1 if compute.fp8 else 2)
+        block = 2 * (2 * h + 3 * h + 2 * f) + inputs
+        merger = 2 * 4 * h  # the norm's input and output, both sides of gelu
+        embedding = 2 * self.vision.channels * self.vision.patch_size**2
+        kept = self.vision.depth - recomputed + (recomputed > 0)
+        return kept * block + recomputed * 2 * h + merger + embedding
 
 
-def pair_flops(config: ModelConfig) -> int:
-    """One token attending to one token: scores and output, over all heads and layers."""
-    return config.num_layers * 2 * 2 * config.num_heads * config.head_dim
-
-
-def vision_flops(config: VisionConfig, images: VisionBatch, patches: int) -> int:
-    """The tower on the first `patches`; the others are padding."""
-    full = len(config.full_attention_blocks)
-    squares = full * _squares(images.cu_images, patches) + (config.depth - full) * _squares(images.cu_windows, patches)
-    return patches * patch_flops(config) + squares * 2 * 2 * config.hidden_size
-
-
-def patch_flops(config: VisionConfig) -> int:
-    """Matrix products of one patch: embedding, blocks (query, key, value; output; gate, up, down), merger.
-
-    Both frames of an image are the same, so the embedding reads one. The merger works on merge_size^2 patches at once.
-    """
-    h, unit = config.hidden_size, config.merge_size**2
-    embedding = config.channels * config.patch_size**2 * h
-    block = 4 * h * h + 3 * h * config.intermediate_size
-    merger = (unit * h) ** 2 + unit * h * config.out_hidden_size
-    return 2 * (embedding + config.depth * block) + 2 * merger // unit
-
-
-def pack_cost(config: ModelConfig) -> PackCost:
-    """What makes one pack dearer than another, for choosing packs of about the same cost: n^2 / 2 pairs a segment, and
-    patches, whose attention is taken as within windows (full attention adds 5 % for a 784 x 784 picture).
-    """
-    vision = config.vision
-    window = (vision.window_size // vision.patch_size) ** 2 * 4 * vision.hidden_size * vision.depth if vision else 0
-    return PackCost(pair=pair_flops(config) / 2, patch=patch_flops(vision) + window if vision else 0)
-
-
-def _squares(cumulative: Tensor, patches: int) -> int:
-    """Sum of squared segment lengths; segments behind the first `patches` are padding."""
+def _squares(cumulative: "Tensor", patches: int) -> int:
+    """Return the sum of squared segment lengths; segments behind the first `patches` are padding."""
     lengths = cumulative.clamp(max=patches).diff().long()
     return int((lengths * lengths).sum())

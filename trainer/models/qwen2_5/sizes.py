@@ -1,22 +1,28 @@
 """The released Qwen2.5 and Qwen2.5-VL models, from their config.json files: for planning, without a download."""
 
-from trainer.models.qwen2_5.config import ModelConfig, VisionConfig
+from dataclasses import replace
+
+from trainer.models.config import ModelConfig, VisionConfig
 
 
 def _text(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, *, vocabulary: int = 152_064, tied: bool
 ) -> ModelConfig:
     return ModelConfig(
+        model_type="qwen2",
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
         max_positions=32_768,
         norm_eps=1e-6,
         rope_theta=1_000_000.0,
         mrope_section=(hidden // heads // 2, 0, 0),
+        qkv_bias=True,
+        qk_norm=False,
         tied=tied,
         initializer_range=0.02,
         image_token_id=None,
@@ -43,8 +49,13 @@ def _vision(intermediate: int, out: int) -> VisionConfig:
 
 
 def _with_vision(text: ModelConfig, vision_intermediate: int) -> ModelConfig:
-    values = vars(text) | {"image_token_id": 151_655, "mrope_section": (16, 24, 24)}
-    return ModelConfig(**values | {"vision": _vision(vision_intermediate, text.hidden_size)})
+    return replace(
+        text,
+        model_type="qwen2_5_vl",
+        image_token_id=151_655,
+        mrope_section=(16, 24, 24),
+        vision=_vision(vision_intermediate, text.hidden_size),
+    )
 
 
 _3B = _text(2048, 11_008, 36, 16, 2, vocabulary=151_936, tied=True)

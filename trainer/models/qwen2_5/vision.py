@@ -4,64 +4,28 @@ The loader has put the patches in window order (see VisionBatch), so nothing is 
 windows, a few within whole images, and both are segments of the same sequence.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, linear
 from torch.utils.checkpoint import checkpoint
 
 from trainer.data.batch import VisionBatch
-from trainer.kernels.attention import segment_attention
-from trainer.kernels.rope import Rotary, rotary_2d, rotate
-from trainer.models.qwen2_5.config import VisionConfig
-
-NORM_EPS = 1e-6  # fixed in Qwen2.5-VL, no configuration names it
-
-
-# qkv [P, 3, heads, head_dim] before rope; rope's angles; cumulative lengths of segments; no segment is longer than
-Attend = Callable[[Tensor, Rotary, Tensor, int], Tensor]
-
-
-class Layers(NamedTuple):
-    """What blocks are made of: of torch on a CPU, the reference; of vision_te.py on a GPU. Weights have one layout."""
-
-    linear: Callable[[int, int], nn.Module]  # inputs, outputs; has weight and bias
-    norm: Callable[[int], nn.Module]  # RMSNorm; has weight
-    swiglu: Callable[[Tensor], Tensor]  # [P, 2 f] -> [P, f]: silu of the first half times the second
-    branch: Callable[..., tuple[Tensor, Tensor]]  # x, modules: what they make of x, one after the other; x
-    attend: Attend
-    precision: Callable[[], AbstractContextManager[None]]  # in which the blocks and the merger run
-
-
-def reference_layers() -> Layers:
-    def swiglu(x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return silu(gate) * up
-
-    def branch(x: Tensor, *modules: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        return reduce(lambda value, module: module(value), modules, x), x
-
-    def attend(qkv: Tensor, rotary: Rotary, cu_seqlens: Tensor, longest: int) -> Tensor:
-        query, key, value = qkv.unbind(1)
-        turned = rotate(query, rotary), rotate(key, rotary)
-        return segment_attention(*turned, value, cu_seqlens, causal=False)
-
-    return Layers(nn.Linear, lambda size: nn.RMSNorm(size, eps=NORM_EPS), swiglu, branch, attend, nullcontext)
+from trainer.kernels.rope import Rotary, rotary_2d
+from trainer.models.config import VisionConfig
+from trainer.models.qwen2_5.vision_layers import VisionLayers
 
 
 class VisionTower(nn.Module):
-    """`recomputed`: so many blocks keep nothing but their input, and run again in the backward pass."""
+    """Patches to visual tokens. `recomputed` blocks keep only their input and run again in the backward pass."""
 
     def __init__(
-        self, config: VisionConfig, layers: Layers, device: torch.device, dtype: torch.dtype, recomputed: int = 0
+        self, config: VisionConfig, layers: VisionLayers, device: torch.device, dtype: torch.dtype, recomputed: int = 0
     ) -> None:
         super().__init__()
-        self.config, self.precision = config, layers.precision
-        # Those that attend within windows first: they take less time.
+        self.config, self._layers = config, layers
+        # Blocks that attend within windows are recomputed first: they take less time.
         by_work = sorted(range(config.depth), key=lambda index: index in config.full_attention_blocks)
         self._recomputed = by_work[:recomputed]
         with torch.device(device):
@@ -71,28 +35,28 @@ class VisionTower(nn.Module):
         self.to(dtype)
 
     def forward(self, images: VisionBatch) -> Tensor:
-        """Visual tokens [M, out_hidden_size], in window order; M = P / merge_size^2."""
+        """Return visual tokens [M, out_hidden_size] in window order; M = P / merge_size^2."""
         x = self.patch_embed(images.patches)
         rotary = rotary_2d(images.positions, self.config.head_dim)
-        with self.precision():
+        with self._layers.precision():
             for index, block in enumerate(self.blocks):
                 if index in self.config.full_attention_blocks:
-                    facts = rotary, images.cu_images, len(x)
+                    arguments = rotary, images.cu_images, len(x)
                 else:
-                    facts = rotary, images.cu_windows, self.config.longest_window
-                again = index in self._recomputed and x.requires_grad
-                x = self._again(block, x, *facts) if again else block(x, *facts)
+                    arguments = rotary, images.cu_windows, self.config.longest_window
+                recompute = index in self._recomputed and x.requires_grad
+                x = self._checkpointed(block, x, *arguments) if recompute else block(x, *arguments)
             tokens: Tensor = self.merger(x)
         return tokens
 
-    def _again(self, block: nn.Module, x: Tensor, *facts: Any) -> Tensor:
+    def _checkpointed(self, block: nn.Module, x: Tensor, *arguments: Any) -> Tensor:
         def run(x: Tensor) -> Tensor:
-            with self.precision():
-                out: Tensor = block(x, *facts)
+            with self._layers.precision():
+                out: Tensor = block(x, *arguments)
             return out
 
-        # Reentrant: the first time runs without gradients, so nothing is cast for a backward pass that will cast again.
-        # Nothing is random, and a CUDA graph cannot read the state.
+        # Reentrant: the first pass runs without gradients, so it casts nothing for a backward pass that casts anew.
+        # preserve_rng_state: nothing is random, and a CUDA graph cannot read the generator's state.
         return checkpoint(run, x, use_reentrant=True, preserve_rng_state=False)
 
 
@@ -113,13 +77,13 @@ class PatchEmbed(nn.Module):
         self.std = 255 * torch.tensor(config.image_std).repeat_interleave(area)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[P, channels * area] uint8 -> [P, hidden]."""
+        """[P, channels * area] uint8 -> [P, H]."""
         pixels = ((patches - self.mean) / self.std).to(self.weight.dtype)
         return linear(pixels, self.weight.unflatten(1, self.frames).sum(2).flatten(1))
 
 
 class Block(nn.Module):
-    def __init__(self, config: VisionConfig, layers: Layers) -> None:
+    def __init__(self, config: VisionConfig, layers: VisionLayers) -> None:
         super().__init__()
         self.norm1 = layers.norm(config.hidden_size)
         self.norm2 = layers.norm(config.hidden_size)
@@ -135,7 +99,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """x + attention of norm(x)."""
 
-    def __init__(self, config: VisionConfig, layers: Layers) -> None:
+    def __init__(self, config: VisionConfig, layers: VisionLayers) -> None:
         super().__init__()
         self.heads, self._layers = (3, config.num_heads, config.head_dim), layers
         self.qkv = layers.linear(config.hidden_size, 3 * config.hidden_size)
@@ -150,7 +114,7 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """x + MLP of norm(x). See VisionConfig.padded_intermediate_size; gate_up has the gate's rows, then up's."""
 
-    def __init__(self, config: VisionConfig, layers: Layers) -> None:
+    def __init__(self, config: VisionConfig, layers: VisionLayers) -> None:
         super().__init__()
         width, self.used, self._layers = config.padded_intermediate_size, config.intermediate_size, layers
         self.gate_up = layers.linear(config.hidden_size, 2 * width)
@@ -169,7 +133,7 @@ class GatedMLP(nn.Module):
 class Merger(nn.Module):
     """merge_size x merge_size neighbouring patches to one visual token of the language model's width."""
 
-    def __init__(self, config: VisionConfig, layers: Layers) -> None:
+    def __init__(self, config: VisionConfig, layers: VisionLayers) -> None:
         super().__init__()
         self.width = config.merge_size**2 * config.hidden_size
         self.norm = layers.norm(config.hidden_size)

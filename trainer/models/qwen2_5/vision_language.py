@@ -5,35 +5,40 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trainer.data.batch import Batch
-from trainer.models.qwen2_5.config import BFLOAT16, Compute, ModelConfig, VisionConfig
-from trainer.models.qwen2_5.language import Qwen2_5
-from trainer.models.qwen2_5.vision import Layers, VisionTower, reference_layers
+from trainer.models.config import BFLOAT16, Compute, ModelConfig, VisionConfig
+from trainer.models.language import LanguageModel
+from trainer.models.qwen2_5.vision import VisionTower
+from trainer.models.qwen2_5.vision_layers import ReferenceVisionLayers, VisionLayers
 from trainer.runtime import Runtime
 
 
-class Qwen2_5VL(Qwen2_5):  # noqa: N801 - the model's name
+class Qwen2_5VL(LanguageModel):  # noqa: N801 - the model's name
     """A batch always has patches, dummies if there is no image: every step of every rank does the same work."""
 
     def __init__(self, model_config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT16) -> None:
         super().__init__(model_config, runtime, compute)
         assert model_config.vision is not None
-        # Whole on every tensor parallel rank.
+        # The tower is whole on every tensor-parallel rank.
         layers = self._layers(model_config.vision, runtime)
         recomputed = compute.recomputed_blocks
         self.vision = VisionTower(model_config.vision, layers, runtime.device, runtime.dtype, recomputed)
 
-    def _layers(self, vision: VisionConfig, runtime: Runtime) -> Layers:
+    def _layers(self, vision: VisionConfig, runtime: Runtime) -> VisionLayers:
         if runtime.cuda:
-            from trainer.models.qwen2_5.vision_te import te_layers
+            from trainer.models.qwen2_5.vision_layers_te import TEVisionLayers
 
-            return te_layers(vision, self.config, runtime.device)
-        return reference_layers()
+            return TEVisionLayers(vision, self.config, runtime.device)
+        return ReferenceVisionLayers()
+
+    def clear_padding(self) -> None:
+        for block in self.vision.blocks:
+            block.mlp.clear_padding()
 
     def _embed(self, batch: Batch) -> Tensor:
         assert batch.vision is not None, "a batch for an image model carries patches, even if they are dummies"
         text = super()._embed(batch)
-        images = self.vision(batch.vision)[:, None]  # [M, 1, hidden]
-        # One row more, where padding goes: no shape and no branch depends on how many visual tokens are real.
+        images = self.vision(batch.vision)[:, None]  # [M, 1, H]
+        # One more row, where padding goes: no shape and no branch depends on how many visual tokens are real.
         rows = pad(text, (0, 0, 0, 0, 0, 1)).index_copy(0, batch.vision.token_index, images)
         embeddings = rows[: len(text)]
         if self.config.sequence_parallel:

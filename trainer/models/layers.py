@@ -1,4 +1,4 @@
-"""The layers of megatron.core's GPTModel on a CPU: the reference that spec_te.py's fast ones are compared with.
+"""The decoder layers of megatron.core's GPTModel on a CPU: the reference that layers_te.py's fast ones must match.
 
 Checkpoints of both have the same names: those of the fused Transformer Engine layers.
 """
@@ -18,12 +18,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from trainer.kernels.attention import segment_attention
+from trainer.models.config import ModelConfig
 
 
 class SegmentAttention(nn.Module):
     """Core attention of a pack. megatron.core hands its `attention_mask` through untouched: here it is cu_seqlens.
 
-    Its own packing (packed_seq_params) is not used: with it, stock rope gives segments after the first wrong angles.
+    megatron.core's own packing (packed_seq_params) is not used: with it, stock RoPE gives every segment but the first
+    wrong angles.
     """
 
     def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
@@ -36,23 +38,29 @@ class SegmentAttention(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's norm, which megatron.core's wrapper of it refuses under sequence parallelism."""
+    """torch's RMSNorm under sequence parallelism, where megatron.core's wrapper of it refuses to run."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
-        # Each tensor parallel rank sees a part of the tokens: marks the gradient as one to be summed over them.
+        # Each tensor-parallel rank sees some of the tokens (a q/k norm: some of the heads). megatron.core sums the
+        # gradients of parameters with this mark over those ranks.
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def reference_block(num_layers: int) -> TransformerBlockSubmodules:
-    """Specification of a whole Qwen2.5 decoder out of torch and megatron.core modules."""
+def reference_layers(config: ModelConfig) -> TransformerBlockSubmodules:
+    """Return the specification of a whole decoder out of torch and megatron.core modules."""
+    head_norm = RMSNorm if config.qk_norm else None
     layer = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear, core_attention=SegmentAttention, linear_proj=RowParallelLinear
+                linear_qkv=ColumnParallelLinear,
+                core_attention=SegmentAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
@@ -67,4 +75,4 @@ def reference_block(num_layers: int) -> TransformerBlockSubmodules:
         },
     )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm)

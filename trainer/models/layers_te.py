@@ -1,4 +1,4 @@
-"""The same decoder as spec.py from Transformer Engine's modules. Imported only where there is a GPU."""
+"""The same decoder layers as in layers.py, of Transformer Engine's modules. Imported only where there is a GPU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.ops import MakeExtraOutput, Sequential
 
+from trainer.models.config import ModelConfig
+
 
 class TESegmentAttention(TEDotProductAttention):
-    """spec.SegmentAttention through Transformer Engine's kernels: packed ("thd") for them only, not for rope."""
+    """layers.SegmentAttention through Transformer Engine's kernels: packed ("thd") for them only, not for RoPE."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **kwargs: Any) -> Tensor:
         """query [T, 1, heads, D], key and value [T, 1, groups, D] -> [T, 1, heads * D], causal."""
@@ -69,8 +71,9 @@ def residual_added(training: bool, fused: bool) -> Join:
     return lambda out, residual, dropout: out[0]
 
 
-def te_block(num_layers: int) -> TransformerBlockSubmodules:
-    """Specification of a whole Qwen2.5 decoder out of Transformer Engine modules; norms are fused into linears."""
+def te_layers(config: ModelConfig) -> TransformerBlockSubmodules:
+    """Return the specification of a whole decoder out of Transformer Engine modules; norms are fused into linears."""
+    head_norm = TENorm if config.qk_norm else None
     layer = TransformerLayerSubmodules(
         self_attention=ModuleSpec(
             module=SelfAttention,
@@ -79,6 +82,8 @@ def te_block(num_layers: int) -> TransformerBlockSubmodules:
                 linear_qkv=TELayerNormColumnParallelLinear,
                 core_attention=TESegmentAttention,
                 linear_proj=TERowParallelLinear,
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
             ),
         ),
         self_attn_bda=add_residual,
@@ -89,7 +94,7 @@ def te_block(num_layers: int) -> TransformerBlockSubmodules:
         mlp_bda=residual_added,
     )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=TENorm)
 
 
 def accumulate_in_place(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
-"""Qwen2.5: megatron.core's GPTModel over a pack.
+"""The language model of every family: megatron.core's GPTModel over a pack.
 
-A pack is one sequence of batch 1 with its own position ids; cu_seqlens reach the core attention as the attention mask.
+A pack is one sequence of batch 1 with separate position ids; cu_seqlens reach the core attention as the attention mask.
 GPTModel is deprecated in megatron.core 0.19 (its successor has no mrope): only this file knows it.
 """
 
@@ -20,21 +20,21 @@ from kanyun.errors import UserError
 from trainer.data.batch import Batch
 from trainer.kernels.embedding import LookUp
 from trainer.kernels.loss import IGNORED, LinearCrossEntropy
-from trainer.models.qwen2_5.config import BFLOAT16, Compute, ModelConfig
+from trainer.models.config import BFLOAT16, Compute, ModelConfig
 from trainer.runtime import Runtime
 
 EXTRA_STATE = "._extra_state"
 
 
-class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
-    """Batch in, loss out."""
+class LanguageModel(MegatronModule):
+    """Batch in, loss out. A family whose model is more than a decoder has a subclass."""
 
     def __init__(self, model_config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT16) -> None:
         super().__init__(core_config(model_config, runtime, compute))
         self.model_config = model_config
         self.language = GPTModel(
             self.config,
-            _block(model_config.num_layers, runtime),
+            _layers(model_config, runtime),
             vocab_size=model_config.vocab_size,
             max_sequence_length=model_config.max_positions,
             position_embedding_type="mrope",
@@ -47,7 +47,7 @@ class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
         self.register_load_state_dict_post_hook(_ignore_extra_state)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Cross entropy summed over the trained tokens, a float32 scalar: a mean's weight would depend on the pack.
+        """Return the cross entropy summed over the trained tokens, a float32 scalar: a mean would weigh packs unevenly.
 
         On a GPU the gradients of embeddings and output head go straight into main_grad, so the model must be in a
         DistributedDataParallel, and `backward` be called on the sum itself.
@@ -60,19 +60,22 @@ class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
         return (losses[0] * batch.loss_mask).sum()
 
     def logits(self, batch: Batch) -> Tensor:
-        """[T, vocabulary]; under tensor parallelism gathered from all ranks."""
+        """Return the logits [T, V]; under tensor parallelism gathered from all ranks."""
         logits: Tensor = self._language(batch, runtime_gather_output=True)
         return logits[0]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """megatron.core's, without the linear layers' `_extra_state`.
+        """Return megatron.core's state, without the linear layers' `_extra_state`.
 
         Nothing we train needs it, it differs between CPU and CUDA layers, and it would be pickled into checkpoints.
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {name: tensor for name, tensor in state.items() if not name.endswith(EXTRA_STATE)}
+
+    def clear_padding(self) -> None:
+        """Zero what random weights have filled but must be 0. A decoder has no such padding."""
 
     def _language(self, batch: Batch, **kwargs: Any) -> Tensor:
         return self.language(
@@ -84,30 +87,30 @@ class Qwen2_5(MegatronModule):  # noqa: N801 - the model's name
         )
 
     def _embed(self, batch: Batch) -> Tensor:
-        """Input embeddings [T, 1, hidden]."""
+        """Return the input embeddings [T, 1, H]."""
         if self._fused:
-            found: Tensor = LookUp.apply(batch.input_ids, self.language.embedding.word_embeddings.weight)
-            return found[:, None]
+            tokens: Tensor = LookUp.apply(batch.input_ids, self.language.embedding.word_embeddings.weight)
+            return tokens[:, None]
         embeddings: Tensor = self.language.embedding(input_ids=batch.input_ids[None], position_ids=None)
         return embeddings
 
 
-def _fused_head(hidden_states: Tensor, output_layer: Module, output_weight: Tensor | None, **facts: Any) -> Tensor:
-    """GPTModel's output processor: the summed loss of the decoder's output [T, 1, hidden]."""
+def _fused_head(hidden_states: Tensor, output_layer: Module, output_weight: Tensor | None, **kwargs: Any) -> Tensor:
+    """Return the summed loss of the decoder's output [T, 1, H]. GPTModel calls it as its output processor."""
     weight = output_layer.weight if output_weight is None else output_weight
-    total: Tensor = LinearCrossEntropy.apply(hidden_states[:, 0], weight, facts["labels"], torch.is_grad_enabled())
+    total: Tensor = LinearCrossEntropy.apply(hidden_states[:, 0], weight, kwargs["labels"], torch.is_grad_enabled())
     return total
 
 
 def _ignore_extra_state(model: Module, keys: Any) -> None:
-    """After load_state_dict: extra state is in no checkpoint, so it isn't missing either."""
+    """Drop extra state from load_state_dict's missing keys: no checkpoint has it."""
     keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(EXTRA_STATE)]
 
 
 def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT16) -> TransformerConfig:
-    """The facts of the model in megatron.core's words, and what its fused kernels may do on this device.
+    """Return megatron.core's configuration of the model, with the fused kernels that this device has.
 
-    Raises UserError if tensor parallelism does not divide the model.
+    Raises UserError if the tensor-parallel size does not divide the model.
     """
     divided = {
         "attention heads": config.num_heads,
@@ -133,10 +136,11 @@ def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT
         activation_func=silu,
         gated_linear_unit=True,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        perform_initialization=False,  # build.initialize does it, the same for any parallelism
+        perform_initialization=False,  # initialize.py does it, the same for any parallelism
         calculate_per_token_loss=True,
         params_dtype=runtime.dtype,
         bf16=runtime.dtype == torch.bfloat16,
@@ -156,7 +160,8 @@ def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         apply_rope_fusion=cuda,
-        fused_single_qkv_rope=cuda,  # splits query, key and value and turns them in one kernel
+        # Splits query, key and value and rotates them in one kernel: no place for a norm in between.
+        fused_single_qkv_rope=cuda and not config.qk_norm,
         cross_entropy_loss_fusion=cuda,
         cross_entropy_fusion_impl="te" if cuda else "native",
         # Were cuDNN's kernels refused, attention would run five times slower without a word; forced, it fails instead.
@@ -164,11 +169,11 @@ def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT
     )
 
 
-def _block(num_layers: int, runtime: Runtime) -> TransformerBlockSubmodules:
+def _layers(config: ModelConfig, runtime: Runtime) -> TransformerBlockSubmodules:
     if runtime.cuda:
-        from trainer.models.qwen2_5.spec_te import te_block
+        from trainer.models.layers_te import te_layers
 
-        return te_block(num_layers)
-    from trainer.models.qwen2_5.spec import reference_block
+        return te_layers(config)
+    from trainer.models.layers import reference_layers
 
-    return reference_block(num_layers)
+    return reference_layers(config)

@@ -1,0 +1,156 @@
+"""What a model is: the sizes and options that a family reads from a Hugging Face folder's config.json.
+
+Imports neither torch nor megatron: the planner, the cost model and the converter's names all start from here.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from kanyun.errors import UserError
+from kanyun.storage import Folder
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower and how its pixels are normalised."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int  # = the language model's hidden size
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int  # merge_size x merge_size patches become one visual token
+    window_size: int  # pixels
+    full_attention_blocks: tuple[int, ...]  # all other blocks attend within windows
+    initializer_range: float
+    image_mean: tuple[float, ...]  # of pixels in 0..1, one value a channel
+    image_std: tuple[float, ...]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def padded_intermediate_size(self) -> int:
+        """Neurons of the gated MLP in our weights, a multiple of 64.
+
+        3420 is no multiple of 8, which matrix products want (16 in fp8). The 36 added neurons always give 0: their
+        weights and biases are 0, and so are the gradients of those.
+        """
+        return -(-self.intermediate_size // 64) * 64
+
+    @property
+    def longest_window(self) -> int:
+        """Patches of a whole attention window."""
+        return (self.window_size // self.patch_size) ** 2
+
+    @property
+    def channels(self) -> int:
+        return len(self.image_mean)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder, and the vision tower if the model has one."""
+
+    model_type: str  # of config.json; the registry knows its family
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # num_heads x head_dim may differ from hidden_size
+    max_positions: int
+    norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]  # frequencies of time, height, width; together half of head_dim
+    qkv_bias: bool
+    qk_norm: bool  # an RMSNorm over each head's query and key, before RoPE
+    tied: bool  # output head = input embedding
+    initializer_range: float
+    image_token_id: int | None
+    vision: VisionConfig | None
+
+    @classmethod
+    def from_hf(cls, folder: str) -> "ModelConfig":
+        """Read config.json of a Hugging Face folder (path or URI), as transformers 4 or 5 writes it.
+
+        Raises UserError if there is no config.json, if no family knows its model_type, or if it asks for an option that
+        the family's released models do not use.
+        """
+        from trainer.models.registry import get_family  # families import this module
+
+        root = Folder(folder)
+        if not root.exists("config.json"):
+            raise UserError(f"{root.uri} has no config.json: give a Hugging Face folder")
+        try:
+            values = json.loads(root.read("config.json"))
+            return get_family(values["model_type"], where=root.uri).read_config(values, root)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{root.uri}/config.json is incomplete ({error!r}): download the model again") from error
+
+
+def read_decoder(values: dict[str, Any], folder: Folder, *, head_dim: int | None, **options: Any) -> ModelConfig:
+    """Return the part of a ModelConfig that every family's config.json spells alike; `options` are the other fields.
+
+    transformers 5 nests a vision-language model's decoder in text_config, older versions wrote it flat. `head_dim`:
+    None for hidden_size / heads. Raises UserError for an option that the trainer does not have.
+    """
+    text = {**values, **values.get("text_config", {})}
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    sliding = any(kind != "full_attention" for kind in text.get("layer_types") or ())
+    refuse_options(
+        folder,
+        {
+            "use_sliding_window": bool(text.get("use_sliding_window")) or sliding,
+            f"rope scaling {scaling!r}": scaling not in ("default", "mrope"),
+            f"hidden_act {text.get('hidden_act')!r}": text.get("hidden_act", "silu") != "silu",
+        },
+    )
+    head_dim = head_dim or text["hidden_size"] // text["num_attention_heads"]
+    fields = {
+        "model_type": values["model_type"],
+        "vocab_size": text["vocab_size"],
+        "hidden_size": text["hidden_size"],
+        "intermediate_size": text["intermediate_size"],
+        "num_layers": text["num_hidden_layers"],
+        "num_heads": text["num_attention_heads"],
+        "num_kv_heads": text["num_key_value_heads"],
+        "head_dim": head_dim,
+        "max_positions": text["max_position_embeddings"],
+        "norm_eps": text["rms_norm_eps"],
+        "rope_theta": float(rope.get("rope_theta") or text["rope_theta"]),
+        # A text token has three equal positions, so for a text model any section gives plain RoPE.
+        "mrope_section": (head_dim // 2, 0, 0),
+        # transformers 5 reads it from the root, older versions wrote it into text_config: either says yes.
+        "tied": bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        "initializer_range": text.get("initializer_range", 0.02),
+        "image_token_id": None,
+        "vision": None,
+    }
+    return ModelConfig(**fields | options)
+
+
+def refuse_options(folder: Folder, options: dict[str, bool]) -> None:
+    """Raise UserError for the first option of config.json that is set. `options`: its name -> whether it is set."""
+    for option, is_set in options.items():
+        if is_set:
+            raise UserError(f"{folder.uri}/config.json asks for {option}, which this trainer doesn't have: remove it")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model computes: precision and activation checkpointing. The planner chooses it."""
+
+    fp8: bool = False  # matrix products of the layers in 8 bits, with one scale a tensor
+    # The first N layers or blocks keep only their input for the backward pass and are recomputed in it.
+    recomputed_layers: int = 0  # of the decoder
+    recomputed_blocks: int = 0  # of the vision tower
+
+
+BFLOAT16 = Compute()

@@ -1,0 +1,46 @@
+"""The interface of a model family: all that the planner, the trainer and the converter ask about one kind of model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kanyun.storage import Folder
+from trainer.models.config import Compute, ModelConfig
+from trainer.models.costs import Costs
+from trainer.models.names import Row
+
+if TYPE_CHECKING:
+    from trainer.models.language import LanguageModel
+    from trainer.runtime import Runtime
+
+
+class Family(ABC):
+    """A folder below trainer/models holds one subclass and, in `family.py`, its instance FAMILY.
+
+    Importing that module must import neither torch nor megatron; `build` imports them when it runs.
+    """
+
+    sizes: Mapping[str, ModelConfig]  # the released models, for planning without a download
+
+    @abstractmethod
+    def read_config(self, values: dict[str, Any], folder: Folder) -> ModelConfig:
+        """Return the configuration that config.json (`values`) of a Hugging Face folder states.
+
+        Raises KeyError for a missing field, UserError for an option that the family's models do not use.
+        """
+
+    def costs(self, config: ModelConfig) -> Costs:
+        """Return the model's parameters, FLOPs and bytes. A family whose layers differ returns a subclass."""
+        return Costs(config)
+
+    @abstractmethod
+    def table(self, config: ModelConfig) -> tuple[Row, ...]:
+        """Return every tensor of this model, in the order of the forward pass."""
+
+    def canonical(self, name: str) -> str:
+        """Return a Hugging Face tensor's name as `table` spells it. Families with two layouts of keys override it."""
+        return name
+
+    @abstractmethod
+    def build(self, config: ModelConfig, runtime: "Runtime", compute: Compute) -> "LanguageModel":
+        """Return the model on the runtime's device, its weights not yet drawn."""
