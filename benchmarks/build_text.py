@@ -21,12 +21,12 @@ import pyarrow.dataset
 from tokenizers import Tokenizer
 
 from benchmarks.one_core import SCALES, pin, seconds, show
-from pipeline.encoder import Settings
 from pipeline.spark import BATCH_ROWS, spark_session
 from pipeline.stages.build import BuildStage, build
 from pipeline.stages.filter import FilterStage
 from pipeline.stages.preprocess import PreprocessStage
 from pipeline.stages.sample import SampleStage
+from pipeline.tokenizer_settings import Settings
 from tests.support.qwen_assets import real_tokenizer_folder
 
 LENGTH = 1 << 20  # tokens: no document is longer

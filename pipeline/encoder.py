@@ -1,13 +1,11 @@
 """What must agree with Qwen's processor token for token: chat template, tokens, loss mask, image tokens.
 
-`Settings.load` asks transformers on the driver, once; `Encoder` then works in any process with `tokenizers` and
-`jinja2` alone: importing transformers would cost 6 s and 400 MB in every worker.
+`Encoder` needs `tokenizers` and `jinja2` alone: importing transformers would cost 10 s and 0.8 GB in every process.
 """
 
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,48 +17,12 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Encoding, Tokenizer
 
-from kanyun.errors import UserError
-from kanyun.fingerprint import copy_tokenizer, fingerprint
-from kanyun.storage import Folder
 from kanyun.vision import grid_thw, image_tokens
 from pipeline.checks import Reason
+from pipeline.tokenizer_settings import END_OF_DOCUMENT, Settings
 
 IMAGE_TOKENS = ("<|image_pad|>", "<|video_pad|>")  # the processor takes them for media, wherever they come from
-END_OF_TURN, END_OF_DOCUMENT = "<|im_end|>", "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A Hugging Face folder's tokenizer, template and image settings, as transformers understands them."""
-
-    tokenizer_json: str
-    chat_template: str | None
-    template_variables: tuple[tuple[str, str], ...]  # bos_token, eos_token, ...: transformers gives them to templates
-    processor_json: str  # image settings of kanyun.fingerprint as JSON; "null" = text only
-
-    @classmethod
-    def load(cls, folder: str) -> "Settings":
-        """Raises UserError if the folder has no fast tokenizer, or one without Qwen's end-of-document token."""
-        processor = fingerprint(Folder(folder)).processor
-        from transformers import AutoProcessor
-
-        with tempfile.TemporaryDirectory() as local:  # transformers reads local folders only
-            copy_tokenizer(Folder(folder), Folder(local))
-            try:
-                loaded = AutoProcessor.from_pretrained(local)
-            except (OSError, ValueError) as error:
-                raise UserError(f"transformers cannot load the tokenizer in {folder}: {error}") from error
-        tokenizer = getattr(loaded, "tokenizer", loaded)
-        template = loaded.chat_template or tokenizer.chat_template
-        text = tokenizer.backend_tokenizer.to_str()
-        if Tokenizer.from_str(text).token_to_id(END_OF_DOCUMENT) is None:
-            raise UserError(f"the tokenizer in {folder} has no {END_OF_DOCUMENT}: give that of a Qwen2.5 model")
-        return cls(
-            tokenizer_json=text,
-            chat_template=template["default"] if isinstance(template, dict) else template,
-            template_variables=tuple(sorted(tokenizer.special_tokens_map.items())),
-            processor_json=json.dumps(processor, sort_keys=True),
-        )
+END_OF_TURN = "<|im_end|>"
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from kanyun.fingerprint import TOKENIZER_FILES, copy_tokenizer
 from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
 from pipeline.checks import Reason
-from pipeline.encoder import Encoded, Encoder, Rejected, Settings
+from pipeline.encoder import Encoded, Encoder, Rejected
 from pipeline.reports.report import Report
 from pipeline.schema import BUILT, QUARANTINE
 from pipeline.spark import map_rows
 from pipeline.stages.base import Attempt, Stage
+from pipeline.tokenizer_settings import Settings
 
 TOKENIZER = "tokenizer"  # folder in the output: the tokenizer's files as they came
 # What a task makes of a row: its columns in data/, and those in quarantine/ if it has a reason.

@@ -21,7 +21,7 @@ from kanyun.naming import dataset_name
 from kanyun.reader import PackedDataset
 from kanyun.storage import Folder
 from kanyun.writer import ShardResult, publish
-from pipeline.encoder import END_OF_DOCUMENT, IMAGE_TOKENS
+from pipeline.encoder import IMAGE_TOKENS
 from pipeline.reports.report import Histogram, Report, RowCounts
 from pipeline.schema import BUILT
 from pipeline.spark import map_rows
@@ -29,6 +29,7 @@ from pipeline.stages import bin_packing
 from pipeline.stages.base import Attempt, Stage
 from pipeline.stages.build import TOKENIZER
 from pipeline.stages.shard import TASK_ROW, Job, write_shard
+from pipeline.tokenizer_settings import END_OF_DOCUMENT
 
 
 @dataclass(frozen=True)

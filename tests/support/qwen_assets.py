@@ -93,6 +93,11 @@ def real_tokenizer_folder(path: Path | str, *, vision: bool = True) -> Path:
     return _write_folder(Path(path), _real_tokenizer_json(), vision, min_pixels=56 * 56, max_pixels=16384 * 28 * 28)
 
 
+def tiny_tokenizer_folder(path: Path | str, *, vision: bool) -> Path:
+    """As `real_tokenizer_folder`, with a vocabulary of 600 tokens."""
+    return _write_folder(Path(path), _tiny_tokenizer_json(), vision, min_pixels=56 * 56, max_pixels=256 * 28 * 28)
+
+
 def tiny_vl_folder(
     path: Path | str,
     *,

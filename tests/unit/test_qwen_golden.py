@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
-from pipeline.encoder import Encoded, Encoder, Rejected, Settings
+from pipeline.encoder import Encoded, Encoder, Rejected
+from pipeline.tokenizer_settings import Settings
 from tests.support.qwen_assets import real_tokenizer_folder
 
 # Qwen2.5-VL's template with {% generation %} around what is to be trained: transformers' return_assistant_tokens_mask
