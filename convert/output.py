@@ -13,7 +13,7 @@ from kanyun.storage import Folder
 def local_path(uri: str) -> Path:
     """A path or file:// URI as a path. UserError for other storages: weights are mapped into memory."""
     folder = Folder(uri)
-    if "file" not in folder.fs.protocol:
+    if not folder.is_local:
         raise UserError(f"{folder.uri} is not on a local disk: copy it to one, then convert")
     return Path(folder.path)
 

@@ -70,7 +70,7 @@ class Claim:
         except (FileNotFoundError, ValueError, KeyError):
             return f"the driver of {self.folder.path}"
 
-    def refreshed(self) -> float | None:
+    def refreshed(self) -> int | None:
         """Return the time of the last refresh, by the clock of the storage or owner; None if the claim is gone."""
         try:
             return self.folder.modified(self.name)

@@ -8,6 +8,18 @@ class UserError(Exception):
     """Something the user gave is wrong. Command lines print it as one sentence and exit with code 2."""
 
 
+class UnavailableError(UserError):
+    """A transient error of the storage: the same call may succeed later."""
+
+
+class AccessDeniedError(UserError):
+    """The storage does not permit it."""
+
+
+class InvalidPathError(UserError):
+    """The storage cannot have a file of that name."""
+
+
 class DatasetError(UserError):
     """A packed dataset is missing, unfinished, damaged or does not fit."""
 

@@ -18,7 +18,7 @@ from kanyun.errors import UserError
 from kanyun.manifest import Manifest
 from kanyun.naming import BATCHES, MANIFEST, lineage_name
 from kanyun.storage import Folder
-from kanyun.storage.retries import retried
+from kanyun.storage.retries import call_with_retry
 
 # One thread reads or writes one file; 8 of them hold 8 x 8 MiB. On 2 cores 4 threads wrote 266 MB/s to HDFS.
 THREADS = 8
@@ -78,7 +78,7 @@ class _Copy:
                 self._advance(size)
                 return True
         hidden = posixpath.join(posixpath.dirname(name), f".{posixpath.basename(name)}{_HIDDEN}")
-        digest = retried(lambda: self._write(name, size, hidden))
+        digest = call_with_retry(lambda: self._write(name, size, hidden))
         if (found := self._target.digest(hidden)) != digest:
             raise UserError(f"{self._target.uri}/{hidden} reads back as {found}, written was {digest}: copy again")
         self._target.move_file(hidden, self._target, name)

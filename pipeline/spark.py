@@ -21,8 +21,7 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from pyspark.sql.types import StructType
 from tqdm import tqdm
 
-from kanyun.errors import UserError
-from kanyun.storage.retries import UnavailableError
+from kanyun.errors import UnavailableError, UserError
 from kanyun.storage.waits import scaled
 
 _HERE = Path(__file__).absolute().parent  # in an executor it is a relative path, into the archive of our code
@@ -51,7 +50,7 @@ _LOCAL_SETTINGS = {
     "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={(_HERE / 'log4j2.properties').as_uri()}",
 }
 # A UserError of a task, in the text of the error that Spark makes of it; and what Hadoop's client says in Java.
-_SAID = re.compile(r"^kanyun\.\w+\.\w+Error: (.+)$", re.MULTILINE)
+_SAID = re.compile(r"^kanyun\.[\w.]+Error: (.+)$", re.MULTILINE)
 _REFUSED = re.compile(
     r"(?:QuotaExceededException|AccessControlException|SafeModeException|ChecksumException|ConnectException"
     r"|FileSystemException|ParquetDecodingException)\)?: ([^\n]+)"

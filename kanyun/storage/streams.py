@@ -1,13 +1,11 @@
 """Open files of a Folder, whose errors are those of the Folder."""
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
-
-from kanyun.storage.retries import retried
+from kanyun.storage.backend import RandomAccess
+from kanyun.storage.retries import call_with_retry
 
 Guard = Callable[[], AbstractContextManager[None]]  # turns a driver's errors into those of a Folder
 
@@ -28,29 +26,21 @@ class Output:
 
 
 class Ranges:
-    """Many ranges of one file, for any thread. Opened once, which on HDFS spares the NameNode a question a range."""
+    """Many ranges of one file, for any thread. The file is opened once, and again after an error."""
 
-    def __init__(self, fs: Any, path: str, guard: Guard):
-        self._fs, self._path, self._guard = fs, path, guard
-        self._stream: Any = None
+    def __init__(self, open_file: Callable[[], RandomAccess], guard: Guard):
+        self._open_file, self._guard = open_file, guard
+        self._file: RandomAccess | None = None
 
     def read(self, offset: int, size: int) -> bytes:
-        """Fewer bytes only at the end of the file. Patient, and opens the file anew where it could not be read."""
-        return retried(lambda: self._read(offset, size))
+        """Read a range; fewer bytes come back only at the end of the file. Transient errors are retried."""
+        return call_with_retry(lambda: self._read(offset, size))
 
     def _read(self, offset: int, size: int) -> bytes:
         with self._guard():
-            stream = self._stream = self._stream or self._opened()
+            file = self._file = self._file or self._open_file()
             try:
-                if isinstance(self._fs, LocalFileSystem):
-                    return os.pread(stream.fileno(), size, offset)
-                size = min(size, stream.size - offset)  # hdfs-native panics beyond the end
-                return cast(bytes, stream.read_range(offset, size)) if size > 0 else b""
+                return file.read_at(offset, size)
             except BaseException:
-                self._stream = None
+                self._file = None
                 raise
-
-    def _opened(self) -> Any:
-        if isinstance(self._fs, LocalFileSystem):
-            return open(self._path, "rb", buffering=0)  # closed with this object
-        return self._fs.client.read(self._path)

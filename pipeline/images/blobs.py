@@ -1,6 +1,5 @@
 """Images of raw rows: found, decoded once under guard, and their bytes copied into large immutable blobs."""
 
-import errno
 import os
 import posixpath
 import uuid
@@ -10,8 +9,8 @@ from typing import IO, Any
 
 import xxhash
 
+from kanyun.errors import AccessDeniedError, InvalidPathError
 from kanyun.storage import Folder
-from kanyun.storage.retries import asked, first_line
 from pipeline.checks import MAX_IMAGE_BYTES, Reason, RowError
 from pipeline.images.guard import decoder
 
@@ -43,7 +42,7 @@ class ImageCopier:
 
     def __init__(self, root: Folder, folder: Folder, uri: str):
         self._root, self._folder, self._uri = root, folder, uri
-        self._real_root = os.path.realpath(root.path) if _is_local(root) else root.path
+        self._real_root = os.path.realpath(root.path) if root.is_local else root.path
         self._remembered: dict[str, CopiedImage] = {}
         self._open = ExitStack()
         self._stream: IO[bytes] | None = None
@@ -82,7 +81,7 @@ class ImageCopier:
         path = posixpath.normpath(path)
         if not path.startswith(f"{root}/"):
             raise RowError(Reason.IMAGE_PATH_ESCAPES, f"{image!r} is not in the raw folder {root}")
-        if _is_local(self._root) and "\0" not in path:
+        if self._root.is_local and "\0" not in path:
             real = os.path.realpath(path)
             if not real.startswith(f"{self._real_root}/"):
                 raise RowError(
@@ -92,22 +91,18 @@ class ImageCopier:
 
     def _read(self, path: str, image: str) -> bytes:
         """Other errors of storage than these are not the row's fault: they fail the task, which Spark tries again."""
+        name = path.removeprefix(f"{self._root.path}/")
         try:
-            info = asked(self._root.fs.info, path)
-            if info["type"] != "file":
-                raise RowError(Reason.IMAGE_MISSING, f"{image!r} is a {info['type']} and no file")
-            _check_bytes(info["size"], image)
-            data: bytes = asked(self._root.fs.cat_file, path)
-            return data
-        except (FileNotFoundError, NotADirectoryError) as error:
+            entry = self._root.stat(name)
+            if not entry.is_file:
+                raise RowError(Reason.IMAGE_MISSING, f"{image!r} is a {'directory' if entry.is_folder else 'device'}")
+            _check_bytes(entry.size, image)
+            return self._root.read(name)
+        except FileNotFoundError as error:
             raise RowError(Reason.IMAGE_MISSING, f"{image!r} does not exist: {path}") from error
-        except (PermissionError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "AccessControlException" not in str(error):  # HDFS's word for it
-                raise
-            raise RowError(Reason.IMAGE_UNREADABLE, f"{image!r} may not be read: {first_line(error)}") from error
-        except (ValueError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-                raise
+        except AccessDeniedError as error:
+            raise RowError(Reason.IMAGE_UNREADABLE, f"{image!r} may not be read: {error}") from error
+        except InvalidPathError as error:
             raise RowError(Reason.IMAGE_MISSING, f"{image!r:.200} cannot be a path: {error}") from error
 
     def _copy(self, data: bytes, name: str) -> CopiedImage:
@@ -144,7 +139,3 @@ def short_digest(digest: bytes) -> int:
 def _check_bytes(size: int, name: str) -> None:
     if size > MAX_IMAGE_BYTES:
         raise RowError(Reason.IMAGE_TOO_LARGE, f"{name!r} has {size} bytes, limit {MAX_IMAGE_BYTES}")
-
-
-def _is_local(folder: Folder) -> bool:
-    return "file" in folder.fs.protocol

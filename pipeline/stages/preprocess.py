@@ -16,7 +16,7 @@ from pyspark.sql import Row as SparkRow
 from kanyun.errors import UserError
 from kanyun.manifest import canonical
 from kanyun.storage import Folder
-from kanyun.storage.retries import retried
+from kanyun.storage.retries import call_with_retry
 from pipeline.checks import (
     RowError,
     check_image_count,
@@ -90,7 +90,7 @@ class PreprocessStage(Stage):
         folders, files, total, count = [""], [], 0, 0
         only = "" if source.is_folder() else source.name
         while folders:
-            listing = retried(partial(_list, self._root, folders.pop(), only))
+            listing = call_with_retry(partial(_list, self._root, folders.pop(), only))
             folders += listing.folders
             files += listing.files
             total, count = total + listing.digest, count + listing.count

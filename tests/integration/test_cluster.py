@@ -137,7 +137,7 @@ def test_folders_that_may_not_be_listed_are_no_empty_folders(cluster: Cluster, h
 
 
 def test_a_process_that_used_hdfs_may_fork(hdfs: Folder) -> None:
-    """As Spark's launcher does, by preexec_fn; fsspec's hook in the child must not close the client."""
+    """As Spark's launcher does, by preexec_fn; the child must not close the client."""
     hdfs.write("file", b"x")
     done = subprocess.run(["true"], preexec_fn=lambda: None, timeout=20)
     assert done.returncode == 0
@@ -235,7 +235,7 @@ def test_namenode_away_for_a_moment_only_delays(cluster: Cluster, hdfs: Folder) 
 
 
 def test_a_call_is_over_soon_when_there_is_no_namenode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting is for `retried`: six calls of three minutes, as hdfs-native has it, are 18 for a trainer to fail in."""
+    """Waiting is for `call_with_retry`: six calls of three minutes, as hdfs-native has it, are 18 minutes."""
     monkeypatch.setattr("kanyun.storage.retries._PAUSES", (0.1,))
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))

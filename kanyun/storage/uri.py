@@ -1,0 +1,43 @@
+"""Where a path that a person gave becomes a backend and a normalised path: here, and nowhere else."""
+
+import posixpath
+import re
+
+from kanyun.errors import UserError
+from kanyun.storage.backend import Backend
+from kanyun.storage.hdfs import hdfs
+from kanyun.storage.local import LocalBackend, absolute
+from kanyun.storage.retries import translate_errors
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//?)")
+_HDFS = re.compile(r"hdfs://((?:[^/:@]+(?::\d+)?)?)(/.*)?", re.DOTALL)
+_KNOWN = "give a local path or hdfs://HOST:PORT/PATH"
+_LOCAL = LocalBackend()
+
+
+def locate(uri: str) -> tuple[Backend, str]:
+    """Return the backend and the path of a local path, a file: URI or an hdfs:// URI.
+
+    Paths are the same however they were spelt (`../x/raw`, `raw/.`, `a//b`). Raises UserError for other URIs.
+    """
+    found = _SCHEME.match(uri)
+    if found is None and not uri.lower().startswith("hdfs:"):
+        return _LOCAL, absolute(uri)
+    scheme = uri.partition(":")[0]
+    if scheme == "file":
+        path = uri.removeprefix("file:").removeprefix("//")
+        if not path.startswith("/"):
+            raise UserError(f"{uri} names a host or a relative path: give file:///PATH or the path alone")
+        return _LOCAL, absolute(path)
+    if scheme == "hdfs" and (parts := _HDFS.fullmatch(uri)):
+        with translate_errors(f"cannot use {uri}", _KNOWN):
+            return hdfs(parts[1]), posixpath.normpath("/" + (parts[2] or "").lstrip("/"))
+    if scheme.lower() in ("hdfs", "file"):
+        rest = uri.partition(":")[2].lstrip("/")
+        right = f"file:///{rest}" if scheme.lower() == "file" else _hdfs_spelling(uri, rest)
+        raise UserError(f"{uri} is not how such a URI is written: give {right}, or ./{uri} for a local folder so named")
+    raise UserError(f"{uri}: {scheme}: URIs are not supported; {_KNOWN}")
+
+
+def _hdfs_spelling(uri: str, rest: str) -> str:
+    return f"hdfs://{rest}" if _HDFS.fullmatch(f"hdfs://{rest}") and "://" in uri else f"hdfs://HOST:PORT/{rest}"
