@@ -55,7 +55,16 @@ def _refs(blob: Path) -> Iterator[dict[str, object]]:
 
 def _row(number: int, refs: list[dict[str, object]], rng: np.random.Generator) -> dict[str, object]:
     tokens = int(rng.integers(20, 400))
-    row = {"sample_id": number, "dataset": "made", "copy": 0, "piece": 0, "images": [], "image_grid_thw": []}
+    row = {
+        "sample_id": number,
+        "dataset": "made",
+        "file": "made",
+        "position": number,
+        "copy": 0,
+        "piece": 0,
+        "images": [],
+        "image_grid_thw": [],
+    }
     if refs:
         row |= {"images": [refs[number % len(refs)]], "image_grid_thw": [GRID]}
         tokens += math.prod(GRID) // 4

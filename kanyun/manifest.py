@@ -1,7 +1,11 @@
 """manifest.json: what a packed dataset is, and proof of it. A folder without one is not a dataset."""
 
 import json
+import subprocess
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -9,6 +13,8 @@ import xxhash
 from kanyun.errors import DatasetError
 from kanyun.naming import FORMAT_VERSION, MANIFEST
 from kanyun.storage import Folder
+
+_ROOT = Path(__file__).absolute().parent.parent  # of a clone
 
 
 def digest_of(data: bytes) -> str:
@@ -19,6 +25,23 @@ def digest_of(data: bytes) -> str:
 def canonical(value: Any) -> bytes:
     """The one JSON text of a value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+@cache
+def code_version() -> str:
+    """Return the release of this code, and the commit where it is a clone: 0.1.0+3262d02c8e7f, or ...-dirty."""
+    try:
+        release = version("kanyun")
+    except PackageNotFoundError:  # a copy that is not installed
+        release = "0"
+    if not (_ROOT / ".git").exists():
+        return release
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here, or another user's clone
+        return release
+    return f"{release}+{commit}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +75,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Facts of one packed dataset: with batches.arrow, all that training, `verify` and people need to know."""
+    """Describes one packed dataset: with batches.arrow, all that training, `verify` and people need to know."""
 
     length: int  # token slots a pack
     vision_budget: int  # patches a pack may have; 0 = text only
@@ -82,10 +105,10 @@ class Manifest:
 
     @property
     def content_digest(self) -> str:
-        """Digest over all that training can see. Which code wrote it is not part of it."""
-        facts = asdict(self)
-        del facts["code_version"]
-        return digest_of(canonical(facts))
+        """Digest over all that training can see; the version of the code is no part of it."""
+        values = asdict(self)
+        del values["code_version"]
+        return digest_of(canonical(values))
 
     def save(self, folder: Folder) -> None:
         values = {"content_digest": self.content_digest, "fill": round(self.fill, 6), **asdict(self)}
@@ -101,10 +124,10 @@ class Manifest:
         where = f"{folder.uri}/{MANIFEST}"
         try:
             values = json.loads(folder.read(MANIFEST))
-            version = values["format_version"]
-            if version != FORMAT_VERSION:
+            found = values["format_version"]
+            if found != FORMAT_VERSION:
                 raise DatasetError(
-                    f"{where} has format version {version}, this code reads {FORMAT_VERSION}: pack the data again"
+                    f"{where} has format version {found}, this code reads {FORMAT_VERSION}: pack the data again"
                 )
             known = {f.name: values[f.name] for f in fields(cls)}
             known["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
@@ -115,7 +138,7 @@ class Manifest:
         for name, actual in (("content_digest", manifest.content_digest), ("fill", round(manifest.fill, 6))):
             if values.get(name) != actual:
                 raise DatasetError(
-                    f"{where} says {name} {values.get(name)}, but its facts give {actual}: it was changed after it was "
+                    f"{where} says {name} {values.get(name)}, but its other values give {actual}: it was changed after it was "
                     "written; fetch or pack the dataset again"
                 )
         return manifest

@@ -1,6 +1,8 @@
-"""Checking a packed dataset from end to end: every checksum, every identity. Reads each byte once."""
+"""Checks of a packed dataset from end to end: every checksum, every count, every sample_id."""
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,14 +10,19 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from kanyun.errors import DatasetError
+from kanyun.manifest import Manifest
 from kanyun.naming import lineage_name
 from kanyun.reader import PackedDataset
 from kanyun.schema import Pack
 from kanyun.storage import Folder
 
+PART_SAMPLES = 4_000_000  # samples whose ids are compared at a time: 130 MB
+MOST_REPEATED = 20  # ids in the output
+_LINEAGE_COLUMNS = ["pack_id", "segment", "sample_id", "dataset", "copy", "piece"]
+
 
 def verify(folder: Folder) -> Iterator[str]:
-    """Yields one sentence a fault: the file, the record batch and its byte offset. Nothing yielded means sound.
+    """Yield one sentence a fault: the file, the record batch and its byte offset. No sentence means a sound dataset.
 
     Raises DatasetError where nothing can be checked at all: no manifest, or an index that is not the manifest's.
     """
@@ -23,9 +30,11 @@ def verify(folder: Folder) -> Iterator[str]:
     manifest = dataset.manifest
     manifest.counts.check(folder.uri)
     totals = {"packs": 0, "tokens": 0, "patches": 0, "samples": 0}  # samples: lineage less packs
+    lineage_is_sound = True
     for number, shard in enumerate(manifest.shards):
         lineage = lineage_name(number, len(manifest.shards))
         faults = [*_file(folder, shard.name, shard.digest), *_file(folder, lineage, shard.lineage_digest)]
+        lineage_is_sound &= not faults
         if not faults:
             totals["samples"] += int(pq.read_metadata(pa.BufferReader(folder.read(lineage))).num_rows)
         yield from faults
@@ -47,6 +56,8 @@ def verify(folder: Folder) -> Iterator[str]:
             yield f"{folder.uri}: {totals[key]} {key} found, the manifest says {getattr(manifest, key)}"
     if totals["samples"] != 0:
         yield f"{folder.uri}: {totals['samples']} more samples in the lineage than in the packs"
+    if lineage_is_sound:
+        yield from islice(_repeated(folder, manifest), MOST_REPEATED)
 
 
 def _file(folder: Folder, name: str, digest: str) -> Iterator[str]:
@@ -54,6 +65,35 @@ def _file(folder: Folder, name: str, digest: str) -> Iterator[str]:
         yield f"{folder.uri}/{name} is missing"
     elif (found := folder.digest(name)) != digest:
         yield f"{folder.uri}/{name} ({folder.size(name)} bytes) has digest {found}, the manifest says {digest}"
+
+
+def _repeated(folder: Folder, manifest: Manifest) -> Iterator[str]:
+    """Yield a sentence for samples that are in the packs twice, or share a sample_id with one of another data path.
+
+    Reads the lineage once for every PART_SAMPLES samples, and holds as many in memory.
+    """
+    samples = manifest.counts.packed
+    parts = max(1, -(-samples // PART_SAMPLES))
+    for part in range(parts):
+        tables = []
+        for number in range(len(manifest.shards)):
+            data = pa.BufferReader(folder.read(lineage_name(number, len(manifest.shards))))
+            table = pq.read_table(data, columns=_LINEAGE_COLUMNS, read_dictionary=["dataset"])
+            tables.append(table.filter(table["sample_id"].to_numpy() % np.uint64(parts) == part))
+        rows = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+        dataset = rows["dataset"].combine_chunks().indices.to_numpy()
+        ids, copies, pieces = (rows[name].to_numpy() for name in ("sample_id", "copy", "piece"))
+        order = np.lexsort((pieces, copies, dataset, ids))
+        same_id = np.diff(ids[order]) == 0
+        same_row = (np.diff(copies[order]) == 0) & (np.diff(pieces[order]) == 0)
+        for first in np.flatnonzero(same_id & (same_row | (np.diff(dataset[order]) != 0))).tolist():
+            one, other = rows.take(pa.array(order[first : first + 2])).to_pylist()
+            yield f"{folder.uri}: sample_id {one['sample_id']} is of two rows: {_where(one)} and {_where(other)}"
+
+
+def _where(row: dict[str, Any]) -> str:
+    copy = f"copy {row['copy']}, piece {row['piece']}"
+    return f"pack {row['pack_id']}, segment {row['segment']} ({row['dataset']}, {copy})"
 
 
 def _faults(pack: Pack, dataset: PackedDataset) -> Iterator[str]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from kanyun.storage import Folder
 from pipeline.reports.page import render
 from pipeline.reports.report import Report
+from pipeline.stages.table import STAGES
 
 INDEX = "index.html"
-LEVELS = ("preprocess", "filter", "sample", "build", "pack")
+LEVELS = [stage.name for stage in STAGES]
 COLOURS = 6  # of base.html, --s0 ...; further data paths start again
 # Of the drawing: pixels from a level to the next and of a node, percent between nodes and of the thinnest link.
 LEVEL, NODE, GAP, THINNEST = 104, 14, 1.0, 0.4
@@ -53,8 +54,9 @@ def links(run: Sequence[Done]) -> list[Link]:
         if stage == LEVELS[-1]:
             found.append(Link(done.node, None, counts.rows_out, "packed"))
         else:
-            following = LEVELS[LEVELS.index(stage) + 1]
-            found.append(Link(done.node, (following, path if following == "filter" else ""), counts.rows_out))
+            following = STAGES[LEVELS.index(stage) + 1]
+            target = (following.name, path if following.per_path else "")
+            found.append(Link(done.node, target, counts.rows_out))
         found += [Link(done.node, None, rows, reason) for reason, rows in counts.quarantined.items()]
         if counts.dropped:
             found.append(Link(done.node, None, counts.dropped, "dropped"))

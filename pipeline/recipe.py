@@ -10,6 +10,7 @@ overflow: split                       # optional, as are epoch, seed, part, near
 """
 
 import difflib
+import posixpath
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, get_origin
 
@@ -18,12 +19,10 @@ import yaml
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from pipeline.flow import INDEX, Done, write_index
-from pipeline.stages.base import Stage
-from pipeline.stages.build import BuildStage
-from pipeline.stages.filter import FilterStage
-from pipeline.stages.pack import PackStage
-from pipeline.stages.preprocess import PreprocessStage
-from pipeline.stages.sample import SampleStage
+from pipeline.ratios import ratio_of
+from pipeline.stages.attempt import is_attempt
+from pipeline.stages.table import STAGES, StageEntry
+from pipeline.yaml_file import load_yaml
 
 RATIOS = "ratios.yaml"  # in the output: the recipe's ratios, as `sample --ratios` takes them
 
@@ -49,41 +48,56 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str) -> "Recipe":
-        """Raises UserError: no such file, no YAML, a key unknown, missing or of a wrong type."""
-        file = Folder(path)
-        if not file.exists():
-            raise UserError(f"there is no recipe {path}: give a YAML file (pipeline/recipe.py shows one)")
-        try:
-            values = yaml.safe_load(file.read(""))
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not YAML: {error}") from error
-        recipe = _checked(cls, values, path)
+        """Raises UserError: no such file, no YAML, a key unknown, missing or of a wrong type, or a bad data path."""
+        recipe = _checked(cls, load_yaml(path, "recipe (a YAML file; pipeline/recipe.py shows one)"), path)
         if not recipe.datasets:
             raise UserError(f"{path}: datasets is empty, give at least one as NAME: {{raw: DIR, dataset: CLASS}}")
-        named = {str(name): _checked(RecipeDataset, one, f"{path}: {name}") for name, one in recipe.datasets.items()}
-        return replace(recipe, datasets=named)
+        datasets = {name: _checked(RecipeDataset, one, f"{path}: {name}") for name, one in recipe.datasets.items()}
+        _check_names(list(datasets), path)
+        for name, one in datasets.items():
+            ratio_of(name, one.ratio)
+        return replace(recipe, datasets=datasets)
 
     def run(self, overwrite: bool) -> None:
-        """Raises what the stages raise; what was finished before is skipped."""
+        """Run the stages; finished work is skipped. Raises what they raise."""
         out = Folder(self.output)
         done: list[Done] = []
 
-        def run(stage: Stage, folder: str, name: str = "") -> None:
-            done.append(Done(folder, stage.run(overwrite), name))
+        def run(entry: StageEntry, source: str, path: str, **settings: Any) -> str:
+            """Run a stage, with the settings that the recipe has for it; return its output."""
+            known = {name: getattr(self, name) for name in entry.options if hasattr(self, name)}
+            stage = entry.load().for_command(source, (out / entry.output / path).uri, **known | settings)
+            report = stage.run(overwrite)
+            done.append(Done(posixpath.relpath(Folder(stage.output).path, out.path), report, path))
+            return stage.output
 
-        at = {stage: (out / stage).uri for stage in ("preprocess", "filter", "sample", "build", "packed")}
-        for name, one in self.datasets.items():
-            checked = f"{at['preprocess']}/{name}"
-            run(PreprocessStage(one.raw, checked, one.dataset), f"preprocess/{name}", name)
-            run(FilterStage(checked, f"{at['filter']}/{name}", self.near_duplicates), f"filter/{name}", name)
-        ratios = {name: one.ratio for name, one in self.datasets.items()}
-        out.write(RATIOS, yaml.safe_dump(ratios).encode())
-        run(SampleStage(at["filter"], at["sample"], self.epoch, self.seed, (out / RATIOS).uri), "sample")
-        run(BuildStage(at["sample"], at["build"], self.tokenizer, self.length, self.overflow), "build")
-        pack = PackStage.below(at["build"], at["packed"], self.length, self.part, self.epoch)
-        run(pack, f"packed/{Folder(pack.output).name}")
+        per_path = [entry for entry in STAGES if entry.per_path]
+        for path, one in self.datasets.items():
+            source = one.raw
+            for entry in per_path:
+                own = {"dataset": one.dataset} if "dataset" in entry.options else {}
+                source = run(entry, source, path, **own)
+        out.write(RATIOS, yaml.safe_dump({path: one.ratio for path, one in self.datasets.items()}).encode())
+        source = (out / per_path[-1].output).uri
+        for entry in STAGES[len(per_path) :]:
+            own = {"ratios": (out / RATIOS).uri} if "ratios" in entry.options else {}
+            source = run(entry, source, "", **own)
         write_index(out, done)
-        print(f"the way of the rows, with all reports: {out.path}/{INDEX}")
+        print(f"row flow, with all reports: {out.path}/{INDEX}")
+
+
+def _check_names(names: list[str], recipe: str) -> None:
+    """Data paths are folders below the output. Raises UserError if one is no such path, or lies in another."""
+    for name in names:
+        parts = name.split("/")
+        if any(part in ("", ".", "..") or is_attempt(part) for part in parts):
+            raise UserError(f"{recipe}: {name!r} is no name for a dataset: give one like charts or web/en")
+        for count in range(1, len(parts)):
+            if (outer := "/".join(parts[:count])) in names:
+                raise UserError(
+                    f"{recipe}: the outputs of {name} would lie in those of {outer}, and be deleted with them: "
+                    f"rename one, for example {outer} to {outer}/all"
+                )
 
 
 def _checked[T: (Recipe, RecipeDataset)](kind: type[T], values: Any, where: str) -> T:

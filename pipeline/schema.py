@@ -19,10 +19,15 @@ IMAGE_REF = pa.struct(
 PART = pa.struct([("type", pa.string()), ("text", pa.string())])
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.list_(PART))])
 
+# Stage -> version of the rows it writes, where it is not 1. Part of a stage's settings: outputs of earlier versions are
+# no finished work and no input. 2: sample_id is unique over the data paths; build's rows keep file and position.
+VERSIONS = {"sample": 2, "build": 2}
+
 # preprocess -> filter -> sample
 SAMPLE = pa.schema(
     [
-        ("sample_id", pa.int64()),  # hash of (dataset class, file, position), top bit cleared: Spark has no u64
+        # Hash of (dataset class, file, position), from `sample` on of the data path too. Spark has no u64: 63 bits.
+        ("sample_id", pa.int64()),
         ("dataset", pa.string()),  # dataset class; from `sample` on the data path below its input, if a parent
         ("file", pa.string()),  # path relative to the raw folder
         ("position", pa.int64()),  # byte offset of the line (jsonl), row number (parquet) ... in the file
@@ -44,6 +49,8 @@ BUILT = pa.schema(
     [
         ("sample_id", pa.int64()),
         ("dataset", pa.string()),
+        ("file", pa.string()),
+        ("position", pa.int64()),
         ("copy", pa.int32()),
         ("piece", pa.int32()),  # 0, 1, ... where a long text document was split
         ("input_ids", pa.list_(pa.int32())),

@@ -1,6 +1,7 @@
 """The Spark session that all stages share, its progress bar, and Arrow schemas as Spark takes them."""
 
 import atexit
+import locale
 import os
 import re
 import shutil
@@ -22,25 +23,29 @@ from pyspark.sql.types import StructType
 from tqdm import tqdm
 
 from kanyun.errors import UnavailableError, UserError
+from kanyun.storage import Folder
 from kanyun.storage.waits import scaled
+from pipeline.jvm import incubator_warning_dropped
 
 _HERE = Path(__file__).absolute().parent  # in an executor it is a relative path, into the archive of our code
-# Rows to and from Python workers at a time, and in Spark's cache: 10,000 long rows, Spark's default, take gigabytes.
+# Rows that go to and from Python workers in one batch, and in Spark's cache: 10,000 long rows, its default, are GBs.
 BATCH_ROWS = 256
 # Spark tries a failed task at once, four times in all: too soon where a DataNode died and is not missed yet, so that
 # blocks are still given to it.
 RETRY_SECONDS = scaled(20)
+_UTF8 = {"LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}  # environment of Java and of Python's workers
 _SETTINGS = {
+    **{f"spark.executorEnv.{name}": value for name, value in _UTF8.items()},
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_ROWS),
     "spark.sql.inMemoryColumnarStorage.batchSize": str(BATCH_ROWS),
     "spark.sql.parquet.compression.codec": "zstd",
     "spark.sql.session.timeZone": "UTC",
     "spark.ui.showConsoleProgress": "false",
-    # Off, Hadoop's client gives up a NameNode that has been away for 10 s. On, it asks for minutes, and half a minute
-    # where one is in safe mode, which ends by itself after a start.
+    # Off, Hadoop's client gives up a NameNode that has been away for 10 s. On, it retries for minutes, and for half a
+    # minute where one is in safe mode, which ends by itself after a start.
     "spark.hadoop.dfs.client.retry.policy.enabled": "true",
     "spark.hadoop.dfs.client.retry.policy.spec": f"{round(scaled(3000))},10",
-    # Pages are written with a checksum, which nobody looks at unless told to.
+    # Pages are written with a checksum, which is not verified by default.
     "spark.hadoop.parquet.page.verify-checksum.enabled": "true",
 }
 # For a session that spark-submit did not configure.
@@ -49,9 +54,9 @@ _LOCAL_SETTINGS = {
     "spark.driver.memory": "2g",  # in local mode this is the memory of all tasks
     "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={(_HERE / 'log4j2.properties').as_uri()}",
 }
-# A UserError of a task, in the text of the error that Spark makes of it; and what Hadoop's client says in Java.
-_SAID = re.compile(r"^kanyun\.[\w.]+Error: (.+)$", re.MULTILINE)
-_REFUSED = re.compile(
+# A UserError of a task in the text of Spark's error; and the errors of Hadoop's client in Java.
+_USER_ERROR = re.compile(r"^kanyun\.[\w.]+Error: (.+)$", re.MULTILINE)
+_STORAGE_ERROR = re.compile(
     r"(?:QuotaExceededException|AccessControlException|SafeModeException|ChecksumException|ConnectException"
     r"|FileSystemException|ParquetDecodingException)\)?: ([^\n]+)"
 )
@@ -63,6 +68,8 @@ def spark_session() -> SparkSession:
     if running is not None:
         return running
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # the workers' Python is the driver's
+    if locale.getencoding().lower() != "utf-8":  # a container without LANG: Java could not name a file in Chinese
+        os.environ |= _UTF8
     builder = SparkSession.builder.appName("kanyun")
     settings = dict(_SETTINGS)
     if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit sets it
@@ -75,13 +82,23 @@ def spark_session() -> SparkSession:
         settings["spark.executorEnv.HADOOP_USER_NAME"] = user
     for key, value in settings.items():
         builder = builder.config(key, value)
-    session = builder.getOrCreate()
+    with incubator_warning_dropped():
+        session = builder.getOrCreate()
     _ship_code(session)
     return session
 
 
 def spark_schema(schema: pa.Schema) -> StructType:
     return from_arrow_schema(schema)
+
+
+def read_parquet(folder: Folder, schema: pa.Schema | None = None) -> DataFrame:
+    """Return the rows of a folder of parquet files; without `schema`, with the columns of the files."""
+    reader = spark_session().read
+    if schema is not None:
+        reader = reader.schema(spark_schema(schema))
+    # Spark takes the path that it reads for a glob: a folder may be named `run [1] {a}`.
+    return reader.parquet(re.sub(r"([\\*?\[\]{}])", r"\\\1", folder.uri))
 
 
 def arrow_schema(schema: pa.Schema) -> pa.Schema:
@@ -92,13 +109,13 @@ def arrow_schema(schema: pa.Schema) -> pa.Schema:
 def map_rows(
     rows: DataFrame, function: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]], schema: pa.Schema
 ) -> DataFrame:
-    """mapInArrow with our schemas: `function` gets a task's batches (at most BATCH_ROWS rows each) and gives others."""
-    wanted = arrow_schema(schema)
+    """Map the rows with `function`, which takes a task's batches (at most BATCH_ROWS rows each) and yields others."""
+    output = arrow_schema(schema)
 
     def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         try:
             for batch in function(batches):
-                yield batch if batch.schema.equals(wanted) else batch.cast(wanted)
+                yield batch if batch.schema.equals(output) else batch.cast(output)
         except UnavailableError:
             time.sleep(RETRY_SECONDS)
             raise
@@ -136,16 +153,14 @@ def progress(session: SparkSession, title: str) -> Iterator[None]:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """What a task raised for people, and what a storage refused Spark, as a UserError; other errors stay."""
+    """Re-raise failures of workers and of the storage as UserError; other errors stay."""
     try:
         yield
     except (PySparkException, Py4JJavaError) as error:
-        if said := _SAID.findall(str(error)):
-            raise UserError(said[-1]) from error
-        if refused := _REFUSED.search(str(error)):
-            raise UserError(
-                f"Spark was refused by the storage ({refused[1]}): see to that, and run it again"
-            ) from error
+        if messages := _USER_ERROR.findall(str(error)):
+            raise UserError(messages[-1]) from error
+        if message := _STORAGE_ERROR.search(str(error)):
+            raise UserError(f"Spark cannot use the storage ({message[1]}): mend that, and run it again") from error
         raise
 
 

@@ -11,6 +11,7 @@ from kanyun.errors import DatasetError, UserError
 from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
 from pipeline.reports.page import render
+from pipeline.schema import VERSIONS
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -157,10 +158,16 @@ class Report:
         """Raises UserError if `folder` does not hold the finished output of `stage`."""
         report = cls.load_if_there(folder)
         if report is None or report.stage != stage:
-            found = "no finished stage" if report is None else f"the output of {report.stage}"
+            content = "no finished stage" if report is None else f"the output of {report.stage}"
             raise UserError(
-                f"{folder.path} holds {found}, and an output of {stage} is needed: run `python -m pipeline {stage}` "
+                f"{folder.path} holds {content}, and an output of {stage} is needed: run `python -m pipeline {stage}` "
                 "first and give its output"
+            )
+        version, needed = report.settings.get("version", 1), VERSIONS.get(stage, 1)
+        if version != needed:
+            raise UserError(
+                f"{folder.path} holds rows of {stage} in version {version}, and version {needed} is needed: another "
+                f"release wrote them; run `python -m pipeline {stage}` again with --overwrite"
             )
         return report
 

@@ -86,9 +86,10 @@ class Attempt:
         old.delete()
 
     def _clear_others(self) -> None:
-        attempts = re.compile(rf"_attempt-{re.escape(self.target.name)}-[0-9a-f]{{32}}")
         parent = self.target.parent
-        others = [parent / name for name in parent.names() if attempts.fullmatch(name) and name != self.folder.name]
+        others = [
+            parent / name for name in parent.names() if name != self.folder.name and is_attempt(name, self.target.name)
+        ]
         claim.refuse_living([Claim(other, DRIVER) for other in others], self.target.path)
         for other in others:
             # Renamed first: that is atomic, so if its driver lives after all and publishes now, only one of both can.
@@ -96,6 +97,12 @@ class Attempt:
             with suppress(FileNotFoundError):
                 other.move_to(dead)
             dead.delete()
+
+
+def is_attempt(name: str, target: str | None = None) -> bool:
+    """Whether a folder of this name is an attempt, at making `target` where one is named."""
+    made = ".+" if target is None else re.escape(target)
+    return re.fullmatch(rf"_attempt-{made}-[0-9a-f]{{32}}", name, re.DOTALL) is not None
 
 
 def _hidden_neighbour(target: Folder) -> Folder:

@@ -40,8 +40,8 @@ from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
 from pipeline.reports import summary
 from pipeline.reports.report import Report, RowCounts
-from pipeline.schema import QUARANTINE
-from pipeline.spark import plain_errors, progress, spark_schema, spark_session
+from pipeline.schema import QUARANTINE, VERSIONS
+from pipeline.spark import plain_errors, progress, read_parquet, spark_session
 from pipeline.stages.attempt import Attempt
 
 SHUFFLE_ROWS = 50_000  # a partition, before Spark puts small ones together; its fixed 200 are too many or too few
@@ -61,12 +61,21 @@ class Stage:
     quarantines: ClassVar[bool] = False
     distributions: ClassVar[dict[str, str]] = {}
 
+    @classmethod
+    def for_command(cls, source: str, output: str, **settings: Any) -> "Stage":
+        """Make the stage that a command line or a recipe runs; pack names its own folder below `output`."""
+        return cls(source, output, **settings)
+
     def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """JSON values that, with the input, decide what comes out."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("source", "output")}
+
+    def versioned_settings(self) -> dict[str, Any]:
+        """Return the settings, with the version of the rows where an earlier release wrote others."""
+        return self.settings() | ({"version": VERSIONS[self.name]} if self.name in VERSIONS else {})
 
     def inputs(self) -> dict[str, Report]:
         """Reports of the outputs this stage reads. Raises UserError if they are not there or not finished."""
@@ -77,7 +86,7 @@ class Stage:
         return digest_of(canonical({path: report.digest for path, report in inputs.items()}))
 
     def read(self, spark: SparkSession, attempt: Attempt) -> DataFrame:
-        return spark.read.parquet((Folder(self.source) / "data").uri)
+        return read_parquet(Folder(self.source) / "data")
 
     def write(self, rows: DataFrame, attempt: Attempt) -> RowCounts:
         """Write data/ and quarantine/ and count what is written there."""
@@ -107,8 +116,8 @@ class Stage:
 
     def run(self, overwrite: bool = False) -> Report:
         """Do the work, unless OUT has it already. Raises UserError: input missing, OUT is other work, not writable."""
-        target = Folder(self.output)
-        self._refuse_input_in(target)
+        target = Folder(self.output).resolved()
+        self._refuse(target)
         inputs = self.inputs()
         digest = self.input_digest(inputs)
         if not overwrite and (done := self._finished(target, digest)):
@@ -138,7 +147,7 @@ class Stage:
     ) -> Report:
         return Report(
             stage=self.name,
-            settings=self.settings(),
+            settings=self.versioned_settings(),
             input=input_digest,
             run=uuid.uuid4().hex,
             counts=counts,
@@ -163,7 +172,7 @@ class Stage:
         return summary.images_in_blobs(rejected)
 
     def _written(self, folder: Folder, schema: pa.Schema | None = None) -> DataFrame:
-        return spark_session().read.schema(spark_schema(schema or self.schema)).parquet(folder.uri)
+        return read_parquet(folder, schema or self.schema)
 
     def _finished(self, target: Folder, digest: str) -> Report | None:
         """The report of this very work if `target` holds it, and says so; None if nothing is there; else UserError."""
@@ -176,7 +185,7 @@ class Stage:
                 "choose another output, or give --overwrite to replace all of it"
             )
         there = {"stage": report.stage, "input": report.input} | report.settings
-        wanted = {"stage": self.name, "input": digest} | json.loads(canonical(self.settings()))
+        wanted = {"stage": self.name, "input": digest} | json.loads(canonical(self.versioned_settings()))
         for key in wanted | there:
             if there.get(key) != wanted.get(key):
                 raise UserError(
@@ -186,7 +195,14 @@ class Stage:
         print(f"{self.name}: already done, skipped: {target.path}")
         return report
 
-    def _refuse_input_in(self, target: Folder) -> None:
+    def _refuse(self, target: Folder) -> None:
+        """Raise UserError if `target` cannot be replaced by a finished output, before any work."""
         source = Folder(self.source)
-        if f"{source.uri}/".startswith(f"{target.uri}/"):
+        if target.contains(source):
             raise UserError(f"the output {target.path} holds the input {source.path}: choose another output")
+        if target.is_mount():
+            raise UserError(
+                f"the output {target.path} is a mount point, which cannot be renamed: choose a folder in it"
+            )
+        if target.exists() and not target.is_folder():
+            raise UserError(f"the output {target.path} is a file: choose a folder")

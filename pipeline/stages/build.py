@@ -24,7 +24,7 @@ from pipeline.tokenizer_settings import Settings
 TOKENIZER = "tokenizer"  # folder in the output: the tokenizer's files as they came
 # What a task makes of a row: its columns in data/, and those in quarantine/ if it has a reason.
 OUTCOME = pa.schema([*BUILT, *(field for field in QUARANTINE if field.name not in BUILT.names)])
-_KEPT = ("sample_id", "dataset", "copy", "images")
+_KEPT = ("sample_id", "dataset", "file", "position", "copy", "images")
 _NOTHING = Encoded(np.empty(0, np.int32), np.empty(0, np.bool_), [])
 _ONLY_REJECTED = tuple(name for name in QUARANTINE.names if name not in (*_KEPT, "reason", "evidence"))
 

@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from kanyun import manifest
-from kanyun.errors import UserError
+from kanyun.errors import DatasetError, UserError
 from kanyun.fingerprint import copy_tokenizer, fingerprint
 from kanyun.naming import dataset_name
 from kanyun.reader import PackedDataset
@@ -28,7 +28,7 @@ from pipeline.spark import map_rows
 from pipeline.stages import bin_packing
 from pipeline.stages.base import Attempt, Stage
 from pipeline.stages.build import TOKENIZER
-from pipeline.stages.shard import TASK_ROW, Job, write_shard
+from pipeline.stages.shard import TASK_ROW, Job, repeated_id, where, write_shard
 from pipeline.tokenizer_settings import END_OF_DOCUMENT
 
 
@@ -71,6 +71,10 @@ class PackStage(Stage):
         name = dataset_name(length, part, built["epoch"])
         return cls(source, (Folder(parent) / name).uri, length, part, built["epoch"], vision_budget)
 
+    @classmethod
+    def for_command(cls, source: str, output: str, **settings: Any) -> "PackStage":
+        return cls.below(source, output, **settings)
+
     def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
         return rows
 
@@ -79,6 +83,8 @@ class PackStage(Stage):
         seed, facts = built.settings["seed"], fingerprint(tokenizer)
         with attempt.timed("add up sizes"):
             totals = _Totals.of(rows)
+        with attempt.timed("check sample ids"):
+            refuse_shared_ids(rows)
         if not totals.samples:
             raise UserError(f"{self.source} has no samples: all rows were quarantined or dropped; see its report.html")
         mean_demand = totals.sum_patches / totals.sum_tokens * self.length
@@ -104,6 +110,7 @@ class PackStage(Stage):
             tokenizer=facts.digest,
             processor=facts.processor,
             pad_token_id=pad,
+            code_version=manifest.code_version(),
             image_token_id=facts.token_ids[IMAGE_TOKENS[0]] if facts.processor else None,
         )
         return counts
@@ -131,6 +138,16 @@ class PackStage(Stage):
             math.ceil(totals.sum_tokens / self.bucket_tokens),
             math.ceil(totals.image_bytes / self.bucket_image_bytes),
         )
+
+
+def refuse_shared_ids(rows: DataFrame) -> None:
+    """Raise DatasetError if two different rows have one sample_id. 24 bytes a sample cross the shuffle."""
+    place = F.xxhash64("dataset", "file", "position")
+    ends = rows.select("sample_id", place.alias("place")).groupBy("sample_id").agg(F.min("place"), F.max("place"))
+    if shared := ends.where("min(place) != max(place)").orderBy("sample_id").head():
+        same = rows.where(F.col("sample_id") == shared["sample_id"]).select("dataset", "file", "position").distinct()
+        one, other = same.orderBy("dataset", "file", "position").take(2)
+        raise DatasetError(repeated_id(shared["sample_id"], where(one), where(other)))
 
 
 @dataclass(frozen=True)

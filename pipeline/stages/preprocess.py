@@ -72,7 +72,7 @@ class PreprocessStage(Stage):
 
         The sum of a digest a file, which needs neither an order nor memory: there may be an image a sample.
         """
-        if f"{Folder(self.output).uri}/".startswith(f"{Folder(self.source).uri}/"):
+        if Folder(self.source).contains(Folder(self.output)):
             raise UserError(f"the output {self.output} is in the raw folder {self.source}: choose another output")
         return self._files[1]
 

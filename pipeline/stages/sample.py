@@ -1,32 +1,36 @@
 """sample: how many copies of each row go into one epoch, by the ratio of its data path.
 
-In each data path the N samples stand in the order of a hash of (sample_id, seed), and U = rank / N spreads them evenly
-over [0, 1). A sample's copies in epoch e are floor(U + (e + 1) R) - floor(U + e R), in whole numbers. So for any ratio
-R, any seed and any partitioning, after any number of epochs E
-- a sample has been used E x R times, less than one copy more or less: at R = 0.1 all had their turn after ten epochs;
+In each data path the N samples are ordered by a hash of (sample_id, seed), and U = rank / N spreads them evenly over
+[0, 1). A sample's copies in epoch e are floor(U + (e + 1) R) - floor(U + e R), in integers. So for any ratio R, any
+seed and any partitioning, after any number of epochs E
+- a sample has been used E x R times, less than one copy more or less: at R = 0.1 all were used after ten epochs;
 - a data path has given floor(N x E x R) copies: floor(x) + floor(x + 1/N) + ... = floor(N x), by Hermite.
 Were U the hash itself, totals would miss by about sqrt(N) / 2: 500 copies an epoch of a million samples.
-All of it is Spark SQL: rows do not enter Python, and a whole ratio costs no shuffle.
+All of it is Spark SQL: rows do not enter Python, and an integer ratio costs no shuffle.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
 from typing import Any
 
-import yaml
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from pipeline.constants import SAMPLE_RATIO_BY_DATA_PATH
+from pipeline.ratios import ratios_for, read_ratios
 from pipeline.reports.report import REPORT, Report
 from pipeline.schema import SAMPLE, SAMPLED
+from pipeline.spark import read_parquet
+from pipeline.stages.attempt import is_attempt
 from pipeline.stages.base import Attempt, Stage
 
+ONLY = "."  # data path where `source` is itself the one output of filter
 RANGE_ROWS = 100_000  # rows of a hash range, which one task puts in order
+_OWN_FOLDERS = ("data", "quarantine", "blobs")  # of a stage's output: no other outputs lie in them
 
 
 @dataclass(frozen=True)
@@ -41,24 +45,25 @@ class SampleStage(Stage):
 
     def inputs(self) -> dict[str, Report]:
         root = Folder(self.source)
-        found = {".": Report.load(root, self.after)} if root.exists(REPORT) else dict(_below(root, self.after))
-        if not found:
+        reports = dict(_outputs(root, self.after))
+        if not reports:
+            if root.exists(REPORT):
+                Report.load(root, self.after)  # raises: it is another stage's output
             raise UserError(
                 f"no finished output of filter in or below {root.path}: run `python -m pipeline filter` first"
             )
-        return found
+        return {path: Report.load(root / path if path != ONLY else root, self.after) for path in reports}
 
     def settings(self) -> dict[str, Any]:
         ratios = {path: str(ratio) for path, ratio in self._ratios(self.inputs()).items()}
         return {"epoch": self.epoch, "seed": self.seed, "ratios": ratios}
 
     def read(self, spark: SparkSession, attempt: Attempt) -> DataFrame:
-        ratios, sampled = self._ratios(attempt.inputs), []
+        root, ratios, sampled = Folder(self.source), self._ratios(attempt.inputs), []
         for path, report in attempt.inputs.items():
-            folder = Folder(self.source) if path == "." else Folder(self.source) / path
-            rows = spark.read.parquet((folder / "data").uri).select(*SAMPLE.names)
-            if path != ".":
-                rows = rows.withColumn("dataset", F.lit(path))
+            rows = read_parquet((root if path == ONLY else root / path) / "data").select(*SAMPLE.names)
+            if path != ONLY:
+                rows = rows.withColumns({"dataset": F.lit(path), "sample_id": _id_in(path)})
             sampled.append(take(rows, report.counts.rows_out, ratios[path], self.epoch, self.seed))
         return reduce(DataFrame.unionByName, sampled)
 
@@ -66,18 +71,40 @@ class SampleStage(Stage):
         return rows
 
     def added_and_dropped(self, written: DataFrame, rows_in: int) -> tuple[int, int]:
-        """Computed, not counted: so the identity of the counts shows whether Spark sampled as promised."""
+        """Return what the formula says, not what Spark counted: so the counts show whether it sampled as promised."""
         inputs = self.inputs()
         added = dropped = 0
         for path, ratio in self._ratios(inputs).items():
             rows = inputs[path].counts.rows_out
-            copies = int(rows * (self.epoch + 1) * ratio) - int(rows * self.epoch * ratio)
-            used = rows if ratio >= 1 else copies  # below 1 nobody has two copies in an epoch, from 1 on nobody none
+            copies = self._copies(rows, ratio)
+            used = rows if ratio >= 1 else copies  # ratio < 1: at most one copy an epoch; ratio >= 1: at least one
             added, dropped = added + copies - used, dropped + rows - used
         return added, dropped
 
+    def seen(self, attempt: Attempt) -> dict[str, Any]:
+        """Account by name for every data path below IN, and for every one that the ratios name."""
+        ratios = self._ratios(attempt.inputs)
+        facts: dict[str, Any] = {}
+        for path, report in attempt.inputs.items():
+            rows = report.counts.rows_out
+            facts[f"data path {path}"] = f"{rows:,} rows x {ratios[path]} = {self._copies(rows, ratios[path]):,} copies"
+        own_name = Folder(self.source).name if ONLY in attempt.inputs else ONLY
+        for path in sorted(set(self._table()) - set(attempt.inputs) - {own_name}):
+            facts[f"data path {path}"] = f"has a ratio, and no finished output of filter is at {self.source}/{path}"
+            print(f"{self.name}: data path {path} {facts[f'data path {path}']}")
+        return {**super().seen(attempt), "facts": facts}
+
+    def _copies(self, rows: int, ratio: Fraction) -> int:
+        return int(rows * (self.epoch + 1) * ratio) - int(rows * self.epoch * ratio)
+
+    def _table(self) -> Mapping[str, Any]:
+        return SAMPLE_RATIO_BY_DATA_PATH if self.ratios is None else read_ratios(self.ratios)
+
     def _ratios(self, inputs: Mapping[str, Report]) -> dict[str, Fraction]:
-        table = SAMPLE_RATIO_BY_DATA_PATH if self.ratios is None else read_ratios(self.ratios)
+        table = self._table()
+        name = Folder(self.source).name
+        if ONLY in inputs and ONLY not in table and name in table:  # a single output goes by its folder's name too
+            table = {**table, ONLY: table[name]}
         return ratios_for(list(inputs), table)
 
 
@@ -88,21 +115,31 @@ def copies_before(rank: int, count: int, ratio: Fraction, epoch: int) -> int:
 
 
 def take(rows: DataFrame, count: int, ratio: Fraction, epoch: int, seed: int) -> DataFrame:
-    """The `count` rows of a data path, each as often as `epoch` has it, with a column `copy`: the how-manieth of the
-    sample's copies it is, over all epochs. The same as `copies_before` says."""
+    """Return the `count` rows of a data path, each as often as `epoch` has it, as `copies_before` says.
+
+    The column `copy` is the copy index, counted over all epochs.
+    """
     if ratio.denominator == 1:  # as many copies of each: no need to rank
         first, end = F.lit(epoch * int(ratio)), F.lit((epoch + 1) * int(ratio))
     else:
         rows = _ranked(rows, count, seed)
-        p, q = ratio.numerator, ratio.denominator
-        first, end = (F.expr(f"(_rank * {q}L + {e * p * count}L) div {count * q or 1}L") for e in (epoch, epoch + 1))
+        first, end = (_copies_before_sql(count, ratio, e) for e in (epoch, epoch + 1))
     rows = rows.withColumn("_first", first.cast("int")).withColumn("_end", end.cast("int")).where("_first < _end")
     return rows.withColumn("copy", F.explode(F.expr("sequence(_first, _end - 1)"))).drop("_first", "_end", "_rank")
 
 
+def _copies_before_sql(count: int, ratio: Fraction, epoch: int) -> Column:
+    """`copies_before` of `_rank`. Whole copies are taken out first: what is left is below 2 x count x denominator."""
+    q = ratio.denominator
+    whole, rest = divmod(epoch * ratio.numerator, q)
+    return F.expr(f"(_rank * {q}L + {rest * count}L) div {count * q or 1}L + {whole}L")
+
+
 def _ranked(rows: DataFrame, count: int, seed: int) -> DataFrame:
-    """`rows` with `_rank`, 0 to count - 1 in the order of (hash, sample_id): ranked within ranges of the hash, one task
-    each, on top of the number of rows in the ranges before."""
+    """Add `_rank`, 0 to count - 1 in the order of (hash, sample_id).
+
+    Rows are ranked within ranges of the hash, one task each, on top of the number of rows in the ranges before.
+    """
     bits = (count // RANGE_ROWS).bit_length()
     ranges = 2 ** (bits + 1)  # Spark's hash has a sign: shifted right, it is one of -ranges / 2 ... ranges / 2 - 1
     hashed = rows.withColumn("_hash", F.xxhash64("sample_id", F.lit(seed)))
@@ -114,59 +151,18 @@ def _ranked(rows: DataFrame, count: int, seed: int) -> DataFrame:
     return hashed.withColumn("_rank", rank).drop("_hash", "_range")
 
 
-def read_ratios(file: str) -> dict[str, Any]:
-    """A YAML file of `data path: ratio`. Raises UserError if it is not there or is something else."""
-    folder, name = Folder(file).parent, Folder(file).name
-    if not folder.exists(name):
-        raise UserError(f"there is no file {file}: give --ratios a YAML file of `data path: ratio` lines")
-    try:
-        table = yaml.safe_load(folder.read(name))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YAML ({error}): write one `data path: ratio` a line") from error
-    if not isinstance(table, dict) or not table:
-        raise UserError(f"{file} holds no ratios: write one `data path: ratio` a line")
-    return {str(path): ratio for path, ratio in table.items()}
+def _id_in(path: str) -> Column:
+    """Two data paths may both have a train.jsonl: their rows' sample_ids differ by the data path."""
+    return F.xxhash64(F.lit(path), "sample_id").bitwiseAND(F.lit((1 << 63) - 1))
 
 
-def ratios_for(paths: Sequence[str], table: Mapping[str, Any]) -> dict[str, Fraction]:
-    """The ratio of each data path; with an empty table, 1.
-
-    Raises UserError if the table has ratios, but not for all paths.
-    """
-    missing = [path for path in paths if path not in table]
-    if table and missing:
-        known = ", ".join(f"{path}: {ratio}" for path, ratio in sorted(table.items()))
-        raise UserError(
-            f"no sampling ratio for data path {', '.join(missing)}; ratios are known for {known}: "
-            "add the missing ones (0 leaves a path out)"
-        )
-    return {path: ratio_of(path, table.get(path, 1)) for path in paths}
-
-
-def ratio_of(path: str, value: Any) -> Fraction:
-    """A ratio as written, exactly: 0.1 is 1/10. Denominators go up to a million, so 0.3333333333 is 1/3.
-
-    Raises UserError if it is not a number from 0 to 1000.
-    """
-    try:
-        ratio = Fraction(str(value)).limit_denominator(1_000_000)
-    except (ValueError, ZeroDivisionError):
-        ratio = Fraction(-1)
-    if not 0 <= ratio <= 1000:
-        raise UserError(f"the sampling ratio of {path} is {value!r}, not a number from 0 to 1000: correct it")
-    return ratio
-
-
-def _below(folder: Folder, stage: str, path: str = "") -> list[tuple[str, Report]]:
-    """(data path, report) of every finished output of `stage` below `folder`, by path."""
-    found = []
+def _outputs(folder: Folder, stage: str, path: str = "") -> Iterator[tuple[str, Report]]:
+    """Yield (data path, report) of every finished output of `stage` in and below `folder`, by path."""
+    report = Report.load_if_there(folder)
+    if report is not None and report.stage == stage:
+        yield path or ONLY, report
     for name in folder.names():
-        child = folder / name
-        if name.startswith(("_", ".")) or not child.is_folder():
+        if is_attempt(name) or (report is not None and name in _OWN_FOLDERS):
             continue
-        report = Report.load_if_there(child)
-        if report is None:
-            found += _below(child, stage, f"{path}{name}/")
-        elif report.stage == stage:
-            found.append((f"{path}{name}", report))
-    return found
+        if folder.is_folder(name):
+            yield from _outputs(folder / name, stage, f"{path}/{name}" if path else name)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +70,7 @@ def plan(table: pa.Table, bucket: int, job: Job) -> list[np.ndarray]:
     if not table.num_rows:
         return []
     by_sample = np.lexsort([table.column(name).to_numpy() for name in ("piece", "copy", "sample_id")])
+    _refuse_repeated(table, by_sample)
     rank = np.empty(len(by_sample), np.int64)  # of each row among the samples: the rows come in any order
     rank[by_sample] = np.arange(len(by_sample))
     tokens, patches = (table.column(name).to_numpy() for name in ("tokens", "patches"))
@@ -78,6 +79,26 @@ def plan(table: pa.Table, bucket: int, job: Job) -> list[np.ndarray]:
     packs = np.split(by_pack, np.flatnonzero(np.diff(assigned[by_pack])) + 1)
     order = sorted(range(len(packs)), key=lambda n: xxhash.xxh3_64_intdigest(f"{job.seed}/{bucket}/{n}".encode()))
     return [packs[n] for n in order]
+
+
+def _refuse_repeated(table: pa.Table, by_sample: np.ndarray) -> None:
+    """Raise DatasetError if two rows are the same piece of the same copy of a sample. by_sample: rows in that order."""
+    same = np.ones(len(by_sample) - 1, np.bool_)
+    for name in ("sample_id", "copy", "piece"):
+        same &= np.diff(table.column(name).to_numpy()[by_sample]) == 0
+    if same.any():
+        first = int(np.argmax(same))
+        rows = table.take(pa.array(by_sample[first : first + 2])).to_pylist()
+        raise DatasetError(repeated_id(rows[0]["sample_id"], *map(where, rows)))
+
+
+def repeated_id(sample_id: int, one: str, other: str) -> str:
+    return f"two rows have the sample_id {sample_id}: {one} and {other}; give each file to one data path, and run again"
+
+
+def where(row: Any) -> str:
+    """Name a row of BUILT for people."""
+    return f"{row['dataset']}: {row['file']} @ {row['position']}"
 
 
 class _Rows:

@@ -89,7 +89,7 @@ def test_folder_reads_ranges_of_a_file_that_it_opens_once(root: Folder, monkeypa
     opened, step = root.ranges("large"), 300_001
     starts = range(0, len(BYTES), step)
     assert opened.read(0, 1) == BYTES[:1]
-    monkeypatch.setattr(opened, "_opened", lambda: pytest.fail("opened again"))
+    monkeypatch.setattr(opened, "_open_file", lambda: pytest.fail("opened again"))
     with ThreadPoolExecutor(8) as threads:
         assert b"".join(threads.map(lambda start: opened.read(start, step), starts)) == BYTES
     assert [opened.read(len(BYTES) + beyond, 5) for beyond in (-3, 0, 9)] == [BYTES[-3:], b"", b""]

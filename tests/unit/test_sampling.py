@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kanyun.errors import UserError
-from pipeline.stages.sample import copies_before, ratio_of, ratios_for, read_ratios
+from pipeline.ratios import ratio_of, ratios_for, read_ratios
+from pipeline.stages.sample import copies_before
 
 ratios = st.fractions(0, 5, max_denominator=1000)
 
