@@ -138,7 +138,7 @@ class Manifest:
         for name, actual in (("content_digest", manifest.content_digest), ("fill", round(manifest.fill, 6))):
             if values.get(name) != actual:
                 raise DatasetError(
-                    f"{where} says {name} {values.get(name)}, but its other values give {actual}: it was changed after it was "
-                    "written; fetch or pack the dataset again"
+                    f"{where} says {name} {values.get(name)}, but its other values give {actual}: it was "
+                    "changed after it was written; fetch or pack the dataset again"
                 )
         return manifest

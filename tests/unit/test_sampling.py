@@ -44,6 +44,8 @@ def test_ratios_are_exact_as_written() -> None:
 def test_every_path_has_a_ratio() -> None:
     assert ratios_for(["a", "b/c"], {}) == {"a": 1, "b/c": 1}
     assert ratios_for(["a"], {"a": 0, "z": 2}) == {"a": 0}
+    with pytest.raises(UserError, match=r"path \. \(the input itself is one output of filter: name it `\.`"):
+        ratios_for(["."], {"charts": 0.5})
     with pytest.raises(UserError, match=r"data path b/c; ratios are known for a: 1, z: 2"):
         ratios_for(["a", "b/c"], {"a": 1, "z": 2})
 
@@ -52,9 +54,26 @@ def test_ratio_files(tmp_path: Path) -> None:
     file = tmp_path / "ratios.yaml"
     with pytest.raises(UserError, match="there is no file"):
         read_ratios(str(file))
-    for wrong in ("a: [", "- a\n- b\n", ""):
+    for wrong, sentence in (
+        ("a: [", "is not YAML"),
+        ("- a\n- b\n", "data path: ratio"),
+        ("", "data path: ratio"),
+        ("a: 1\nb: 2\na: 3\n", "key 'a' occurs twice"),
+        ("[a, b]: 1\n", "a key must be text"),
+    ):
         file.write_text(wrong)
-        with pytest.raises(UserError, match="data path: ratio"):
+        with pytest.raises(UserError, match=sentence):
             read_ratios(str(file))
     file.write_text("web/a: 0.5\n1: 2\n")
     assert read_ratios(str(file)) == {"web/a": 0.5, "1": 2}
+    file.write_text("no: 0.5\n010: 2\n1.0: 1\n~: 1e-7\n2026-11-27: 3e2\n")
+    assert read_ratios(str(file)) == {"no": 0.5, "010": 2, "1.0": 1, "~": 1e-7, "2026-11-27": 300.0}, "keys as text"
+    file.write_text("usual: &usual {a: 1, b: 2}\nmine: {<<: *usual, b: 3}\n")
+    assert read_ratios(str(file))["mine"] == {"a": 1, "b": 3}
+
+
+def test_tiny_ratios_are_exact_or_refused() -> None:
+    assert ratio_of("a", 1e-7) == Fraction(1, 10**7)
+    assert ratio_of("a", "1e-9") == Fraction(1, 10**9)
+    with pytest.raises(UserError, match="ratio of a is 1e-10, under one row of 10"):
+        ratio_of("a", 1e-10)
