@@ -25,7 +25,6 @@ from tqdm import tqdm
 from kanyun.errors import UnavailableError, UserError
 from kanyun.storage import Folder
 from kanyun.storage.waits import scaled
-from pipeline.jvm import incubator_warning_dropped
 
 _HERE = Path(__file__).absolute().parent  # in an executor it is a relative path, into the archive of our code
 # Rows that go to and from Python workers in one batch, and in Spark's cache: 10,000 long rows, its default, are GBs.
@@ -54,6 +53,7 @@ _LOCAL_SETTINGS = {
     "spark.driver.memory": "2g",  # in local mode this is the memory of all tasks
     "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={(_HERE / 'log4j2.properties').as_uri()}",
 }
+_INCUBATOR_WARNING = b"WARNING: Using incubator modules"
 # A UserError of a task in the text of Spark's error; and the errors of Hadoop's client in Java.
 _USER_ERROR = re.compile(r"^kanyun\.[\w.]+Error: (.+)$", re.MULTILINE)
 _STORAGE_ERROR = re.compile(
@@ -86,6 +86,31 @@ def spark_session() -> SparkSession:
         session = builder.getOrCreate()
     _ship_code(session)
     return session
+
+
+@contextmanager
+def incubator_warning_dropped() -> Iterator[None]:
+    """Let a JVM that is started in the `with` block print all but one line.
+
+    Spark adds a module that Java warns of, with no option to stop it: else it is the first line of every stage. The JVM
+    inherits a pipe as its stderr, whose lines a thread copies.
+    """
+    read_end, write_end = os.pipe()
+    stderr = os.dup(2)
+    os.dup2(write_end, 2)
+    os.close(write_end)
+
+    def copy() -> None:
+        with os.fdopen(read_end, "rb") as lines:
+            for line in lines:
+                if not line.startswith(_INCUBATOR_WARNING):
+                    os.write(stderr, line)
+
+    threading.Thread(target=copy, name="stderr of the JVM", daemon=True).start()
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
 
 
 def spark_schema(schema: pa.Schema) -> StructType:

@@ -11,7 +11,9 @@ from functools import wraps
 from kanyun.errors import AccessDeniedError, InvalidPathError, UnavailableError, UserError
 from kanyun.storage.waits import scaled
 
-_PAUSES = tuple(map(scaled, (1, 3, 9, 20, 30)))  # seconds between attempts: about a minute, in which a NameNode restarts
+_PAUSES = tuple(
+    map(scaled, (1, 3, 9, 20, 30))
+)  # seconds between attempts: about a minute, in which a NameNode restarts
 # Transient errors of a NameNode: it starts, or has not missed a dead DataNode yet (which takes it minutes).
 _TRANSIENT = re.compile(
     "RetriableException|StandbyException|NotReplicatedYetException|Safe mode will be turned off automatically"
