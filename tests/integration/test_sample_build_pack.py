@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from pyspark.sql import SparkSession
 from transformers import AutoProcessor
 
-from kanyun.errors import UserError
+from kanyun.errors import DatasetError, UserError
 from kanyun.reader import PackedDataset
 from kanyun.schema import Pack as StoredPack
 from kanyun.storage import Folder
@@ -208,6 +209,43 @@ def test_same_bytes_for_other_files_and_partitions(made: tuple[Path, Raw], spark
     one, other = (PackedDataset(Folder(packed(p))).manifest for p in (root, tmp_path))
     assert one.content_digest == other.content_digest
     assert [s.digest for s in one.shards] == [s.digest for s in other.shards]
+
+
+def test_rows_that_share_a_sample_id_are_refused_by_both_names(
+    made: tuple[Path, Raw], spark: SparkSession, tmp_path: Path
+) -> None:
+    root, raw = made
+    one, other = [row for row in raw.rows.values() if row["text"] is not None][:2]
+    (tmp_path / "filtered").mkdir()
+    save_filtered(tmp_path / "filtered", [one, other | {"sample_id": one["sample_id"], "file": "b.jsonl"}])
+    SampleStage(str(tmp_path / "filtered"), str(tmp_path / "sampled")).run()
+    BuildStage(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(root / "hf"), length=LENGTH).run()
+    first, second = (f"made: {name} @ {row['position']}" for name, row in (("a.jsonl", one), ("b.jsonl", other)))
+    with pytest.raises(DatasetError, match=f"two rows have the sample_id {one['sample_id']}: {first} and {second}; "):
+        PackStage.below(str(tmp_path / "built"), str(tmp_path / "packed"), LENGTH).run()
+    assert list((tmp_path / "packed").iterdir()) == []
+
+
+def test_outputs_of_an_earlier_release_are_no_finished_work_and_no_input(
+    made: tuple[Path, Raw], spark: SparkSession, tmp_path: Path
+) -> None:
+    """Their sample_ids are others: packs of both would mix them."""
+    root, _ = made
+    for name in ("sampled", "built"):
+        shutil.copytree(root / name, tmp_path / name)
+        folder = Folder(str(tmp_path / name))
+        report = Report.load_if_there(folder)
+        assert report is not None
+        settings = {key: value for key, value in report.settings.items() if key != "version"}
+        replace(report, settings=settings).save(folder)
+    with pytest.raises(UserError, match=r"version is None there and 2 here; .*--overwrite"):
+        SampleStage(str(root / "filtered"), str(tmp_path / "sampled"), seed=5).run()
+    with pytest.raises(
+        UserError, match=r"rows of sample in version 1, and version 2 is needed.*sample` again with --over"
+    ):
+        BuildStage(str(tmp_path / "sampled"), str(tmp_path / "new"), tokenizer=str(root / "hf"), length=LENGTH).run()
+    with pytest.raises(UserError, match=r"rows of build in version 1, and version 2 is needed"):
+        PackStage.below(str(tmp_path / "built"), str(tmp_path / "packed"), LENGTH)
 
 
 def test_ten_epochs_of_two_data_paths_with_ratios(spark: SparkSession, tmp_path: Path) -> None:

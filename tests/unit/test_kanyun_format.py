@@ -107,6 +107,27 @@ def test_lineage_names_every_segment(folder: Folder) -> None:
     assert rows[1] == dict(pack_id=0, segment=1, sample_id=1, dataset="b", copy=0, piece=0, tokens=30)
 
 
+def test_a_sample_id_of_two_rows_is_a_fault_that_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(str(tmp_path / "d"))
+    twice = [sample(6, 10), sample(8, 10)]  # data path a
+    shared = replace(sample(8, 10), dataset="b", copy=1)
+    with ShardWriter(folder, 0, 1, LENGTH, 0, ["a", "b"]) as writer:
+        writer.add([*twice, sample(7, 10)])
+        writer.add([sample(9, 10), shared])
+        writer.add([sample(6, 10), replace(sample(7, 10), copy=1), replace(sample(7, 10), piece=1)])
+    assert writer.result is not None
+    publish(folder, [writer.result], counts=Counts(rows_in=8, packed=8), **FACTS | {"vision_budget": 0})
+    for samples_at_a_time in (4_000_000, 3):
+        monkeypatch.setattr("kanyun.verify.PART_SAMPLES", samples_at_a_time)
+        faults = sorted(fault.partition(": ")[2] for fault in verify(folder))
+        assert faults == [
+            "sample_id 6 is of two rows: "
+            "pack 0, segment 0 (a, copy 0, piece 0) and pack 2, segment 0 (a, copy 0, piece 0)",
+            "sample_id 8 is of two rows: "
+            "pack 0, segment 1 (a, copy 0, piece 0) and pack 1, segment 1 (b, copy 1, piece 0)",
+        ]
+
+
 def test_losing_attempts_are_removed(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path / "d"))
     with pytest.raises(RuntimeError), ShardWriter(folder, 0, 1, LENGTH, 0, ["a"]) as writer:

@@ -4,11 +4,16 @@ import math
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kanyun.errors import DatasetError
+from pipeline.schema import BUILT
+from pipeline.spark import arrow_schema
 from pipeline.stages.bin_packing import DEFAULT_VISION_SLACK, lower_bound, mean_demand, pack
+from pipeline.stages.shard import Job, plan
 from tests.support.packed_data import many_sizes, useful_patches
 
 LENGTH, BUDGET = 64, 200
@@ -37,6 +42,33 @@ def first_fit(rows: list[tuple[int, int]]) -> int:
         else:
             packs.append((t, p))
     return len(packs)
+
+
+def test_a_bucket_with_one_row_twice_is_an_error_that_names_both() -> None:
+    def row(sample_id: int, position: int, copy: int = 0, piece: int = 0) -> dict[str, object]:
+        place = {"dataset": "web/en", "file": "a.jsonl", "position": position}
+        sizes = {"tokens": 3, "patches": 0, "input_ids": [1] * 3, "loss_mask": [True] * 3}
+        return {
+            "sample_id": sample_id,
+            "copy": copy,
+            "piece": piece,
+            "images": [],
+            "image_grid_thw": [],
+            **place,
+            **sizes,
+        }
+
+    job = Job("file:///none", buckets=1, length=8, vision_budget=0, seed=0, pad_token_id=0)
+    rows = [row(5, 10), row(6, 20), row(5, 10, copy=1), row(5, 10, piece=1)]
+    assert sorted(number for numbers in plan(built(rows), 0, job) for number in numbers) == [0, 1, 2, 3]
+    with pytest.raises(
+        DatasetError, match=r"sample_id 5: web/en: a.jsonl @ [13]0 and web/en: a.jsonl @ [13]0; give each"
+    ):
+        plan(built([*rows, row(5, 30)]), 0, job)
+
+
+def built(rows: list[dict[str, object]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, arrow_schema(BUILT))
 
 
 @given(samples | texts)

@@ -1,0 +1,95 @@
+"""Three data paths with equal file names, ratios below and above 1, two epochs: one digest, however it is run."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs.cluster import Cluster
+from kanyun.storage import Folder
+from kanyun.transfer import copy_folder
+from kanyun.verify import verify
+from pipeline.recipe import Recipe
+from tests.support.qwen_assets import tiny_text_folder
+from tests.support.two_epochs import two_epochs
+
+RATIOS = {"_extra": 0.7, "web/en": 1.4, "web/de": 1}
+ROWS = 50
+SMALL_SPLITS = "--conf spark.sql.files.maxPartitionBytes=3000 --conf spark.sql.shuffle.partitions=7 pyspark-shell"
+
+
+def write_raw(root: Path, *, backwards: bool = False) -> None:
+    """train.jsonl and more.jsonl in each data path, whose rows have equal positions; as texts, all differ."""
+    for path in sorted(RATIOS, reverse=backwards):
+        (root / path).mkdir(parents=True)
+        for name in sorted(["train.jsonl", "more.jsonl"], reverse=backwards):
+            rng = random.Random(f"{path} {name}")
+            texts = (" ".join(rng.choices(["data", "road", "tree"], k=10)) for _ in range(ROWS))
+            (root / path / name).write_text("".join(json.dumps({"text": f"{text:59}"}) + "\n" for text in texts))
+
+
+def write_recipe(here: Path, raw: str, output: str, model: Path) -> str:
+    datasets = {path: {"raw": f"{raw}/{path}", "dataset": "text", "ratio": ratio} for path, ratio in RATIOS.items()}
+    values = {"output": output, "tokenizer": str(model), "length": 64, "seed": 5, "datasets": datasets}
+    here.mkdir(exist_ok=True)
+    (here / "recipe.yaml").write_text(json.dumps(values))  # JSON is YAML
+    return str(here / "recipe.yaml")
+
+
+def run(recipe: str, **environment: str) -> list[str]:
+    command = [sys.executable, "-m", "tests.support.two_epochs", recipe]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+@pytest.fixture(scope="module")
+def here(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw folder, a tokenizer, and the digests of a run on the session of all tests."""
+    here = tmp_path_factory.mktemp("digest")
+    write_raw(here / "raw")
+    tiny_text_folder(here / "hf")
+    recipe = Recipe.load(write_recipe(here / "usual", str(here / "raw"), str(here / "usual/out"), here / "hf"))
+    (here / "digests").write_text(" ".join(two_epochs(recipe)))
+    return here
+
+
+def test_every_row_is_a_sample_of_its_own(here: Path) -> None:
+    out = here / "usual/out"
+    for epoch, folder in enumerate(("sample", "sample-1")):
+        rows = pq.read_table(out / folder / "data", columns=["sample_id", "dataset", "file", "position"]).to_pylist()
+        ids = {row["sample_id"]: (row["dataset"], row["file"], row["position"]) for row in rows}
+        assert len(set(ids.values())) == len(ids), "as many ids as rows"
+        by_path = {path: sum(row["dataset"] == path for row in rows) for path in RATIOS}
+        count = 2 * ROWS
+        assert by_path == {p: int(count * r * (epoch + 1)) - int(count * r * epoch) for p, r in RATIOS.items()}
+        facts = json.loads((out / folder / "report.json").read_text())["facts"]
+        assert facts["data path web/en"] == f"{count} rows x 7/5 = {by_path['web/en']} copies"
+        assert list(facts) == [f"data path {path}" for path in sorted(RATIOS)]
+    for packed in (out / "packed").iterdir():
+        assert list(verify(Folder(str(packed)))) == []
+
+
+@pytest.mark.parametrize(
+    ("master", "settings", "backwards"), [("local[1]", "", True), ("local[4]", SMALL_SPLITS, False)]
+)
+def test_one_digest_on_any_number_of_cores(
+    master: str, settings: str, backwards: bool, here: Path, tmp_path: Path
+) -> None:
+    write_raw(tmp_path / "raw", backwards=backwards)
+    recipe = write_recipe(tmp_path, str(tmp_path / "raw"), str(tmp_path / "out"), here / "hf")
+    options = {"PYSPARK_SUBMIT_ARGS": settings} if settings else {}
+    assert run(recipe, SPARK_MASTER=master, **options) == (here / "digests").read_text().split()
+
+
+def test_one_digest_on_the_cluster(cluster: Cluster, here: Path, tmp_path: Path) -> None:
+    root = Folder(f"{cluster.hdfs}/{tmp_path.name}")
+    copy_folder(Folder(str(here / "raw")), root / "raw", "put")
+    recipe = write_recipe(tmp_path, (root / "raw").uri, (root / "out").uri, here / "hf")
+    assert run(recipe, **cluster.env) == (here / "digests").read_text().split()

@@ -1,0 +1,35 @@
+"""Two epochs of one recipe: python -m tests.support.two_epochs RECIPE prints the content digests of both."""
+
+import sys
+
+from kanyun.errors import run_cli
+from kanyun.manifest import Manifest
+from kanyun.storage import Folder
+from pipeline.recipe import RATIOS, Recipe
+from pipeline.stages.build import BuildStage
+from pipeline.stages.pack import PackStage
+from pipeline.stages.sample import SampleStage
+
+
+def two_epochs(recipe: Recipe) -> list[str]:
+    """The recipe, then sample, build and pack of epoch 1; in buckets so small that there are several."""
+    PackStage.bucket_samples, usual = 60, PackStage.bucket_samples
+    try:
+        recipe.run(overwrite=False)
+        out = Folder(recipe.output)
+        sample, build = (out / "sample-1").uri, (out / "build-1").uri
+        SampleStage((out / "filter").uri, sample, epoch=1, seed=recipe.seed, ratios=(out / RATIOS).uri).run()
+        BuildStage(sample, build, tokenizer=recipe.tokenizer, length=recipe.length).run()
+        PackStage.below(build, (out / "packed").uri, recipe.length).run()
+    finally:
+        PackStage.bucket_samples = usual
+    packed = out / "packed"
+    return [Manifest.load(packed / name).content_digest for name in packed.names()]
+
+
+def main() -> None:
+    print("digests", *two_epochs(Recipe.load(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    run_cli(main)
