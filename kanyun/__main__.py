@@ -1,4 +1,4 @@
-"""python -m kanyun info | verify | preview | put | fetch: look at packed datasets, and copy them."""
+"""python -m kanyun info | verify | preview | put | fetch: inspect and copy packed datasets."""
 
 import argparse
 import sys
@@ -49,7 +49,7 @@ def _preview(args: argparse.Namespace) -> int:
 
     folders = discover(args.dir)
     if len(folders) > 1:
-        raise UserError(f"{args.dir} has {len(folders)} packed datasets: give one of them, such as {folders[0].uri}")
+        raise UserError(f"{args.dir} has {len(folders)} packed datasets: give one, for example {folders[0].uri}")
     out = Folder(args.out)
     out.parent.write(out.name, preview(folders[0], args.packs).encode())
     print(f"{args.packs} packs drawn in {args.out}")
@@ -68,10 +68,10 @@ def _copy(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m kanyun", description="Look at packed datasets, and copy them.")
+    parser = argparse.ArgumentParser(prog="python -m kanyun", description="Inspect and copy packed datasets.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run, text in (
-        (_info, "print what a dataset is"),
+        (_info, "print what a dataset contains"),
         (_verify, "check every checksum and count; exit code 1 and the file, batch and offset at fault"),
         (_preview, "draw packs as a page: segments, trained tokens, images"),
     ):
@@ -79,9 +79,9 @@ def main() -> int:
         command.add_argument("dir", help="a packed dataset, or the folder it lies in")
         command.set_defaults(run=run)
     command.add_argument("out", help="the page to write, .html")
-    command.add_argument("--packs", type=int, default=12, help="how many packs to draw (12)")
+    command.add_argument("--packs", type=int, default=12, help="number of packs to draw (12)")
     for title, source, target in (("put", "LOCAL", "URI"), ("fetch", "URI", "LOCAL")):
-        text = f"copy the files below {source} to below {target}, in parallel, verified; again to go on after a stop"
+        text = f"copy the files below {source} to below {target}, in parallel and verified; the same command resumes it"
         command = commands.add_parser(title, help=text, description=text)
         command.add_argument("source", metavar=source, help="a folder: a packed dataset, a parent of several, or any")
         command.add_argument("target", metavar=target, help="the folder that it becomes")

@@ -63,7 +63,7 @@ class Claim:
         self.folder.delete(self.name)
 
     def owner(self) -> str:
-        """Name the process that made the claim, for people."""
+        """Name the process that made the claim, for messages."""
         try:
             owner = json.loads(self.folder.read(self.name))
             return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"

@@ -1,11 +1,11 @@
-"""Errors that a person can act on: one sentence, with the value, the limit and the way out."""
+"""Errors that a user can act on: one sentence, with the value, the limit and the way out."""
 
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. Command lines print it as one sentence and exit with code 2."""
+    """The input or the storage is at fault. Command lines print one sentence and exit with code 2."""
 
 
 class UnavailableError(UserError):

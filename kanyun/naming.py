@@ -1,4 +1,4 @@
-"""Names: how the files of a packed dataset are called, and how packed datasets are found below a folder."""
+"""File names of a packed dataset, and the search for packed datasets below a folder."""
 
 import re
 
@@ -12,7 +12,7 @@ _PACKED = re.compile(r"packed_length_(\d+)_(\d+)_epoch_(\d+)_v(\d+)")
 
 
 def dataset_name(length: int, part: int, epoch: int) -> str:
-    """Folder name of one packed dataset. Nothing learns facts from it: those are in the manifest."""
+    """Return the folder name of a packed dataset. It is never parsed: the manifest has the values."""
     return f"packed_length_{length}_{part}_epoch_{epoch}_v{FORMAT_VERSION}"
 
 
@@ -25,23 +25,23 @@ def lineage_name(index: int, count: int) -> str:
 
 
 def discover(parent: str) -> list[Folder]:
-    """Packed datasets directly below `parent` (or `parent` itself), sorted by name.
+    """Return the packed datasets directly below `parent` (or `parent` itself), sorted by name.
 
-    Raises DatasetError if there is none, or if one that looks like a packed dataset has no manifest: it is unfinished.
+    Raises DatasetError if there is none, or if a folder with the name of a packed dataset has no manifest.
     """
     root = Folder(parent)
     if root.exists(MANIFEST):
         return [root]
-    found = [root / name for name in sorted(root.names()) if _PACKED.fullmatch(name)]
-    if not found:
+    folders = [root / name for name in sorted(root.names()) if _PACKED.fullmatch(name)]
+    if not folders:
         raise DatasetError(
             f"no packed dataset (packed_length_N_PART_epoch_EPOCH_v{FORMAT_VERSION}) below {parent}: "
             "give the parent folder that `python -m pipeline pack` wrote into"
         )
-    for folder in found:
+    for folder in folders:
         if not folder.exists(MANIFEST):
             raise DatasetError(
                 f"{folder.uri} has no {MANIFEST}, so it is not a finished dataset: run the pack job again, "
                 "or move the folder away"
             )
-    return found
+    return folders

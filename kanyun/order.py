@@ -1,9 +1,9 @@
-"""The order of training: which pack is number `index` of an epoch. Pure functions of (digest, seed, epoch, index).
+"""The order of training: which pack is number `index` of an epoch, a pure function of (digest, seed, epoch, index).
 
 An epoch's record batches are shuffled and laid end to end; this line of packs is cut into `global_batch` equal runs,
 and slot s of every step takes the next pack of run s. So each record batch is read once, by the one rank that has its
-slot; the same global batches come out for any number of ranks that divides the global batch; and nothing but the number
-of consumed packs must be known to go on. Packs left over by the cut (fewer than a global batch) sit out this epoch.
+slot; any number of ranks that divides the global batch gives the same global batches; and the number of consumed packs
+is all that a resumed run needs. Packs left over by the cut (fewer than a global batch) are not used in this epoch.
 
 Within a window of steps each run is walked by falling cost, so that the packs of one step cost about the same, and the
 window's steps are then shuffled. Packs inside a record batch were shuffled by the packing job.
@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import xxhash
 
-# Steps whose packs may trade places. More makes steps more even and lets a run hold more record batches in memory.
+# Steps whose packs may change places. A larger window makes steps more even, and keeps more record batches in memory.
 WINDOW = 16
 
 
@@ -40,7 +40,10 @@ class Order:
         self.steps = int(self._packs_per_batch.sum()) // global_batch
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(record batch, row in it) of pack number `index` of the epoch; index = step x global_batch + slot."""
+        """Return (record batch, row in it) of pack number `index` of the epoch; index = step x global_batch + slot.
+
+        Raises IndexError past the last step.
+        """
         step, slot = divmod(index, self._global_batch)
         if not 0 <= step < self.steps:
             raise IndexError(f"pack {index} of an epoch of {self.steps * self._global_batch}")
@@ -55,7 +58,7 @@ class Order:
         return places[int(falling[turn])]
 
     def costs(self, step: int) -> np.ndarray:
-        """[global_batch] of the pack that `locate` gives each slot of a step. Needs the packs' costs."""
+        """Return the cost [global_batch] of each slot's pack in a step. Needs the packs' costs."""
         assert self._costs is not None
         first = step - step % WINDOW
         window = np.arange(first, min(first + WINDOW, self.steps))
@@ -68,7 +71,7 @@ class Order:
         return rising[:, len(window) - 1 - turn]
 
     def _at(self, position: int) -> tuple[int, int]:
-        """What lies at a position of the line of shuffled record batches."""
+        """(record batch, row in it) at a position of the line of shuffled record batches."""
         number = int(np.searchsorted(self._ends, position, side="right"))
         batch = int(self._batches[number])
         return batch, position - int(self._ends[number] - self._packs_per_batch[batch])
@@ -87,7 +90,7 @@ class Order:
 
 
 def shuffled(count: int, key: int) -> np.ndarray:
-    """A permutation of range(count) that depends on `key` alone, not on a library's random generator.
+    """Return a permutation of range(count) that depends on `key` alone, not on a library's random generator.
 
     Sorts by splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014), a bijection, so
     there are no ties.

@@ -35,25 +35,25 @@ pre, .bar .tail { color: var(--soft) }
 mark { background: var(--trained); color: var(--ink); border-bottom: 2px solid var(--edge) }
 img { max-height: 9rem; max-width: 100%; margin: .2rem; border: 1px solid var(--line); vertical-align: middle }
 """
-_SAID = 80  # characters of what is trained, shown before a segment is opened
+_EXCERPT = 80  # characters of the trained tokens, shown before a segment is opened
 
 
 def preview(folder: Folder, packs: int) -> str:
-    """HTML of the first `packs` packs of a dataset.
+    """Return the HTML of the first `packs` packs of a dataset.
 
     Raises DatasetError if the dataset does not carry its tokenizer.
     """
     dataset = PackedDataset(folder)
     tokenizer_folder = folder / "tokenizer"
     if not tokenizer_folder.exists("tokenizer.json"):
-        raise DatasetError(f"{folder.uri} has no tokenizer/tokenizer.json to read its tokens with: pack the data again")
+        raise DatasetError(f"{folder.uri} has no tokenizer/tokenizer.json to decode its tokens: pack the data again")
     tokenizer = Tokenizer.from_str(tokenizer_folder.read("tokenizer.json").decode())
     body = "".join(_pack(pack, dataset.manifest, tokenizer) for pack in _first(dataset, packs))
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=color-scheme content='light dark'>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{escape(folder.name)}</title><style>{_STYLE}</style><h1>{escape(folder.name)}</h1>"
-        f"{_facts(dataset.manifest)}<p>Open a segment to read it. <mark>Marked</mark> tokens are trained.</p>{body}"
+        f"{_table(dataset.manifest)}<p>Open a segment to read it. <mark>Marked</mark> tokens are trained.</p>{body}"
     )
 
 
@@ -66,7 +66,7 @@ def _first(dataset: PackedDataset, count: int) -> Iterator[Pack]:
             yield pack
 
 
-def _facts(manifest: Manifest) -> str:
+def _table(manifest: Manifest) -> str:
     rows = {
         "packs": f"{manifest.packs:,} of {manifest.length:,} tokens (lower bound {manifest.packs_lower_bound:,})",
         "fill": f"{manifest.fill:.2%} useful tokens",
@@ -88,12 +88,12 @@ def _pack(pack: Pack, manifest: Manifest, tokenizer: Tokenizer) -> str:
         colour = f"hsl({(names.index(name) * 137 + 210) % 360} 50% {44 - 9 * (i % 2)}%)"
         trained = int(pack.loss_mask[start:end].sum())
         label = f"{escape(name)}, {end - start} tokens, {trained} trained"
-        said = _said(pack.input_ids[start:end], pack.loss_mask[start:end], tokenizer)
+        excerpt = _excerpt(pack.input_ids[start:end], pack.loss_mask[start:end], tokenizer)
         style = f"width:{(end - start) / manifest.length:.4%};background:{colour}"
         bar.append(f"<div style='{style}' title='{label}'>{escape(name)}</div>")
         text = "".join(_text(pack, start, end, manifest, tokenizer, images))
         details.append(
-            f"<details style='border-color:{colour}'><summary><span>{label}</span><q>{escape(said)}</q></summary>"
+            f"<details style='border-color:{colour}'><summary><span>{label}</span><q>{escape(excerpt)}</q></summary>"
             f"<pre>{text}</pre>sample {pack.sample_ids[i]}</details>"
         )
     if pack.tokens < manifest.length:
@@ -102,21 +102,21 @@ def _pack(pack: Pack, manifest: Manifest, tokenizer: Tokenizer) -> str:
     return f"<h2>{title}</h2><div class=bar>{''.join(bar)}</div>{''.join(details)}"
 
 
-def _said(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The beginning of what is trained: the answers of a conversation."""
+def _excerpt(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer) -> str:
+    """Return the beginning of the trained tokens: the answers of a conversation."""
     runs = np.split(ids, np.flatnonzero(np.diff(trained)) + 1)[int(not trained[0]) :: 2]
-    return " · ".join(tokenizer.decode_batch([run[:_SAID].tolist() for run in runs]))[:_SAID]
+    return " · ".join(tokenizer.decode_batch([run[:_EXCERPT].tolist() for run in runs]))[:_EXCERPT]
 
 
 def _text(
     pack: Pack, start: int, end: int, manifest: Manifest, tokenizer: Tokenizer, images: Iterator[bytes]
 ) -> Iterator[str]:
-    """Decoded runs of tokens; a run of image tokens (which ends with the image) becomes the picture."""
+    """Yield decoded runs of tokens; a run of image tokens becomes the picture."""
 
     def kind(i: int) -> str:
         if manifest.image_token_id is not None and pack.input_ids[i] == manifest.image_token_id:
             return "image"
-        return "trained" if pack.loss_mask[i] else "given"
+        return "trained" if pack.loss_mask[i] else "masked"
 
     for what, run in groupby(range(start, end), key=kind):
         ids = pack.input_ids[list(run)]

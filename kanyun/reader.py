@@ -1,4 +1,4 @@
-"""Reading a packed dataset: one ranged read a record batch, its checksum always verified."""
+"""A packed dataset, read by record batches: one ranged read each, its checksum always verified."""
 
 import threading
 
@@ -48,7 +48,7 @@ class PackedDataset:
         return len(self.packs_per_batch)
 
     def where(self, number: int) -> str:
-        """Names record batch `number` for people."""
+        """Name record batch `number` in messages."""
         shard = self.manifest.shards[int(self._shard[number])]
         return f"{self.folder.uri}/{shard.name}, record batch {number} at byte {self._offset[number]}"
 
@@ -56,9 +56,9 @@ class PackedDataset:
         return int(self._size[number])
 
     def read_batch(self, number: int) -> list[Pack]:
-        """The packs of one record batch, in order.
+        """Return the packs of one record batch, in order.
 
-        Raises DatasetError if its bytes do not have the checksum of the index, also after reading them once more.
+        Raises DatasetError if its bytes do not have the checksum of the index, after a second read too.
         """
         header = self._header(int(self._shard[number]))
         message = self._message(number)
@@ -77,7 +77,7 @@ class PackedDataset:
         )
 
     def _header(self, shard: int) -> bytes:
-        """Schema and dictionary messages of a shard: what a reader needs before any of its record batches."""
+        """Return the schema and dictionary messages of a shard, which readers need before its record batches."""
         with self._lock:
             if shard not in self._headers:
                 info = self.manifest.shards[shard]
@@ -90,7 +90,7 @@ class PackedDataset:
 
 
 def to_packs(batch: pa.RecordBatch) -> list[Pack]:
-    """Rows of a record batch as packs; token arrays are views of it."""
+    """Return the rows of a record batch as packs; token arrays are views of it."""
     rows, length = batch.num_rows, batch.schema.field("input_ids").type.list_size
     ids = batch["input_ids"].flatten().to_numpy().reshape(rows, length)
     mask = batch["loss_mask"].flatten().to_numpy(zero_copy_only=False).reshape(rows, length)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-# One row a record batch: the index that reading, checksums and order are made from. A pack's cost needs the model;
-# here are the facts it is computed from.
+# One row a record batch: the index for reading, checksums and the order of training. The cost of a pack depends on the
+# model; the columns pack_* are what it is computed from.
 BATCHES_SCHEMA = pa.schema(
     [
         ("shard", pa.uint32()),  # index into Manifest.shards
@@ -59,7 +59,7 @@ def pack_schema(length: int) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Sample:
-    """One segment on its way into a pack."""
+    """One segment, before it is packed."""
 
     sample_id: int
     dataset: str

@@ -1,8 +1,8 @@
-"""Copying folders between local disk and hdfs://: parallel, resumable after a kill, every byte verified.
+"""Copies of folders between a local disk and HDFS: in parallel, resumable after a kill, every byte verified.
 
 A file is written to a hidden neighbour, read back, and renamed only if its digest is right: that of the manifest for
 the files of a packed dataset, that of the bytes read from the source for others. manifest.json goes last, so that an
-unfinished copy of a dataset is no dataset. Copying again skips what is there with the right digest.
+unfinished copy of a dataset is no dataset. A second copy skips files that have the right digest.
 """
 
 import posixpath
@@ -29,15 +29,15 @@ _HIDDEN = ".copying"
 @dataclass(frozen=True)
 class Copied:
     files: int
-    skipped: int  # of `files`, those that were there already
+    skipped: int  # of `files`, those that the target already had
     bytes: int  # of all files
 
 
 def copy_folder(source: Folder, target: Folder, title: str) -> Copied:
-    """Make every file below `source` one below `target`; other files of `target` stay as they are.
+    """Copy every file below `source` to the same name below `target`; other files of `target` stay.
 
     Raises UserError: nothing to copy, a file of a packed dataset that is missing or not the manifest's, a source that
-    changes, another dataset in the way, or storage that refuses.
+    changes, another dataset at the target, or a permanent error of the storage.
     """
     files = [(name, size) for name, size in source.files() if not name.endswith(_HIDDEN)]
     if not files:
@@ -54,7 +54,7 @@ def copy_folder(source: Folder, target: Folder, title: str) -> Copied:
 
 
 class _Copy:
-    """Threads over files; the first error stops them all within a piece."""
+    """Threads that copy files; the first error stops all of them within a piece."""
 
     def __init__(self, source: Folder, target: Folder, digests: dict[str, str], bar: tqdm):
         self._source, self._target, self._digests, self._bar = source, target, digests, bar
@@ -62,7 +62,7 @@ class _Copy:
         self._lock = threading.Lock()
 
     def run(self, files: Sequence[tuple[str, int]]) -> int:
-        """Copy the files; how many of them were there already."""
+        """Copy the files. Return how many of them the target already had."""
         with ThreadPoolExecutor(THREADS) as pool:
             try:
                 return sum(done.result() for done in as_completed([pool.submit(self._file, *file) for file in files]))
@@ -73,25 +73,25 @@ class _Copy:
 
     def _file(self, name: str, size: int) -> bool:
         if self._target.exists(name) and self._target.size(name) == size:
-            wanted = self._digests.get(name) or self._source.digest(name)
-            if self._target.digest(name) == wanted:
+            digest = self._digests.get(name) or self._source.digest(name)
+            if self._target.digest(name) == digest:
                 self._advance(size)
                 return True
         hidden = posixpath.join(posixpath.dirname(name), f".{posixpath.basename(name)}{_HIDDEN}")
         digest = call_with_retry(lambda: self._write(name, size, hidden))
-        if (found := self._target.digest(hidden)) != digest:
-            raise UserError(f"{self._target.uri}/{hidden} reads back as {found}, written was {digest}: copy again")
+        if (copied := self._target.digest(hidden)) != digest:
+            raise UserError(f"{self._target.uri}/{hidden} has digest {copied} after {digest} was written: copy again")
         self._target.move_file(hidden, self._target, name)
         return False
 
     def _write(self, name: str, size: int, hidden: str) -> str:
-        """Copy the source file's bytes; their digest."""
+        """Copy the source file's bytes. Return their digest."""
         total, done = xxhash.xxh3_128(), 0
         try:
             with self._target.create(hidden) as stream:
                 for piece in self._source.pieces(name, _PIECE):
                     if self._stopped.is_set():
-                        raise UserError("stopped")  # another file's error is the one to tell
+                        raise UserError("stopped")  # the caller gets the other file's error
                     stream.write(piece)
                     total.update(piece)
                     done += len(piece)
@@ -105,7 +105,7 @@ class _Copy:
     def _check(self, name: str, size: int, done: int, digest: str) -> None:
         where = f"{self._source.uri}/{name}"
         if done != size:
-            raise UserError(f"{where} had {size} bytes and then {done}: it changes; copy again when nothing writes it")
+            raise UserError(f"{where} had {size} bytes and then {done}: it changed; copy it when no process writes it")
         if digest != self._digests.get(name, digest):
             raise UserError(
                 f"{where} has digest {digest}, its manifest says {self._digests[name]}: it is damaged; "
@@ -118,21 +118,21 @@ class _Copy:
 
 
 def _packed(names: Sequence[str]) -> list[str]:
-    """Paths ("" = the folder itself) of the packed datasets among files."""
-    there = set(names)
+    """Return the paths ("" = the folder itself) of the packed datasets among files."""
+    files = set(names)
     folders = [posixpath.dirname(name) for name in names if posixpath.basename(name) == MANIFEST]
-    return [folder for folder in folders if posixpath.join(folder, BATCHES) in there]
+    return [folder for folder in folders if posixpath.join(folder, BATCHES) in files]
 
 
 def _manifest_digests(source: Folder, names: Sequence[str]) -> dict[str, str]:
-    """Name -> digest, as manifests below `source` state them. UserError if such a file is not there."""
+    """Return name -> digest by the manifests below `source`. Raises UserError if such a file is missing."""
     digests: dict[str, str] = {}
     for path in _packed(names):
         manifest = Manifest.load(source / path if path else source)
-        facts = {BATCHES: manifest.batches_digest}
+        of_dataset = {BATCHES: manifest.batches_digest}
         for number, shard in enumerate(manifest.shards):
-            facts |= {shard.name: shard.digest, lineage_name(number, len(manifest.shards)): shard.lineage_digest}
-        digests |= {posixpath.join(path, name): digest for name, digest in facts.items()}
+            of_dataset |= {shard.name: shard.digest, lineage_name(number, len(manifest.shards)): shard.lineage_digest}
+        digests |= {posixpath.join(path, name): digest for name, digest in of_dataset.items()}
     if missing := sorted(digests.keys() - set(names)):
         raise UserError(
             f"{source.uri}/{missing[0]} is missing, its manifest names it: the dataset is damaged; pack it again"
@@ -141,11 +141,11 @@ def _manifest_digests(source: Folder, names: Sequence[str]) -> dict[str, str]:
 
 
 def _refuse_other_datasets(source: Folder, target: Folder, files: Sequence[tuple[str, int]]) -> None:
-    """Its manifest would vouch for files that are being replaced."""
+    """Raise UserError where the target has another dataset: its manifest would vouch for files that are replaced."""
     for path in _packed([name for name, _ in files]):
         name = posixpath.join(path, MANIFEST)
         if target.exists(name) and target.read(name) != source.read(name):
             raise UserError(
-                f"{target.uri}/{name} is of another dataset than {source.uri}/{name}: "
+                f"{target.uri}/{name} belongs to another dataset than {source.uri}/{name}: "
                 "choose another target, or delete it"
             )

@@ -53,7 +53,7 @@ def verify(folder: Folder) -> Iterator[str]:
             totals["samples"] -= len(pack.sample_ids)
     for key in ("packs", "tokens", "patches"):
         if totals[key] != getattr(manifest, key):
-            yield f"{folder.uri}: {totals[key]} {key} found, the manifest says {getattr(manifest, key)}"
+            yield f"{folder.uri}: {totals[key]} {key} in the shards, the manifest says {getattr(manifest, key)}"
     if totals["samples"] != 0:
         yield f"{folder.uri}: {totals['samples']} more samples in the lineage than in the packs"
     if lineage_is_sound:
@@ -63,8 +63,8 @@ def verify(folder: Folder) -> Iterator[str]:
 def _file(folder: Folder, name: str, digest: str) -> Iterator[str]:
     if not folder.exists(name):
         yield f"{folder.uri}/{name} is missing"
-    elif (found := folder.digest(name)) != digest:
-        yield f"{folder.uri}/{name} ({folder.size(name)} bytes) has digest {found}, the manifest says {digest}"
+    elif (actual := folder.digest(name)) != digest:
+        yield f"{folder.uri}/{name} ({folder.size(name)} bytes) has digest {actual}, the manifest says {digest}"
 
 
 def _repeated(folder: Folder, manifest: Manifest) -> Iterator[str]:

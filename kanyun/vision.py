@@ -1,4 +1,4 @@
-"""How many patches and tokens an image is to Qwen2.5-VL, from its width and height alone.
+"""Patches and tokens of an image in Qwen2.5-VL, from its width and height alone.
 
 Pipeline (token counts) and trainer (pixels) must agree to the pixel, and both with transformers, hence one copy here.
 Source: `smart_resize` in transformers 5.17, models/qwen2_vl/image_processing_qwen2_vl.py.
@@ -13,7 +13,7 @@ WINDOW = 8  # patches: 112 pixels, in every Qwen2.5-VL that Qwen has published
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The (height, width) in pixels that an image is resized to: multiples of `factor`, area within the two limits.
+    """Return the (height, width) in pixels that an image is resized to: multiples of `factor`, area within the limits.
 
     round() is Python's, half to even; the JVM's is not, so lengths are never computed in Spark SQL.
     Raises ValueError if one side is over 200 times the other.
@@ -34,17 +34,17 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def grid_thw(width: int, height: int, processor: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(temporal, rows, columns) of patches of one image. `processor`: the settings in a Fingerprint or Manifest."""
+    """Return (temporal, rows, columns) of patches of an image. `processor`: settings of a Fingerprint or Manifest."""
     patch, merge = processor["patch_size"], processor["merge_size"]
     pixels = smart_resize(height, width, patch * merge, processor["min_pixels"], processor["max_pixels"])
     return 1, pixels[0] // patch, pixels[1] // patch
 
 
 def windows(grid: Sequence[int]) -> int:
-    """Attention windows of one image: squares of WINDOW x WINDOW patches, those at the border cut off."""
+    """Count the attention windows of one image: squares of WINDOW x WINDOW patches, cut off at the border."""
     return grid[0] * -(-grid[1] // WINDOW) * -(-grid[2] // WINDOW)
 
 
 def image_tokens(grid: Sequence[int], merge_size: int) -> int:
-    """Token slots of one image: merge_size x merge_size patches become one token."""
+    """Count the token slots of one image: merge_size x merge_size patches become one token."""
     return grid[0] * grid[1] * grid[2] // merge_size**2

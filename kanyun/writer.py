@@ -1,7 +1,7 @@
-"""Writing a packed dataset: one ShardWriter a shard, anywhere; then `publish` once, on the driver.
+"""Writer of a packed dataset: one ShardWriter a shard, in any process; then `publish` once, on the driver.
 
-A shard is written below an attempt folder of its own, so retried, speculated and killed writers disturb nobody:
-`publish` moves the winners into place, removes the other attempts and writes the manifest last.
+Each shard is written below its own attempt folder, so retried, speculative and killed tasks do no harm: `publish` moves
+the winners into place, removes the other attempts and writes the manifest last.
 """
 
 import io
@@ -27,13 +27,13 @@ from kanyun.vision import windows
 BATCH_BYTES = 4 << 20
 _MAGIC_BYTES = 8  # "ARROW1" and padding, before the schema message
 
-# A ShardResult as the one small row that a Spark task returns.
+# A ShardResult as the single small row that a Spark task returns.
 RESULT_SCHEMA = pa.schema([("shard", pa.string()), ("attempt", pa.string()), ("batches", pa.large_binary())])
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a finished ShardWriter tells the driver."""
+    """The result of a finished ShardWriter, for the driver."""
 
     info: ShardInfo
     attempt: str  # folder that it lies in, below the dataset's
@@ -56,7 +56,7 @@ class ShardWriter:
     """Writes packs into shard `index` of `count`. Memory: one record batch and the shard's lineage.
 
     `datasets` are the names that the shard's samples may have: the Arrow file holds them once, before the first batch.
-    Use as a context manager; `result` is there after it has been left without an error.
+    Use it as a context manager; `result` is set when the block ends without an error.
     """
 
     def __init__(self, root: Folder, index: int, count: int, length: int, pad_token_id: int, datasets: Iterable[str]):
@@ -92,7 +92,7 @@ class ShardWriter:
             self.result = self._finish()
 
     def add(self, samples: Sequence[Sample]) -> None:
-        """Append one pack made of `samples`, in order. ValueError if they have more tokens than the pack has slots."""
+        """Append one pack made of `samples`, in order. Raises ValueError for more tokens than the pack has slots."""
         tokens = sum(len(s.input_ids) for s in samples)
         if tokens > self._length:
             raise ValueError(f"pack of {tokens} tokens in {self._length} slots")
@@ -104,8 +104,8 @@ class ShardWriter:
             start, end = ends[-1], ends[-1] + len(s.input_ids)
             ids[start:end], mask[start:end] = s.input_ids, s.loss_mask
             ends.append(end)
-            facts = {"sample_id": s.sample_id, "dataset": s.dataset, "copy": s.copy, "piece": s.piece}
-            self._lineage.append({"pack_id": pack_id, "segment": segment, **facts, "tokens": end - start})
+            source = {"sample_id": s.sample_id, "dataset": s.dataset, "copy": s.copy, "piece": s.piece}
+            self._lineage.append({"pack_id": pack_id, "segment": segment, **source, "tokens": end - start})
         images = [image for s in samples for image in s.images]
         row = {
             "pack_id": pack_id,
@@ -205,10 +205,10 @@ class ShardWriter:
         return ShardResult(info, self._attempt, pa.Table.from_pylist(self._batches, BATCHES_SCHEMA))
 
 
-def publish(folder: Folder, results: Iterable[ShardResult], **facts: Any) -> Manifest:
+def publish(folder: Folder, results: Iterable[ShardResult], **fields: Any) -> Manifest:
     """Make a dataset of the shards of `results`: move them into place, write batches.arrow, and the manifest last.
 
-    `facts` are the fields of Manifest that the shards do not know. Attempts that are not in `results` are deleted.
+    `fields` are those of Manifest that do not follow from the shards. Attempts that are not in `results` are deleted.
     """
     by_name = sorted(results, key=lambda r: r.info.name)
     tables = []
@@ -233,7 +233,7 @@ def publish(folder: Folder, results: Iterable[ShardResult], **facts: Any) -> Man
         patches=_total(batches["patches"]),
         shards=tuple(r.info for r in by_name),
         batches_digest=digest_of(index),
-        **facts,
+        **fields,
     )
     manifest.counts.check(folder.uri)
     manifest.save(folder)
@@ -245,7 +245,7 @@ def _total(column: pa.ChunkedArray) -> int:
 
 
 class _Pieces(io.RawIOBase):
-    """A sink that keeps what is written, without a copy, until it is taken: parts of the record batch, still alive."""
+    """A sink that keeps the written buffers, without a copy, until `take`."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes | pa.Buffer] = []

@@ -1,7 +1,7 @@
-"""index.html: where the rows of a recipe's run went, from raw to packs, by the numbers of the stages' own reports.
+"""index.html: the row flow of a recipe, from raw rows to packs, by the counts in the stages' reports.
 
-Drawn as a Sankey diagram that runs downwards: a level a stage, nodes and links as wide as they have rows. Links keep to
-the left of their node, what is lost falls from its right end, what is added comes in there.
+It is a Sankey diagram from top to bottom: one level a stage; nodes and links are as wide as their number of rows. Links
+leave at the left of a node; lost rows leave at its right end, where added rows come in.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from pipeline.stages.table import STAGES
 
 INDEX = "index.html"
 LEVELS = [stage.name for stage in STAGES]
-COLOURS = 6  # of base.html, --s0 ...; further data paths start again
+COLOURS = 6  # of base.html, --s0 ...; further data paths repeat them
 # Of the drawing: pixels from a level to the next and of a node, percent between nodes and of the thinnest link.
 LEVEL, NODE, GAP, THINNEST = 104, 14, 1.0, 0.4
 
 
 @dataclass(frozen=True)
 class Done:
-    """A stage's finished output."""
+    """A finished stage of a recipe."""
 
     folder: str  # below the recipe's output
     report: Report
-    path: str = ""  # data path; from sample on all are one
+    path: str = ""  # data path; empty from sample on
 
     @property
     def node(self) -> tuple[str, str]:
@@ -34,38 +34,38 @@ class Done:
 
 @dataclass(frozen=True)
 class Link:
-    """Rows on their way from one node to another."""
+    """Rows that go from one node to another."""
 
-    source: tuple[str, str] | None  # (stage, data path); None = they come in: `what` is "raw" or "added"
+    source: tuple[str, str] | None  # (stage, data path); None = they enter: `what` is "raw" or "added"
     target: tuple[str, str] | None  # None = they leave: `what` is the reason, "dropped" or "packed"
     rows: int
     what: str = ""
 
 
 def links(run: Sequence[Done]) -> list[Link]:
-    """All rows that come into each node, and all that leave it. `run`: one recipe's stages in the order of the work."""
-    found = []
+    """Return all links into and out of each node. `run`: the stages of one recipe, in the order in which they ran."""
+    result = []
     for done in run:
         counts, (stage, path) = done.report.counts, done.node
         if stage == LEVELS[0]:
-            found.append(Link(None, done.node, counts.rows_in, "raw"))
+            result.append(Link(None, done.node, counts.rows_in, "raw"))
         if counts.added:
-            found.append(Link(None, done.node, counts.added, "added"))
+            result.append(Link(None, done.node, counts.added, "added"))
         if stage == LEVELS[-1]:
-            found.append(Link(done.node, None, counts.rows_out, "packed"))
+            result.append(Link(done.node, None, counts.rows_out, "packed"))
         else:
             following = STAGES[LEVELS.index(stage) + 1]
             target = (following.name, path if following.per_path else "")
-            found.append(Link(done.node, target, counts.rows_out))
-        found += [Link(done.node, None, rows, reason) for reason, rows in counts.quarantined.items()]
+            result.append(Link(done.node, target, counts.rows_out))
+        result += [Link(done.node, None, rows, reason) for reason, rows in counts.quarantined.items()]
         if counts.dropped:
-            found.append(Link(done.node, None, counts.dropped, "dropped"))
-    return found
+            result.append(Link(done.node, None, counts.dropped, "dropped"))
+    return result
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Part of the drawing, which is 100 wide, stretched to the page, and as high as its pixels."""
+    """A part of the drawing, which is 100 units wide (stretched to the page) and as high as its pixels."""
 
     kind: str  # node | link | falls | rises
     d: str  # SVG path
@@ -74,8 +74,8 @@ class Shape:
 
 
 def sankey(run: Sequence[Done]) -> list[Shape]:
-    """Nodes and links of a run."""
-    found = links(run)
+    """Return the nodes and links of a run as shapes."""
+    all_links = links(run)
     paths = [done.path for done in run if done.report.stage == LEVELS[0]]
     rows = {done.node: done.report.counts.rows_in + done.report.counts.added for done in run}
     widest = max(sum(n for (stage, _), n in rows.items() if stage == level) for level in LEVELS)
@@ -95,20 +95,20 @@ def sankey(run: Sequence[Done]) -> list[Shape]:
         x, bottom = left[node], LEVELS.index(stage) * LEVEL + NODE
         colour = f"s{paths.index(path) % COLOURS}" if path else "all"
         draw("node", x, x, count, bottom - NODE, bottom, colour, f"{stage} {path}: {count:,} rows")
-        for link in (link for link in found if link.source == node):
+        for link in (link for link in all_links if link.source == node):
             if link.target:
                 title = f"{stage} {path} to {link.target[0]}: {link.rows:,} rows"
                 draw("link", x, entry[link.target], link.rows, bottom, bottom + LEVEL - NODE, colour, title)
                 entry[link.target] += link.rows * scale
         end = x + max(count * scale, THINNEST)
-        gone = [link for link in found if link.source == node and not link.target and link.what != "packed"]
+        lost = [link for link in all_links if link.source == node and not link.target and link.what != "packed"]
         for kind in ("lost", "dropped"):
-            reasons = {link.what: link.rows for link in gone if (link.what == "dropped") == (kind == "dropped")}
+            reasons = {link.what: link.rows for link in lost if (link.what == "dropped") == (kind == "dropped")}
             if fallen := sum(reasons.values()):
                 title = ", ".join(f"{reason}: {number:,}" for reason, number in reasons.items())
                 end -= max(fallen * scale, THINNEST)
                 draw("falls", end, end, fallen, bottom, bottom + LEVEL * 0.6, kind, title)
-        for link in (link for link in found if link.target == node and link.what == "added"):
+        for link in (link for link in all_links if link.target == node and link.what == "added"):
             start = x + (count - link.rows) * scale
             draw(
                 "rises", start, start, link.rows, bottom - LEVEL * 0.6, bottom - NODE, "added", f"added: {link.rows:,}"
@@ -117,7 +117,7 @@ def sankey(run: Sequence[Done]) -> list[Shape]:
 
 
 def _ribbon(left: float, new_left: float, width: float, top: float, bottom: float) -> str:
-    """A band from (left, top) to (new_left, bottom), vertical at both ends."""
+    """Return the SVG path of a band from (left, top) to (new_left, bottom), vertical at both ends."""
     middle, right, new_right = (top + bottom) / 2, left + width, new_left + width
     return (
         f"M{left:.3f} {top:.1f}C{left:.3f} {middle:.1f} {new_left:.3f} {middle:.1f} {new_left:.3f} {bottom:.1f}"

@@ -48,7 +48,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str) -> "Recipe":
-        """Raises UserError: no such file, no YAML, a key unknown, missing or of a wrong type, or a bad data path."""
+        """Read a recipe. Raises UserError: no file, no YAML, a key unknown, missing or of a wrong type, a bad name."""
         recipe = _checked(cls, load_yaml(path, "recipe (a YAML file; pipeline/recipe.py shows one)"), path)
         if not recipe.datasets:
             raise UserError(f"{path}: datasets is empty, give at least one as NAME: {{raw: DIR, dataset: CLASS}}")
@@ -87,7 +87,7 @@ class Recipe:
 
 
 def _check_names(names: list[str], recipe: str) -> None:
-    """Data paths are folders below the output. Raises UserError if one is no such path, or lies in another."""
+    """Raise UserError if a data path cannot be a folder below the output, or lies in another one."""
     for name in names:
         parts = name.split("/")
         if any(part in ("", ".", "..") or is_attempt(part) for part in parts):
@@ -101,16 +101,16 @@ def _check_names(names: list[str], recipe: str) -> None:
 
 
 def _checked[T: (Recipe, RecipeDataset)](kind: type[T], values: Any, where: str) -> T:
-    """`values` as this class. Raises UserError for a key that is unknown or missing, or a value of a wrong type."""
+    """Return `values` as this class. Raises UserError: a key is unknown or missing, or a value has a wrong type."""
     if not isinstance(values, dict):
         raise UserError(f"{where} is {values!r:.100}, keys and values are needed: {', '.join(_keys(kind))}")
     for key, value in values.items():
         if key not in _keys(kind):
             nearest = difflib.get_close_matches(str(key), _keys(kind), n=1, cutoff=0)[0]
             raise UserError(f"{where}: unknown key {key!r}, the nearest known one is {nearest!r}")
-        wanted = _keys(kind)[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
-            raise UserError(f"{where}: {key} is {value!r:.100}, {_WORDS[wanted]} is needed")
+        expected = _keys(kind)[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float) if expected is float else expected):
+            raise UserError(f"{where}: {key} is {value!r:.100}, {_WORDS[expected]} is needed")
     for field in fields(kind):
         if field.default is MISSING and field.name not in values:
             raise UserError(f"{where}: the key {field.name!r} is missing, add it")

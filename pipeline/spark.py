@@ -1,4 +1,4 @@
-"""The Spark session that all stages share, its progress bar, and Arrow schemas as Spark takes them."""
+"""The Spark session of all stages, reading and mapping of rows, progress, and errors in one sentence."""
 
 import atexit
 import locale
@@ -63,7 +63,7 @@ _STORAGE_ERROR = re.compile(
 
 
 def spark_session() -> SparkSession:
-    """The running session, or a new one: on spark-submit's master, else SPARK_MASTER's, else local[*]."""
+    """Return the running session, or start one: on spark-submit's master, else SPARK_MASTER's, else local[*]."""
     running = SparkSession.getActiveSession()
     if running is not None:
         return running
@@ -78,7 +78,7 @@ def spark_session() -> SparkSession:
         settings |= _LOCAL_SETTINGS
         if master.startswith("local"):  # a laptop's own name may lead nowhere
             settings["spark.driver.host"] = "127.0.0.1"
-    if user := os.environ.get("HADOOP_USER_NAME"):  # Spark's JVMs tell each other, Python workers read it themselves
+    if user := os.environ.get("HADOOP_USER_NAME"):  # JVMs pass it on, Python workers read it
         settings["spark.executorEnv.HADOOP_USER_NAME"] = user
     for key, value in settings.items():
         builder = builder.config(key, value)
@@ -127,7 +127,7 @@ def read_parquet(folder: Folder, schema: pa.Schema | None = None) -> DataFrame:
 
 
 def arrow_schema(schema: pa.Schema) -> pa.Schema:
-    """`schema` with the Arrow types that Spark takes from Python: no fixed-size lists, no fixed-size binary."""
+    """Return `schema` with the Arrow types that Spark takes from Python: no fixed-size lists, no fixed-size binary."""
     return to_arrow_schema(from_arrow_schema(schema))
 
 
@@ -150,7 +150,7 @@ def map_rows(
 
 @contextmanager
 def progress(session: SparkSession, title: str) -> Iterator[None]:
-    """A bar on stderr over the tasks that run in the `with` block."""
+    """Show a bar on stderr over the tasks that run in the `with` block."""
     tracker = session.sparkContext.statusTracker()
     ended = threading.Event()
     tasks: dict[int, tuple[int, int]] = {}  # Spark stage -> (tasks done, tasks)
@@ -190,7 +190,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def _ship_code(session: SparkSession) -> None:
-    """Give the executors this code: they need not have it installed."""
+    """Send this code to the executors, which need not have it installed."""
     folder = tempfile.mkdtemp(prefix="kanyun-code-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # until then Spark compares its copies with it
     path = Path(folder, "kanyun_code.zip")

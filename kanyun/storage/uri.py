@@ -27,17 +27,22 @@ def locate(uri: str) -> tuple[Backend, str]:
     if scheme == "file":
         path = uri.removeprefix("file:").removeprefix("//")
         if not path.startswith("/"):
-            raise UserError(f"{uri} names a host or a relative path: give file:///PATH or the path alone")
+            raise UserError(f"cannot use {uri} (a host or a relative path): give file:///PATH or the path alone")
         return _LOCAL, absolute(path)
     if scheme == "hdfs" and (parts := _HDFS.fullmatch(uri)):
         with translate_errors(f"cannot use {uri}", _KNOWN):
             return hdfs(parts[1]), posixpath.normpath("/" + (parts[2] or "").lstrip("/"))
     if scheme.lower() in ("hdfs", "file"):
-        rest = uri.partition(":")[2].lstrip("/")
-        right = f"file:///{rest}" if scheme.lower() == "file" else _hdfs_spelling(uri, rest)
-        raise UserError(f"{uri} is not how such a URI is written: give {right}, or ./{uri} for a local folder so named")
-    raise UserError(f"{uri}: {scheme}: URIs are not supported; {_KNOWN}")
+        raise UserError(
+            f"cannot use {uri} (not how such a URI is written): give {_right_spelling(uri)}, or ./{uri} for a local folder"
+        )
+    raise UserError(f"cannot use {uri} ({scheme}: URIs are not supported): {_KNOWN}")
 
 
-def _hdfs_spelling(uri: str, rest: str) -> str:
-    return f"hdfs://{rest}" if _HDFS.fullmatch(f"hdfs://{rest}") and "://" in uri else f"hdfs://HOST:PORT/{rest}"
+def _right_spelling(uri: str) -> str:
+    scheme, _, rest = uri.partition(":")
+    path = rest.lstrip("/")
+    if scheme.lower() == "file":
+        return f"file:///{path}"
+    lower = f"hdfs:{rest}"
+    return lower if lower != uri and _HDFS.fullmatch(lower) else f"hdfs://HOST:PORT/{'PATH' if '//' in rest else path}"

@@ -1,4 +1,4 @@
-"""Reports as pages: the templates of templates/, and where the bars of a chart stand. One file each, no network."""
+"""Reports as HTML pages: the templates of templates/, and the geometry of charts. One file each, no network."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _LINEAR = 16  # up to this value an axis has every whole number
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of templates/ as HTML; values are escaped."""
+    """Return a template of templates/ as HTML; values are escaped."""
     return _environment().get_template(template).render(**values)
 
 
@@ -34,12 +34,12 @@ def _environment() -> Environment:
 
 
 def number(value: Any) -> str:
-    """1,234,567 and 0.99731; other values as they are."""
+    """Format a number as 1,234,567 or 0.99731; other values as they are."""
     return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def short(value: float) -> str:
-    """At most five characters: 950, 1,024, 65k, 1.5M."""
+    """Format a number in at most five characters: 950, 1,024, 65k, 1.5M."""
     if value < 10_000:
         return f"{value:,.0f}" if value == int(value) or value >= 100 else f"{value:.3g}"
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -49,7 +49,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """4.1 s, 3 min 20 s, 2 h 05 min."""
+    """Format seconds as 4.1 s, 3 min 20 s or 2 h 05 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -57,7 +57,7 @@ def duration(seconds: float) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """A part in percent, never rounded to 0 or 100 if it is not."""
+    """Format a part in percent, which is rounded neither to 0 nor to 100."""
     percent = 100 * part / whole if whole else 0.0
     if 0 < percent < 0.01:
         return "< 0.01 %"
@@ -68,7 +68,7 @@ def share(part: float, whole: float) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """In percent of the chart."""
+    """A bar, in percent of the chart."""
 
     left: float
     width: float
@@ -78,7 +78,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """A histogram as bars. The axis is linear for small values, else logarithmic; 0 then has its own place."""
+    """A histogram as bars. The axis is linear for small values, else logarithmic, where 0 has a separate place."""
 
     bars: list[Bar]
     ticks: list[tuple[float, str]]  # percent from the left, label
@@ -95,14 +95,14 @@ class Chart:
             first, end = edges[number]
             left, right = axis.at(first), axis.at(end)
             values = f"{first:,}" if end == first + 1 else f"{first:,} – {end - 1:,}"
-            # A single row among millions is still to be seen.
+            # A single row among millions stays visible.
             bars.append(Bar(left, right - left, max(100 * count / highest, 1), f"{values}: {count:,}"))
         median = histogram.quantile(0.5)
         return cls(bars, axis.ticks(), (axis.at(median) + axis.at(median + 1)) / 2)
 
 
 class _Axis:
-    """Values to percent from the left. A value takes the room up to the next."""
+    """Maps values to percent from the left. A value takes the space up to the next."""
 
     def __init__(self, zero: bool, least: int, most: int):
         self._least, self._most, self._zero = least, max(most, least), zero

@@ -1,4 +1,4 @@
-"""What a stage leaves beside its rows: report.json (the mark of finished work) and report.html (for people)."""
+"""The report of a stage: report.json, which marks finished work, and report.html, to be read."""
 
 import json
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class RowCounts:
             )
 
     def after(self, earlier: Sequence["RowCounts"]) -> "RowCounts":
-        """RowCounts from the raw rows to here, given those from the raw rows to each input of this stage."""
+        """Return the counts from the raw rows to here. earlier: from the raw rows to each input of this stage."""
         if not earlier:
             return self
         quarantined = dict(self.quarantined)
@@ -59,7 +59,7 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many values have which size, in eighths of an octave.
+    """Counts of values by size, in eighths of an octave.
 
     Bin 0 is of the value 0, bin 1 + 8 k + i of those in [2^k (1 + i / 8), 2^k (1 + (i + 1) / 8)).
     """
@@ -89,7 +89,7 @@ class Histogram:
 
     @staticmethod
     def edges(number: int) -> tuple[int, int]:
-        """[first, end) of the values in a bin; small values have some bins between them that are empty."""
+        """Return [first, end) of the values in a bin; between small values some bins are empty."""
         if number == 0:
             return 0, 1
         octave, eighth = divmod(number - 1, 8)
@@ -97,10 +97,10 @@ class Histogram:
         return first, end
 
     def quantile(self, share: float) -> int:
-        """The value that `share` of all are not above, as near as the bins tell: within 6 %."""
+        """Return the quantile at `share`, as exact as the bins: within 6 %."""
         numbers = sorted(self.bins)
-        seen = np.cumsum([self.bins[number] for number in numbers])
-        first, end = self.edges(numbers[int(np.searchsorted(seen, share * seen[-1]))])
+        ranks = np.cumsum([self.bins[number] for number in numbers])
+        first, end = self.edges(numbers[int(np.searchsorted(ranks, share * ranks[-1]))])
         return min(max((first + end - 1) // 2, self.least), self.most)
 
 
@@ -119,19 +119,19 @@ class Report:
     stage: str
     settings: dict[str, Any]
     input: str  # digest of the input
-    run: str  # of this very run: done again, it is other input to the next stage
+    run: str  # unique to this run: a repeated run is different input to the next stage
     counts: RowCounts
     since_raw: RowCounts  # the same identity from the raw rows to this stage's output
     seconds: float  # wall time
-    phases: dict[str, float] = field(default_factory=dict)  # what the seconds went into, nearly all of them
+    phases: dict[str, float] = field(default_factory=dict)  # phase -> seconds; together nearly all of them
     reasons: dict[str, int] = field(default_factory=dict)  # rows by reason; preprocess keeps them in data/
     examples: dict[str, list[Example]] = field(default_factory=dict)  # by reason
     distributions: list[Histogram] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)  # what else this stage tells (pack: fill, packs, ...)
+    facts: dict[str, Any] = field(default_factory=dict)  # further figures of a stage (pack: fill, packs, ...)
 
     @property
     def digest(self) -> str:
-        """Stands for the stage's output in the input digest of the next."""
+        """Identifies the stage's output in the input digest of the next."""
         return digest_of(canonical([self.stage, self.settings, self.input, self.run]))
 
     def summary(self) -> str:
@@ -178,8 +178,8 @@ class Report:
             return None
         try:
             values = json.loads(folder.read(REPORT))
-            if (found := values.pop("checksum")) != (wanted := digest_of(canonical(values))):
-                raise ValueError(f"checksum {found}, but its values give {wanted}")
+            if (checksum := values.pop("checksum")) != (actual := digest_of(canonical(values))):
+                raise ValueError(f"checksum {checksum}, but its values give {actual}")
             values["distributions"] = [
                 Histogram(**h | {"bins": {int(number): count for number, count in h["bins"].items()}})
                 for h in values["distributions"]
@@ -191,5 +191,5 @@ class Report:
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatasetError(
-                f"{folder.path}/{REPORT} is damaged ({error!r}): run its stage again with --overwrite"
+                f"{folder.path}/{REPORT} is damaged ({error!r}): run its stage with --overwrite"
             ) from error

@@ -1,4 +1,4 @@
-"""What a report shows of written rows: examples of each reason, and distributions. What is collected is small."""
+"""Summaries of written rows for a report: examples of each reason, and distributions. The driver collects little."""
 
 import base64
 import posixpath
@@ -21,7 +21,7 @@ RAW_READ = 100_000  # to find its images in; longer rows are shown without
 
 
 def reasons(rows: DataFrame) -> dict[str, int]:
-    """Rows by reason."""
+    """Count the rows by reason."""
     counted = rows.where("reason is not null").groupBy("reason").count()
     return {row["reason"]: row["count"] for row in counted.orderBy("reason").toLocalIterator()}
 
@@ -29,7 +29,7 @@ def reasons(rows: DataFrame) -> dict[str, int]:
 def examples(
     marked: DataFrame, images_of: Callable[[Row], Iterable[bytes]], earlier: Iterable[Report]
 ) -> dict[str, list[Example]]:
-    """The first few rows of every reason, by file and position. Pictures of `earlier` reports are shown again."""
+    """Return the first few rows of every reason, by file and position. Thumbnails of `earlier` reports are reused."""
     rank = F.row_number().over(Window.partitionBy("reason").orderBy("file", "position"))
     raw = F.substring("raw", 1, RAW_READ).alias("raw")
     rows = marked.where("reason is not null").select("reason", "file", "position", "evidence", "images", raw)
@@ -39,17 +39,17 @@ def examples(
         for reason, shown in report.examples.items()
         for example in shown
     }
-    found: dict[str, list[Example]] = {}
+    result: dict[str, list[Example]] = {}
     for row in rows.withColumn("rank", rank).where(F.col("rank") <= EXAMPLES).orderBy("reason", "rank").collect():
         where = f"{row['file']} @ {row['position']}"
         images = pictures.get((row["reason"], where)) or _thumbnails(images_of(row))
         example = Example(where, row["evidence"], row["raw"][:RAW_SHOWN], images)
-        found.setdefault(row["reason"], []).append(example)
-    return found
+        result.setdefault(row["reason"], []).append(example)
+    return result
 
 
 def images_in_blobs(row: Row) -> Iterable[bytes]:
-    """A row's images by its refs; what a blob does not give is not shown."""
+    """Yield a row's images by its refs; images that cannot be read are left out."""
     for ref in row["images"] or []:
         folder, name = posixpath.split(ref["blob"])
         try:
@@ -59,8 +59,11 @@ def images_in_blobs(row: Row) -> Iterable[bytes]:
 
 
 def histograms(data: DataFrame, expressions: dict[str, str]) -> list[Histogram]:
-    """One pass over the columns that are named. expressions: title -> SQL of a whole number >= 0, or an array of them;
-    nulls do not count, and what has no values is left out."""
+    """Return the histograms of SQL expressions, in one pass over their columns.
+
+    expressions: title -> SQL of a whole number >= 0, or of an array of them. Nulls do not count; an expression without
+    values has no histogram.
+    """
     if not expressions:
         return []
     types = [field.dataType for field in data.selectExpr(*expressions.values()).schema]
@@ -89,8 +92,8 @@ def histograms(data: DataFrame, expressions: dict[str, str]) -> list[Histogram]:
 
 
 def _thumbnails(images: Iterable[bytes]) -> list[str]:
-    found = []
+    thumbnails = []
     for _, data in zip(range(IMAGES), images):
         if (small := thumbnail(data, SIDE)) is not None:
-            found.append(f"data:image/jpeg;base64,{base64.b64encode(small).decode()}")
-    return found
+            thumbnails.append(f"data:image/jpeg;base64,{base64.b64encode(small).decode()}")
+    return thumbnails

@@ -1,10 +1,10 @@
-"""What all five stages share: read -> transform -> write -> report, built aside and renamed into place.
+"""Base class of the five stages: read -> transform -> write -> report, in an attempt that is renamed into place.
 
-A stage is a frozen dataclass; its fields are its settings. The whole of one:
+A stage is a frozen dataclass; its fields are its settings. A complete stage:
 
     @dataclass(frozen=True)
     class Shorten(Stage):
-        name, after, schema = "shorten", "filter", SAMPLE      # what it is, whose output it reads, what it writes
+        name, after, schema = "shorten", "filter", SAMPLE      # its name, the stage before it, its rows
         quarantines = True                                     # rows with a `reason` go to quarantine/
         distributions = {"characters": "length(text)"}         # drawn in report.html: title -> SQL over data/
         limit: int = 1000                                      # a setting
@@ -14,13 +14,13 @@ A stage is a frozen dataclass; its fields are its settings. The whole of one:
 
     Shorten("IN", "OUT", limit=10).run(overwrite=False)
 
-- `transform` sees the rows of IN/data. Where the stage quarantines, it gives all rows back, with the columns of
-  `schema` and of QUARANTINE: those with a `reason` are written to quarantine/, the others to data/. A lost row is found
-  by the counts: override `added_and_dropped` if a row may become several or none.
-- Work in Python goes through `map_rows`; nothing may depend on how rows are partitioned.
+- `transform` gets the rows of IN/data. Where the stage quarantines, it returns all of them, with the columns of
+  `schema` and of QUARANTINE: rows with a `reason` are written to quarantine/, the others to data/. The counts reveal a
+  lost row: override `added_and_dropped` if a row may become several or none.
+- Work in Python goes through `map_rows`; no result may depend on how rows are partitioned.
 - Other inputs: override `inputs` (sample has several) and `read` (preprocess reads raw files).
-- Another output than parquet: override `write`; put files below `attempt.folder`; they will be below `attempt.target`.
-- `settings` is what makes finished work the same work: override it if a field is a path to something that may change.
+- Output other than parquet: override `write`; write below `attempt.folder`, which becomes `attempt.target`.
+- `settings` decides whether finished work is the same work: override it if a field is a path to a file that may change.
 """
 
 import json
@@ -44,13 +44,13 @@ from pipeline.schema import QUARANTINE, VERSIONS
 from pipeline.spark import plain_errors, progress, read_parquet, spark_session
 from pipeline.stages.attempt import Attempt
 
-SHUFFLE_ROWS = 50_000  # a partition, before Spark puts small ones together; its fixed 200 are too many or too few
+SHUFFLE_ROWS = 50_000  # a partition, before Spark joins small ones; its fixed number of 200 is too large or too small
 SHUFFLE_PARTITIONS = 4  # at least
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the pipeline. See the top of this file."""
+    """A step of the pipeline; see the top of this file."""
 
     source: str
     output: str
@@ -70,7 +70,7 @@ class Stage:
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """JSON values that, with the input, decide what comes out."""
+        """Return JSON values that, together with the input, determine the output."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("source", "output")}
 
     def versioned_settings(self) -> dict[str, Any]:
@@ -78,18 +78,18 @@ class Stage:
         return self.settings() | ({"version": VERSIONS[self.name]} if self.name in VERSIONS else {})
 
     def inputs(self) -> dict[str, Report]:
-        """Reports of the outputs this stage reads. Raises UserError if they are not there or not finished."""
+        """Return the reports of the outputs that this stage reads. Raises UserError if one is missing or unfinished."""
         return {".": Report.load(Folder(self.source), self.after)}
 
     def input_digest(self, inputs: dict[str, Report]) -> str:
-        """What the input is: redone input is other input, because image refs point into it."""
+        """Return a digest of the input. Input that was made once more differs, because image refs point into it."""
         return digest_of(canonical({path: report.digest for path, report in inputs.items()}))
 
     def read(self, spark: SparkSession, attempt: Attempt) -> DataFrame:
         return read_parquet(Folder(self.source) / "data")
 
     def write(self, rows: DataFrame, attempt: Attempt) -> RowCounts:
-        """Write data/ and quarantine/ and count what is written there."""
+        """Write data/ and quarantine/, and count the written rows."""
         data, bad = attempt.folder / "data", attempt.folder / "quarantine"
         if self.quarantines:
             rows = rows.persist(StorageLevel.DISK_ONLY)  # two writes, one computation
@@ -111,11 +111,11 @@ class Stage:
         return RowCounts(rows_in, rows_out, added, quarantined, dropped)
 
     def added_and_dropped(self, written: DataFrame, rows_in: int) -> tuple[int, int]:
-        """How many rows `transform` made beyond one for each row in, and for how many rows in it made none."""
+        """Return the rows made beyond one for each input row, and the number of input rows that became none."""
         return 0, 0
 
     def run(self, overwrite: bool = False) -> Report:
-        """Do the work, unless OUT has it already. Raises UserError: input missing, OUT is other work, not writable."""
+        """Make the output, unless it exists. Raises UserError: input missing, OUT is other work, OUT not writable."""
         target = Folder(self.output).resolved()
         self._refuse(target)
         inputs = self.inputs()
@@ -124,7 +124,7 @@ class Stage:
             return done
         with Attempt.begin(target, inputs) as attempt, plain_errors():
             if not overwrite and (done := self._finished(target, digest)):
-                return done  # by a driver that published between the look and the claim
+                return done  # published by another driver before this one had its claim
             started = time.time()
             with attempt.timed("start Spark"):
                 spark = spark_session()
@@ -135,15 +135,15 @@ class Stage:
                 counts = self.write(rows, attempt)
                 counts.check(f"{self.name} of {self.source}")
                 with attempt.timed("report"):
-                    seen = self.seen(attempt)
-                report = self.report(attempt, digest, counts, seen, time.time() - started)
+                    summary_of_rows = self.seen(attempt)
+                report = self.report(attempt, digest, counts, summary_of_rows, time.time() - started)
             report.save(attempt.folder)
             attempt.publish()
         print(f"{self.name}: {report.summary()} -> {target.path}")
         return report
 
     def report(
-        self, attempt: Attempt, input_digest: str, counts: RowCounts, seen: dict[str, Any], seconds: float
+        self, attempt: Attempt, input_digest: str, counts: RowCounts, summary_of_rows: dict[str, Any], seconds: float
     ) -> Report:
         return Report(
             stage=self.name,
@@ -154,11 +154,11 @@ class Stage:
             since_raw=counts.after([report.since_raw for report in attempt.inputs.values()]),
             seconds=round(seconds, 1),
             phases=attempt.phases,
-            **seen,
+            **summary_of_rows,
         )
 
     def seen(self, attempt: Attempt) -> dict[str, Any]:
-        """What the report shows of the written rows: reasons with examples, and distributions."""
+        """Return the report's summary of the written rows: reasons with examples, and distributions."""
         data = self._written(attempt.folder / "data")
         marked = self._written(attempt.folder / "quarantine", QUARANTINE) if self.quarantines else data
         shown = {"distributions": summary.histograms(data, self.distributions)}
@@ -168,14 +168,14 @@ class Stage:
         return {**shown, "reasons": summary.reasons(marked), "examples": examples}
 
     def images_of(self, rejected: Row) -> Iterable[bytes]:
-        """Encoded images of a row that is shown in the report."""
+        """Yield the encoded images of a rejected row, for the report."""
         return summary.images_in_blobs(rejected)
 
     def _written(self, folder: Folder, schema: pa.Schema | None = None) -> DataFrame:
         return read_parquet(folder, schema or self.schema)
 
     def _finished(self, target: Folder, digest: str) -> Report | None:
-        """The report of this very work if `target` holds it, and says so; None if nothing is there; else UserError."""
+        """Return the report if `target` has this very output, None if it is empty. Raises UserError otherwise."""
         if not target.names():
             return None
         report = Report.load_if_there(target)
@@ -184,13 +184,13 @@ class Stage:
                 f"{target.path} holds {', '.join(target.names()[:3])} and no output of the {self.name} stage: "
                 "choose another output, or give --overwrite to replace all of it"
             )
-        there = {"stage": report.stage, "input": report.input} | report.settings
-        wanted = {"stage": self.name, "input": digest} | json.loads(canonical(self.versioned_settings()))
-        for key in wanted | there:
-            if there.get(key) != wanted.get(key):
+        existing = {"stage": report.stage, "input": report.input} | report.settings
+        requested = {"stage": self.name, "input": digest} | json.loads(canonical(self.versioned_settings()))
+        for key in requested | existing:
+            if existing.get(key) != requested.get(key):
                 raise UserError(
-                    f"{target.path} holds the output of other work: {key} is {there.get(key)} there and "
-                    f"{wanted.get(key)} here; choose another output, or give --overwrite to redo it"
+                    f"{target.path} holds the output of other work: {key} is {existing.get(key)} there and "
+                    f"{requested.get(key)} here; choose another output, or give --overwrite to redo it"
                 )
         print(f"{self.name}: already done, skipped: {target.path}")
         return report

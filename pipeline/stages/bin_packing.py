@@ -1,11 +1,11 @@
 """Bin packing on two budgets: samples into packs of `length` tokens and at most `vision_budget` patches.
 
-Samples with patches, and those that are as large, fill one pack after the other so that both budgets run out together.
-From where only smaller samples without patches are left, it is best fit decreasing: equal lengths are placed by
-counting, so that numpy does the work. The cost of a sample does not depend on how many packs there are.
+Samples with patches, and samples as large as these, fill one pack after the other so that both budgets run out
+together. The smaller samples without patches follow by best fit decreasing: equal lengths are placed by counting, so
+that numpy does the work. The cost of a sample does not depend on the number of packs.
 
-A pack costs the trainer time by its patches, and is padded there to one of few numbers of them. So packs get about as
-many as the mean demand, or as their largest sample; only where that takes more packs, up to the whole vision budget.
+The trainer's time for a pack grows with its patches, which it pads to one of a few shape buckets. So the target fill
+of packs is about the mean demand, or their largest sample; only where that takes more packs, the whole vision budget.
 
 Measured on one core, length 8192: text 0.1-0.4 us a sample and >= 99.97 % of the lower bound from 200,000 samples on;
 images and text 2-20 us and >= 99.9 %, at the default vision budget. Less where samples are large beside a budget: 96 to
@@ -17,14 +17,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Rows of patches in which samples wait: 64 and 128 filled packs no better, at 1.2 and 1.7 x the time.
+# Bins of the waiting samples by patch count: 64 and 128 filled packs no better, at 1.2 and 1.7 x the time.
 ROWS = 32
-# Patches that packs are filled to, as multiples of the mean demand: the first that needs hardly more packs than the
-# lower bound, else the whole vision budget. 1.02 leaves up to 1 % of the slots free. Long texts leave no room for a
-# mean pack's patches, so the other packs need more.
+# Target fill of the vision budget, as multiples of the mean demand: the first that needs hardly more packs than the
+# lower bound, else the whole vision budget. 1.02 leaves up to 1 % of the slots free. Packs of long texts have no room
+# for the mean demand of patches, so other packs need more.
 LEVELS = (1.03, 1.06, 1.1, 1.15, 1.2, 1.25)
 CLOSE = 0.995  # of the lower bound: hardly more packs
-# Packs with a larger sample are filled to one of so many steps up to the budget.
+# Packs with a sample above the target fill have one of 16 levels up to the budget.
 STEPS = 16
 # A vision budget below this multiple of the mean demand cannot be packed well; see mean_demand.
 MIN_VISION_SLACK = 1.05
@@ -35,10 +35,10 @@ VISION_BUDGET_STEP = 64  # patches; default budgets are rounded up to it, since 
 
 
 def pack(tokens: np.ndarray, patches: np.ndarray, keys: np.ndarray, length: int, vision_budget: int) -> np.ndarray:
-    """Which pack each sample goes to: [n] int64, packs numbered from 0 without gaps.
+    """Return the pack of each sample: [n] int64, packs numbered from 0 without gaps.
 
-    tokens [n] in 1..length; patches [n] in 0..vision_budget; keys [n] (any sortable dtype) tell equal sizes apart: the
-    packs are then the same sets of samples, numbered alike, for the same samples in any order.
+    tokens [n] in 1..length; patches [n] in 0..vision_budget; keys [n] (any sortable dtype, no two
+    equal) order samples of equal sizes: the result does not depend on the order of the samples.
     """
     tokens, patches, vision_budget = tokens.astype(np.int64), patches.astype(np.int64), int(vision_budget)
     weight = (
@@ -64,14 +64,14 @@ def pack(tokens: np.ndarray, patches: np.ndarray, keys: np.ndarray, length: int,
 
 
 def lower_bound(tokens: np.ndarray, patches: np.ndarray, length: int, vision_budget: int) -> int:
-    """A number of packs that no packing of these samples can go below: the better of the bounds on either budget."""
+    """Return a number of packs that no packing of these samples can go below: the larger bound of both budgets."""
     counted = [(np.unique(tokens, return_counts=True), length), (np.unique(patches, return_counts=True), vision_budget)]
     return max(bound(sizes, counts, capacity) for (sizes, counts), capacity in counted if capacity)
 
 
 def bound(sizes: np.ndarray, counts: np.ndarray, capacity: int) -> int:
-    """Packs needed on one budget, for counts[n] samples of sizes[n]: their sum, or more where large sizes leave space
-    that nothing can use.
+    """Return the packs needed on one budget for counts[n] samples of sizes[n]: their sum, or more where large sizes
+    leave space that no sample can use.
 
     By dual feasible functions u_k (Fekete and Schepers, 2001): sizes that k + 1 times fill the capacity exactly keep
     their share, others count floor((k + 1) x share) / k. k = 1 counts samples over half a pack, and so on.
@@ -86,23 +86,23 @@ def bound(sizes: np.ndarray, counts: np.ndarray, capacity: int) -> int:
 
 
 def mean_demand(tokens: int, patches: int, length: int) -> float:
-    """Patches in a pack that is full of average samples."""
+    """Return the patches in a pack full of average samples."""
     return patches / tokens * length
 
 
 def _pack_balanced(
     tokens: np.ndarray, patches: np.ndarray, mean: float, length: int, level: int, budget: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(pack of each sample, tokens left in each pack). Samples come by decreasing weight; mean: patches a token; level:
-    patches a pack, more only where its largest sample has more.
+    """Return (pack of each sample, tokens left in each pack). Samples come by decreasing weight; mean: patches a token;
+    level: patches a pack, more only where its largest sample has more.
 
-    One pack after the other is filled until nothing fits. A pack with more room for patches than for tokens, in shares
-    of its budgets, takes a sample that has more patches a token than the mean, else one with fewer; of these one with
-    most patches, then with most tokens. So packs end with both budgets used up, also where samples are much alike:
-    taking samples by size alone leaves packs of the patchy ones half empty.
+    One pack after the other is filled until no sample fits. A pack with more room for patches than for tokens, as
+    fractions of its budgets, takes a dense sample (more patches a token than the mean), else another; of these the one
+    with most patches, then with most tokens. So packs end with both budgets used up, for samples of similar sizes too: choosing
+    by size alone leaves packs of the dense samples half empty.
 
-    Samples wait in cells (row of patches, tokens); row 0 is of those without. waiting[dense][row] has bit t set if some
-    have t tokens: the most that fit are the highest bit up to the tokens left, which Python's integers find in 0.2 us.
+    Samples wait in cells (bin by patch count, tokens); bin 0 has no patches. waiting[dense][bin] has bit t set if a
+    sample of t tokens waits there: the largest that fits is the highest bit up to the tokens left, found in 0.2 us.
     """
     height = -(-int(patches.max(initial=1)) // ROWS)
     step = math.ceil(budget / STEPS)
@@ -118,9 +118,9 @@ def _pack_balanced(
     def fitting(dense: bool) -> tuple[bool, int, int] | None:
         up_to_left = (2 << tokens_left) - 1
         for row in range(min(patches_left // height + 1, ROWS), -1, -1):
-            there = waiting[dense][row] & up_to_left
-            if there:
-                t = there.bit_length() - 1
+            fitting_tokens = waiting[dense][row] & up_to_left
+            if fitting_tokens:
+                t = fitting_tokens.bit_length() - 1
                 if cells[dense, row, t][-1][0] <= patches_left:
                     return dense, row, t
         return None
@@ -135,8 +135,8 @@ def _pack_balanced(
         largest = cells[first][-1][0]
         room = patches_left = min(level if largest <= level else math.ceil(largest / step) * step, budget)
         while True:
-            wanted = patches_left * length >= tokens_left * room
-            cell = fitting(wanted) or fitting(not wanted)
+            prefer_dense = patches_left * length >= tokens_left * room
+            cell = fitting(prefer_dense) or fitting(not prefer_dense)
             if cell is None:
                 break
             p, n = cells[cell].pop()
@@ -152,10 +152,10 @@ def _pack_balanced(
 
 
 def _pack_by_counting(tokens: np.ndarray, free: np.ndarray, length: int) -> np.ndarray:
-    """Pack of each sample, given the tokens left in the packs that are already open. Samples come by decreasing tokens.
+    """Return the pack of each sample. free: tokens left in the open packs. Samples come by decreasing tokens.
 
-    Best fit puts samples of one size into the fullest pack that takes one, as many as it takes, then the next: one step
-    here does so for many packs with as much left, and the steps grow with the sizes, not with the samples.
+    Best fit puts samples of one size into the fullest pack that can take one until it cannot, then into the next. One
+    step here does so for all packs with the same space left; steps grow with the sizes, not with the samples.
     """
     stacks: dict[int, list[np.ndarray]] = {}  # tokens left -> packs
     occupied = 0

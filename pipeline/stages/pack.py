@@ -1,8 +1,8 @@
-"""pack: tokens, masks and image bytes into packs of a fixed length. Writes a finished kanyun dataset.
+"""pack: tokens, masks and image bytes into packs of a fixed length. The output is a finished kanyun dataset.
 
-A hash of (sample_id, copy, piece, seed) deals the samples to buckets; one bucket is one task and one shard. The number
-of buckets follows from totals alone, and a task puts its samples in order before it plans, so the bytes are the same
-for any partitioning. Image bytes do not pass through Spark: the task that writes a pack reads them from the blobs.
+A hash of (sample_id, copy, piece, seed) assigns the samples to buckets; one bucket is one task and one shard. The
+number of buckets follows from totals alone, and a task sorts its samples before it plans, so the bytes are the same for
+any partitioning. Image bytes do not pass through Spark: the task that writes a pack reads them from the blobs.
 """
 
 import math
@@ -37,7 +37,7 @@ class PackStage(Stage):
     """`output` is the packed dataset's own folder; see `below`."""
 
     name, after, schema = "pack", "build", BUILT
-    # A bucket's tokens lie in memory at 5 bytes each (320 MB at most); its images take as long as they take.
+    # A bucket's tokens are in memory at 5 bytes each (320 MB at most).
     bucket_samples: ClassVar[int] = 100_000
     bucket_tokens: ClassVar[int] = 64_000_000
     bucket_image_bytes: ClassVar[int] = 8 << 30
@@ -57,16 +57,16 @@ class PackStage(Stage):
         epoch: int | None = None,
         vision_budget: int | None = None,
     ) -> "PackStage":
-        """The job that writes `parent`/packed_length_...; `epoch` is the one that was sampled.
+        """Return the stage that writes `parent`/packed_length_...; `epoch` is the one that was sampled.
 
         Raises UserError if `source` was built for another length or sampled for another epoch.
         """
         built = Report.load(Folder(source), cls.after).settings
-        for what, wanted, found in (("--length", length, built["length"]), ("--epoch", epoch, built["epoch"])):
-            if wanted is not None and wanted != found:
+        for what, value, earlier in (("--length", length, built["length"]), ("--epoch", epoch, built["epoch"])):
+            if value is not None and value != earlier:
                 stage = "build" if what == "--length" else "sample"
                 raise UserError(
-                    f"{what} is {wanted}, but {source} comes from {stage} with {what} {found}: give the same"
+                    f"{what} is {value}, but {source} comes from {stage} with {what} {earlier}: give the same"
                 )
         name = dataset_name(length, part, built["epoch"])
         return cls(source, (Folder(parent) / name).uri, length, part, built["epoch"], vision_budget)
@@ -80,7 +80,7 @@ class PackStage(Stage):
 
     def write(self, rows: DataFrame, attempt: Attempt) -> RowCounts:
         built, tokenizer = attempt.inputs["."], Folder(self.source) / TOKENIZER
-        seed, facts = built.settings["seed"], fingerprint(tokenizer)
+        seed, model = built.settings["seed"], fingerprint(tokenizer)
         with attempt.timed("add up sizes"):
             totals = _Totals.of(rows)
         with attempt.timed("check sample ids"):
@@ -89,7 +89,7 @@ class PackStage(Stage):
             raise UserError(f"{self.source} has no samples: all rows were quarantined or dropped; see its report.html")
         mean_demand = totals.sum_patches / totals.sum_tokens * self.length
         budget = choose_vision_budget(mean_demand, totals.largest, self.vision_budget)
-        buckets, pad = self._buckets(totals), facts.token_ids[END_OF_DOCUMENT]
+        buckets, pad = self._buckets(totals), model.token_ids[END_OF_DOCUMENT]
         bucket = F.pmod(F.xxhash64("sample_id", "copy", "piece", F.lit(seed)), F.lit(buckets)).cast("int")
         job = Job(attempt.folder.uri, buckets, self.length, budget, seed, pad)
         with attempt.timed("shuffle, plan and write shards"):
@@ -107,17 +107,17 @@ class PackStage(Stage):
             ratios=built.settings["ratios"],
             counts=_counts_since_raw(built, counts.rows_out),
             packs_lower_bound=totals.lower_bound(self.length, budget),
-            tokenizer=facts.digest,
-            processor=facts.processor,
+            tokenizer=model.digest,
+            processor=model.processor,
             pad_token_id=pad,
             code_version=manifest.code_version(),
-            image_token_id=facts.token_ids[IMAGE_TOKENS[0]] if facts.processor else None,
+            image_token_id=model.token_ids[IMAGE_TOKENS[0]] if model.processor else None,
         )
         return counts
 
     def seen(self, attempt: Attempt) -> dict[str, Any]:
         packed = manifest.Manifest.load(attempt.folder)
-        facts = {
+        figures = {
             "packs": packed.packs,
             "lower bound of packs": packed.packs_lower_bound,
             "bound / packs": round(packed.packs_lower_bound / packed.packs, 5),
@@ -130,7 +130,7 @@ class PackStage(Stage):
         }
         patches = PackedDataset(attempt.folder).pack_patches
         filled = [Histogram.of("patches a pack", patches)] if packed.patches else []
-        return {"facts": facts, "distributions": filled}
+        return {"facts": figures, "distributions": filled}
 
     def _buckets(self, totals: "_Totals") -> int:
         return max(
@@ -152,9 +152,9 @@ def refuse_shared_ids(rows: DataFrame) -> None:
 
 @dataclass(frozen=True)
 class _Totals:
-    """What is known of all samples before they are dealt to buckets: small, whatever their number."""
+    """Sizes of all samples, counted before they are assigned to buckets: small for any number of samples."""
 
-    tokens: tuple[np.ndarray, np.ndarray]  # sizes, and how many samples have each: at most `length` sizes
+    tokens: tuple[np.ndarray, np.ndarray]  # sizes, and the number of samples of each size: at most `length` sizes
     patches: tuple[np.ndarray, np.ndarray]
     image_bytes: int
 
@@ -165,7 +165,7 @@ class _Totals:
 
     @property
     def largest(self) -> int:
-        """Patches of the sample that has most."""
+        """Patches of the sample with most of them."""
         return int(self.patches[0].max())
 
     @property
@@ -186,7 +186,7 @@ class _Totals:
 
 
 def _counts_since_raw(built: Report, packed: int) -> manifest.Counts:
-    """From the raw rows to the packs, through all stages: a row that any of them lost is found here."""
+    """Return the counts from the raw rows to the packs: they reveal a row that any stage lost."""
     counts = built.since_raw
     quarantined = sum(counts.quarantined.values())
     return manifest.Counts(counts.rows_in, packed, counts.added, quarantined, counts.dropped)
@@ -198,21 +198,23 @@ def _sizes(rows: DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
     return sizes, counts
 
 
-def choose_vision_budget(mean_demand: float, largest: int, wanted: int | None) -> int:
-    """Patches that a pack may have. mean_demand: patches in a pack full of average samples; largest: in one sample.
+def choose_vision_budget(mean_demand: float, largest: int, requested: int | None) -> int:
+    """Return the patches that a pack may have.
 
-    Raises UserError if `wanted` is too small to fill packs.
+    mean_demand: patches in a pack full of average samples; largest: patches of the largest sample.
+
+    Raises UserError if `requested` is too small to fill packs.
     """
     if largest == 0:
         return 0
-    if wanted is None:
+    if requested is None:
         step = bin_packing.VISION_BUDGET_STEP
         return math.ceil(max(largest, bin_packing.DEFAULT_VISION_SLACK * mean_demand) / step) * step
     least = max(largest, math.ceil(bin_packing.MIN_VISION_SLACK * mean_demand))
-    if wanted < least:
+    if requested < least:
         raise UserError(
-            f"--vision-budget is {wanted} patches, and the least that fills packs is {least}: the largest sample has "
-            f"{largest}, and {bin_packing.MIN_VISION_SLACK} x the mean demand of a pack is "
+            f"--vision-budget is {requested} patches, and the least that fills packs is {least}: the largest sample "
+            f"has {largest}, and {bin_packing.MIN_VISION_SLACK} x the mean demand of a pack is "
             f"{bin_packing.MIN_VISION_SLACK * mean_demand:.0f}; give {least} or more, or leave it out"
         )
-    return wanted
+    return requested

@@ -1,4 +1,4 @@
-"""One bucket of samples into one shard: what a task of the pack stage does."""
+"""A task of the pack stage: one bucket of samples becomes one shard."""
 
 import posixpath
 from collections import deque
@@ -27,12 +27,12 @@ READ_THREADS = 8
 WINDOW_BYTES = 32 << 20  # of images that are read at a time; two windows are in memory
 GAP_BYTES = 64 << 10  # images nearer than this in a blob are one read: another request costs more
 READ_BYTES = 16 << 20  # and no read is longer
-TASK_ROW = RESULT_SCHEMA.append(pa.field("samples", pa.int64()))  # the one small row that a task gives
+TASK_ROW = RESULT_SCHEMA.append(pa.field("samples", pa.int64()))  # the single small row of a task
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a task needs to know besides its rows."""
+    """Arguments of a task besides its rows."""
 
     root: str  # URI of the folder that the shards' attempts are written below
     buckets: int
@@ -50,8 +50,8 @@ class ImageRef(NamedTuple):
 
 
 def write_shard(batches: Iterator[pa.RecordBatch], job: Job) -> Iterator[pa.RecordBatch]:
-    """The BUILT rows of one bucket to one shard. Its bytes depend on the samples, not on their order."""
-    bucket = TaskContext.get().partitionId()  # the stage makes partition n of bucket n, also if that has no rows
+    """Write the BUILT rows of one bucket to one shard. Its bytes depend on the samples, not on their order."""
+    bucket = TaskContext.get().partitionId()  # partition n has bucket n, an empty one too
     received = list(batches)
     table = pa.Table.from_batches(received) if received else arrow_schema(BUILT).empty_table()
     rows = _Rows(table)
@@ -66,12 +66,15 @@ def write_shard(batches: Iterator[pa.RecordBatch], job: Job) -> Iterator[pa.Reco
 
 
 def plan(table: pa.Table, bucket: int, job: Job) -> list[np.ndarray]:
-    """Row numbers of each pack, packs in the order in which they are written: by a hash of the seed."""
+    """Return the row numbers of each pack, in the order in which packs are written: by a hash of the seed.
+
+    Raises DatasetError if a row occurs twice.
+    """
     if not table.num_rows:
         return []
     by_sample = np.lexsort([table.column(name).to_numpy() for name in ("piece", "copy", "sample_id")])
     _refuse_repeated(table, by_sample)
-    rank = np.empty(len(by_sample), np.int64)  # of each row among the samples: the rows come in any order
+    rank = np.empty(len(by_sample), np.int64)  # of each row among the samples: rows come in any order
     rank[by_sample] = np.arange(len(by_sample))
     tokens, patches = (table.column(name).to_numpy() for name in ("tokens", "patches"))
     assigned = pack(tokens, patches, rank, job.length, job.vision_budget)
@@ -93,11 +96,11 @@ def _refuse_repeated(table: pa.Table, by_sample: np.ndarray) -> None:
 
 
 def repeated_id(sample_id: int, one: str, other: str) -> str:
-    return f"two rows have the sample_id {sample_id}: {one} and {other}; give each file to one data path, and run again"
+    return f"two rows have the sample_id {sample_id}: {one} and {other}; run `sample` on inputs without such rows"
 
 
 def where(row: Any) -> str:
-    """Name a row of BUILT for people."""
+    """Name a row of BUILT in messages."""
     return f"{row['dataset']}: {row['file']} @ {row['position']}"
 
 
@@ -106,7 +109,7 @@ class _Rows:
 
     def __init__(self, table: pa.Table):
         column = {name: table.column(name).combine_chunks() for name in BUILT.names}
-        self._facts = [column[name].to_numpy() for name in ("sample_id", "copy", "piece")]
+        self._keys = [column[name].to_numpy() for name in ("sample_id", "copy", "piece")]
         self._datasets, self._grids = column["dataset"], column["image_grid_thw"]
         self._images = column["images"].offsets.to_numpy()
         # Python values once: a row's as_py() costs 30 us, as much as copying its images.
@@ -121,7 +124,7 @@ class _Rows:
 
     def sample(self, number: int, images: dict[ImageRef, memoryview]) -> Sample:
         start, end = self._offsets[number], self._offsets[number + 1]
-        sample_id, copy, piece = (int(values[number]) for values in self._facts)
+        sample_id, copy, piece = (int(values[number]) for values in self._keys)
         return Sample(
             sample_id=sample_id,
             dataset=self._datasets[number].as_py(),
@@ -138,7 +141,7 @@ _Window = tuple[list[np.ndarray], dict[ImageRef, memoryview]]
 
 
 def _with_images(rows: _Rows, packs: Iterable[np.ndarray]) -> Iterator[_Window]:
-    """A few packs at a time and the bytes of their images, while those of the next few are being read."""
+    """Yield a few packs at a time with the bytes of their images, while those of the next few are read."""
     blob = lru_cache(maxsize=64)(_blob)  # kept open for this task, not for the worker: a later run may find others
     with ThreadPoolExecutor(READ_THREADS) as threads:
         reading: deque[tuple[list[np.ndarray], list[Future[dict[ImageRef, memoryview]]]]] = deque()
@@ -158,7 +161,7 @@ def _finished(window: list[np.ndarray], reads: list[Future[dict[ImageRef, memory
 
 
 def _windows(rows: _Rows, packs: Iterable[np.ndarray]) -> Iterator[tuple[list[np.ndarray], set[ImageRef]]]:
-    """Packs in order, as many at a time as have WINDOW_BYTES of images, and these."""
+    """Yield packs in order, as many at a time as have WINDOW_BYTES of images, with the refs of these."""
     window: list[np.ndarray] = []
     refs: set[ImageRef] = set()
     for numbers in packs:
@@ -172,7 +175,7 @@ def _windows(rows: _Rows, packs: Iterable[np.ndarray]) -> Iterator[tuple[list[np
 
 
 def ranges(refs: Iterable[ImageRef]) -> list[list[ImageRef]]:
-    """`refs` in groups that one read each can fetch: neighbours in a blob."""
+    """Return `refs` in groups of neighbours in a blob, each of which one read can fetch."""
     groups: list[list[ImageRef]] = []
     for ref in sorted(refs):
         if groups:
@@ -187,7 +190,7 @@ def ranges(refs: Iterable[ImageRef]) -> list[list[ImageRef]]:
 
 
 def _read(refs: Sequence[ImageRef], blob: Callable[[str], Ranges]) -> dict[ImageRef, memoryview]:
-    """The images of one group, by one read. Raises DatasetError if the blob does not hold what they say."""
+    """Return the images of one group, by one read. Raises DatasetError if the blob does not hold them."""
     first, end = refs[0], max(ref.offset + ref.size for ref in refs)
     wrong = ""
     for opened in (blob, _blob):  # opened anew, the second read may come from another replica
@@ -199,7 +202,7 @@ def _read(refs: Sequence[ImageRef], blob: Callable[[str], Ranges]) -> dict[Image
         wrong = f"the image of {damaged[0].size} bytes at byte {damaged[0].offset} does not have its digest"
         if len(data) != end - first.offset:
             wrong = f"it ends at byte {first.offset + len(data)}, but images are recorded up to {end}"
-    raise DatasetError(f"{first.blob} was changed after preprocess ({wrong}): run the stages again from there")
+    raise DatasetError(f"{first.blob} was changed after preprocess ({wrong}): run all stages from there again")
 
 
 def _blob(uri: str) -> Ranges:

@@ -132,7 +132,7 @@ def test_folders_that_may_not_be_listed_are_no_empty_folders(cluster: Cluster, h
     hdfs.write("shut/file", b"")
     cluster.shell("-chmod", "700", f"{hdfs.path}/shut")
     code = f"try: print(Folder({hdfs.uri!r}).files())\nexcept Exception as e: print(type(e).__name__, e)"
-    assert "UserError cannot read" in as_user("somebody", cluster, code)
+    assert "AccessDeniedError cannot read" in as_user("somebody", cluster, code)
     assert len(hdfs.files()) == 2
 
 
@@ -153,7 +153,7 @@ def test_permission_denied_is_one_sentence(cluster: Cluster, hdfs: Folder) -> No
     for call in ("read('file')", "write('new', b'x')", "exists('file')", "names()", "delete('file')"):
         code = f"try: Folder({hdfs.uri!r}).{call}\nexcept Exception as e: print(type(e).__name__, e)"
         said = as_user("somebody", cluster, code)
-        assert said.startswith("UserError cannot "), said
+        assert said.startswith("AccessDeniedError cannot "), said
         assert "Permission denied: user=somebody" in said
         assert "\tat " not in said
         assert said.count("\n") == 1

@@ -62,7 +62,7 @@ def test_a_bucket_with_one_row_twice_is_an_error_that_names_both() -> None:
     rows = [row(5, 10), row(6, 20), row(5, 10, copy=1), row(5, 10, piece=1)]
     assert sorted(number for numbers in plan(built(rows), 0, job) for number in numbers) == [0, 1, 2, 3]
     with pytest.raises(
-        DatasetError, match=r"sample_id 5: web/en: a.jsonl @ [13]0 and web/en: a.jsonl @ [13]0; give each"
+        DatasetError, match=r"sample_id 5: web/en: a.jsonl @ [13]0 and web/en: a.jsonl @ [13]0; run `sample`"
     ):
         plan(built([*rows, row(5, 30)]), 0, job)
 
