@@ -30,6 +30,12 @@ SIZES = published_sizes()
         ("Qwen2.5-3B", 3_085_938_688),
         ("Qwen2.5-7B", 7_615_616_512),
         ("Qwen2.5-VL-3B", 3_754_622_976),
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-1.7B", 1_720_574_976),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-8B", 8_190_735_360),
+        ("Qwen3-14B", 14_768_307_200),
+        ("Qwen3-32B", 32_762_123_264),
     ],
 )
 def test_parameters_are_counted_right(size: str, parameters: int) -> None:
