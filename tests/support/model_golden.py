@@ -11,10 +11,10 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from kanyun.schema import Pack
-from trainer.data.batch import Batch, StaticShape, make_batch
+from trainer.data.batch import Batch, batch_format, make_batch
+from trainer.data.shapes import StaticShape
 from trainer.models.config import ModelConfig
 from trainer.models.language import LanguageModel
-from trainer.planning.planner import batch_format
 
 
 @dataclass

@@ -95,7 +95,7 @@ def real_tokenizer_folder(path: Path | str, *, vision: bool = True) -> Path:
 
 def tiny_tokenizer_folder(path: Path | str, *, vision: bool) -> Path:
     """As `real_tokenizer_folder`, with a vocabulary of 600 tokens."""
-    return _write_folder(Path(path), _tiny_tokenizer_json(), vision, min_pixels=56 * 56, max_pixels=256 * 28 * 28)
+    return write_folder(Path(path), tiny_tokenizer_json(), vision, min_pixels=56 * 56, max_pixels=256 * 28 * 28)
 
 
 def tiny_vl_folder(
