@@ -17,7 +17,8 @@ from benchmarks.train_text import LENGTH
 from trainer.models.config import Compute
 from trainer.models.qwen2_5.sizes import SIZES
 from trainer.models.registry import costs_of
-from trainer.planning.speed import PRODUCTS_FP8, SEGMENT, UPDATE, work
+from trainer.planning.gpus import GPUS
+from trainer.planning.speed import PRODUCTS_FP8, SEGMENT, UPDATE, SpeedModel
 
 Row = tuple[str, str, float, float, float]  # what, its shape, FLOPs, bytes, seconds
 
@@ -41,7 +42,7 @@ def floors(size: str, packs: int, fp8: bool) -> list[Row]:
     model, rows = SIZES[f"Qwen2.5-{size}"], packs * LENGTH
     h, f, layers = model.hidden_size, model.intermediate_size, model.num_layers
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    token = work(model, Compute(fp8))
+    token = SpeedModel(model, GPUS["H100"]).work(Compute(fp8))
     found = [
         *products("query, key, value", rows, h, q + 2 * kv, layers, fp8),
         *products("attention's output", rows, q, h, layers, fp8),

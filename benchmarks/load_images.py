@@ -24,12 +24,12 @@ from benchmarks.train_text import LENGTH
 from benchmarks.vision_data import crop, pictures
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
+from trainer.data.batch import batch_format
 from trainer.data.images import PatchGeometry, write_patches
 from trainer.data.loader import _threads
 from trainer.data.source import PackedData
 from trainer.data.stream import PackStream
 from trainer.models.config import ModelConfig
-from trainer.planning.planner import batch_format
 
 GEOMETRY = PatchGeometry()
 COUNT = 40

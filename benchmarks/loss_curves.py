@@ -73,11 +73,11 @@ def plain_loop(
     """Losses of a model of transformers on our packs, `logits` [T, vocabulary] of each, by torch's AdamW."""
     from kanyun.fingerprint import fingerprint
     from kanyun.storage import Folder
+    from trainer.data.batch import batch_format
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
     from trainer.models.config import ModelConfig
     from trainer.models.registry import costs_of
-    from trainer.planning.planner import batch_format
 
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]

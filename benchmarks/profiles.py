@@ -10,7 +10,8 @@ from trainer.data.batch import Batch
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import TRAINING
 from trainer.models.registry import costs_of
-from trainer.planning.speed import PRODUCTS_FP8, UPDATE, work
+from trainer.planning.gpus import GPUS
+from trainer.planning.speed import PRODUCTS_FP8, UPDATE, SpeedModel
 from trainer.trainer import Run
 
 # The first that a kernel's name matches.
@@ -55,12 +56,13 @@ def least(model: ModelConfig, compute: Compute, batches: Sequence[Batch]) -> dic
     """Seconds by kind, of a step on these batches where nothing is computed twice."""
     slots = sum(len(batch.input_ids) for batch in batches)
     forward = sum(costs_of(model).forward_flops(batch) for batch in batches)
-    token, layer_flops, patch_bytes = work(model, compute), slots * costs_of(model).token_flops, Counter[str]()
+    token = SpeedModel(model, GPUS["H100"]).work(compute)
+    layer_flops, patch_bytes = slots * costs_of(model).token_flops, Counter[str]()
     if model.vision is not None:
         vision = model.vision
         patches = sum(batch.real_patches for batch in batches)
         layer_flops += patches * costs_of(model).patch_flops
-        # As of the language model's layers, see trainer.planning.speed.work.
+        # As of the language model's layers, see SpeedModel.work.
         patch_bytes["SwiGLU"] = patches * vision.depth * 2 * 8 * vision.intermediate_size
         patch_bytes["norms"] = patches * vision.depth * 2 * 24 * vision.hidden_size
         casts = 5 * (8 * vision.hidden_size + 3 * vision.intermediate_size) * compute.fp8

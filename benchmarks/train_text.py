@@ -104,12 +104,13 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from kanyun.fingerprint import fingerprint
     from kanyun.storage import Folder
+    from trainer.data.batch import batch_format
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
     from trainer.models.config import ModelConfig
     from trainer.models.costs import TRAINING
     from trainer.models.registry import costs_of
-    from trainer.planning.planner import CARDS, batch_format, card
+    from trainer.planning.gpus import find_gpu
 
     packed_attention()
     apply_liger_kernel_to_qwen2()
@@ -152,7 +153,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "tokens/s": useful / step,
         "TFLOP/s": flops / step / 1e12,
-        "MFU": flops / step / CARDS[card()].flops,
+        "MFU": flops / step / find_gpu(torch.cuda.get_device_name()).flops,
         "memory GB": torch.cuda.max_memory_reserved() / 1e9,
         "losses": [round(out.loss.item(), 3)],
     }

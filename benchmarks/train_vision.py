@@ -139,11 +139,11 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from kanyun.fingerprint import fingerprint
     from kanyun.storage import Folder
+    from trainer.data.batch import batch_format
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
     from trainer.models.costs import TRAINING
     from trainer.models.registry import costs_of
-    from trainer.planning.planner import batch_format
 
     packed_attention()
     apply_liger_kernel_to_qwen2_5_vl()

@@ -1,11 +1,12 @@
 """The weights of a Hugging Face folder: safetensors files, read and written tensor by tensor."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +32,17 @@ class HFWeights:
                 raise UserError(f"{folder / name} cannot be read ({error}): download the model again") from error
             self._found += [(canonical(key), key, file) for key in file.keys()]  # noqa: SIM118 - not a mapping
         self._at = {name: (key, file) for name, key, file in self._found}
+
+    def drop_copies(self, copies: Mapping[str, str]) -> None:
+        """Leave out tensors that repeat another one: name -> the one it repeats. UserError if they differ."""
+        for copy, original in copies.items():
+            if copy in self._at and original in self._at:
+                if not torch.equal(self[copy], self[original]):
+                    raise UserError(
+                        f"{self._folder}: {copy} differs from {original}, but config.json says that they are tied: "
+                        "set tie_word_embeddings to false, or give an unchanged model"
+                    )
+                self._found = [entry for entry in self._found if entry[0] != copy]
 
     def require(self, names: list[str]) -> None:
         """UserError unless the folder has exactly these tensors."""

@@ -34,6 +34,7 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
     state = checkpoint.State(0, 0, 0, fingerprint(hf).digest, asdict(config), run={})
     family = family_of(config)
     rows, weights = family.table(config), HFWeights(source, family.canonical)
+    weights.drop_copies(family.copies(config))
     weights.require([name for row in rows for name in row.hf])
     with new_folder(out, source, overwrite) as attempt:
         bar = tqdm(rows, "reading", unit=" tensors")

@@ -16,10 +16,9 @@ from torch import Tensor
 from kanyun.errors import UserError
 from kanyun.schema import Pack
 from trainer import checkpoint
-from trainer.data.batch import make_batch
+from trainer.data.batch import batch_format, make_batch
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
-from trainer.planning.planner import batch_format
 from trainer.runtime import Runtime
 
 TEXT = (

@@ -5,8 +5,9 @@ import argparse
 from kanyun.errors import run_cli
 from trainer.models.config import ModelConfig
 from trainer.models.registry import costs_of, published_sizes
-from trainer.planning.planner import GB, USABLE, decide
-from trainer.planning.speed import CARDS, SEGMENT, step_seconds
+from trainer.planning.gpus import GPUS
+from trainer.planning.planner import GB, LayoutPlanner
+from trainer.planning.speed import SEGMENT, SpeedModel
 
 
 def main() -> int:
@@ -14,7 +15,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.layout", description="The layout that a run would get.")
     parser.add_argument("model", help=f"{', '.join(sizes)}; or a Hugging Face folder")
     parser.add_argument("--gpus", type=int, required=True)
-    parser.add_argument("--card", choices=list(CARDS), default="H100")
+    parser.add_argument("--card", choices=list(GPUS), default="H100")
     parser.add_argument("--length", type=int, default=8192, help="token slots a pack (8192)")
     parser.add_argument(
         "--patches", type=int, help="vision patches a pack; default: twice the length, half of all tokens"
@@ -22,19 +23,24 @@ def main() -> int:
     parser.add_argument("--global-batch", type=int, help="packs a step; default: 16 for each GPU")
     args = parser.parse_args()
     model = sizes[args.model] if args.model in sizes else ModelConfig.from_hf(args.model)
-    patches = 2 * args.length if args.patches is None else args.patches
+    gpu, patches = GPUS[args.card], 2 * args.length if args.patches is None else args.patches
     packs = args.global_batch or 16 * args.gpus
-    layout = decide(model, args.gpus, args.card, args.length, packs, patches)
-    memory, split, parameters = layout.memory or 0.0, layout.tensor_parallel, costs_of(model).parameters
-    share = packs * split / args.gpus  # packs of a step that a model has
-    work = round(share * args.length), round(share * patches), layout.compute
-    rate = packs * args.length / step_seconds(model, parameters, CARDS[args.card], args.gpus, split, *work)
+    layout = LayoutPlanner(model, gpu, args.gpus).plan(length=args.length, global_batch=packs, patches=patches)
+    share = packs * layout.tensor_parallel / args.gpus  # packs of a step that one model replica has
+    seconds = SpeedModel(model, gpu).step_seconds(
+        gpus=args.gpus,
+        tensor_parallel=layout.tensor_parallel,
+        tokens=round(share * args.length),
+        patches=round(share * patches),
+        compute=layout.compute,
+    )
+    rate = packs * args.length / seconds
     for name, value in {
-        "model": f"{args.model}, {parameters:,} parameters",
-        "tensor parallel": split,
-        "data parallel": args.gpus // split,
+        "model": f"{args.model}, {costs_of(model).parameters:,} parameters",
+        "tensor parallel": layout.tensor_parallel,
+        "data parallel": args.gpus // layout.tensor_parallel,
         "micro-batch": f"{layout.micro_batch} pack(s) of {args.length}",
-        "memory": f"{memory / GB:.1f} GB a GPU predicted, {CARDS[args.card].memory * USABLE / GB:.0f} usable",
+        "memory": f"{(layout.memory or 0) / GB:.1f} GB a GPU predicted, {gpu.usable / GB:.0f} usable",
         "tokens/s": f"{rate:,.0f}, {rate / args.gpus:,.0f} a GPU predicted, in samples of about {SEGMENT} tokens",
         "why": layout.reason,
     }.items():

@@ -21,7 +21,8 @@ from kanyun.storage import Folder
 from trainer import checkpoint
 from trainer.checkpoint import State
 from trainer.config import TrainConfig
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, batch_format
+from trainer.data.shapes import static_shape
 from trainer.data.source import PackedData
 from trainer.data.stream import PackStream, ValidationStream
 from trainer.graph import Graphed
@@ -31,7 +32,8 @@ from trainer.models.costs import TRAINING
 from trainer.models.initialize import build_model
 from trainer.models.registry import costs_of
 from trainer.optim.optimizer import build_optimizer, learning_rate, set_rates, take_step
-from trainer.planning.planner import CARDS, Layout, batch_format, card, decide, static_shape
+from trainer.planning.gpus import find_gpu
+from trainer.planning.planner import Layout, LayoutPlanner
 from trainer.runtime import Runtime
 
 RUN = "run.json"  # in the output folder: the config; marks it as a run's
@@ -69,8 +71,8 @@ class Run:
         elif config.init != "random":
             init = checkpoint.resolve(config.init)
             replace(checkpoint.read_state(init), run={}).require(start, init.uri)
-        device = card() if cuda else None
-        layout = decide(model, world, device, config.length, config.global_batch, data.vision_budget)
+        planner = LayoutPlanner(model, find_gpu(torch.cuda.get_device_name()) if cuda else None, world)
+        layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume)
 
 
@@ -133,7 +135,8 @@ class Trainer:
             checkpoint.load(run.resume, self.model, self.optimizer)
         manifests = [dataset.manifest for dataset in run.data.datasets]
         self.tokens_per_pack = sum(m.tokens for m in manifests) / sum(m.packs for m in manifests)  # useful ones
-        self.peak = CARDS[card()].flops if runtime.cuda and config.trainable == "all" else None
+        known = runtime.cuda and config.trainable == "all"
+        self.peak = find_gpu(torch.cuda.get_device_name()).flops if known else None
         self.metrics: Metrics | None = None
 
     def train(self) -> None:

@@ -19,11 +19,13 @@ from tests.support.model_golden import (
     moved,
     transformers_answer,
 )
+from tests.support.qwen3_assets import tiny_qwen3_folder
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.support.vision_golden import PACKS, example
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
 from trainer.models.layers import SegmentAttention
+from trainer.models.registry import family_of
 from trainer.runtime import Runtime
 
 pytest.importorskip("trainer.models.layers_te", exc_type=ImportError)
@@ -38,8 +40,9 @@ def runtime() -> Iterator[Runtime]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_as_near_to_float32_as_transformers_is(tied: bool, runtime: Runtime, tmp_path: Any) -> None:
-    folder = tiny_text_folder(tmp_path, tied=tied)
+@pytest.mark.parametrize("make", [tiny_text_folder, tiny_qwen3_folder])
+def test_as_near_to_float32_as_transformers_is(make: Any, tied: bool, runtime: Runtime, tmp_path: Any) -> None:
+    folder = make(tmp_path, tied=tied)
     auto = transformers.AutoModelForCausalLM
     exact, rounded = (auto.from_pretrained(folder, dtype=t).to("cuda") for t in (torch.float32, torch.bfloat16))
     model = build_model(ModelConfig.from_hf(str(folder)), runtime)
@@ -50,13 +53,16 @@ def test_as_near_to_float32_as_transformers_is(tied: bool, runtime: Runtime, tmp
     )
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied", "vision"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "qwen3", "vision"])
 def test_float32_agrees_with_transformers(kind: str, runtime: Runtime, tmp_path: Any) -> None:
     """Transformer Engine's layers in float32, around torch's attention: cuDNN's takes 16-bit numbers only.
 
     Transformer Engine multiplies float32 in TF32, which has 10 bits of 23.
     """
-    folder = tiny_vl_folder(tmp_path) if kind == "vision" else tiny_text_folder(tmp_path, tied=kind == "tied")
+    if kind == "vision":
+        folder = tiny_vl_folder(tmp_path)
+    else:
+        folder = (tiny_qwen3_folder if kind == "qwen3" else tiny_text_folder)(tmp_path, tied=kind == "tied")
     auto = transformers.AutoModelForImageTextToText if kind == "vision" else transformers.AutoModelForCausalLM
     reference = auto.from_pretrained(folder, dtype=torch.float32).to("cuda")
     model = build_model(ModelConfig.from_hf(str(folder)), replace(runtime, dtype=torch.float32))
@@ -86,17 +92,18 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def test_checkpoint_names_are_those_of_the_cpu(runtime: Runtime, tmp_path: Any) -> None:
-    model = build_model(ModelConfig.from_hf(str(tiny_vl_folder(tmp_path))), runtime)
+@pytest.mark.parametrize("make", [tiny_vl_folder, tiny_qwen3_folder])
+def test_checkpoint_names_are_those_of_the_table(make: Any, runtime: Runtime, tmp_path: Any) -> None:
+    model = build_model(ModelConfig.from_hf(str(make(tmp_path))), runtime)
     keys = {tensor.key for tensor in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values()}
-    assert "language.decoder.layers.1.self_attention.linear_qkv.layer_norm_weight" in keys
-    assert "language.decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in keys
-    assert len(keys) == len(list(model.parameters()))  # and nothing else
+    table = family_of(model.model_config).table(model.model_config)
+    assert keys == {row.megatron for row in table}
 
 
-def test_graph_captured_on_one_batch_is_right_on_another(runtime: Runtime, tmp_path: Any) -> None:
+@pytest.mark.parametrize("make", [tiny_text_folder, tiny_qwen3_folder])
+def test_graph_captured_on_one_batch_is_right_on_another(make: Any, runtime: Runtime, tmp_path: Any) -> None:
     """Other tokens, other segments: a graph that baked in the first batch's would give the first batch's loss."""
-    model = build_model(ModelConfig.from_hf(str(tiny_text_folder(tmp_path))), runtime)
+    model = build_model(ModelConfig.from_hf(str(make(tmp_path))), runtime)
     batches = [
         batch_of(model.model_config, [examples(model.model_config.vocab_size, *lengths)], LENGTH)
         for lengths in ((200, 1, 150, 33), (64, 64, 300), (512,))

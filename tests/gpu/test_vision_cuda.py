@@ -13,7 +13,8 @@ from tests.support.model_golden import assert_as_near, batch_of, load
 from tests.support.qwen_assets import tiny_vl_folder
 from tests.support.vision_golden import LENGTH, PACKS, example, kept
 from tests.support.window_golden import differences
-from trainer.data.batch import Batch, StaticShape
+from trainer.data.batch import Batch
+from trainer.data.shapes import StaticShape
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.initialize import build_model, freeze
 from trainer.runtime import Runtime

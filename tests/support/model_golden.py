@@ -11,10 +11,10 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from kanyun.schema import Pack
-from trainer.data.batch import Batch, StaticShape, make_batch
+from trainer.data.batch import Batch, batch_format, make_batch
+from trainer.data.shapes import StaticShape
 from trainer.models.config import ModelConfig
 from trainer.models.language import LanguageModel
-from trainer.planning.planner import batch_format
 
 
 @dataclass
@@ -75,10 +75,13 @@ def ours(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor
         found["language.output_layer.weight"] = get("lm_head.weight")
     for n in range(config.num_layers):
         theirs, mine = f"{root}layers.{n}", f"language.decoder.layers.{n}"
-        for kind in ("weight", "bias"):
+        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
             # One group after the other: its query heads, its key head, its value head.
             parts = [get(f"{theirs}.self_attn.{x}_proj.{kind}").unflatten(0, (config.num_kv_heads, -1)) for x in "qkv"]
             found[f"{mine}.self_attention.linear_qkv.{kind}"] = torch.cat(parts, dim=1).flatten(0, 1)
+        if config.qk_norm:
+            for x in "qk":
+                found[f"{mine}.self_attention.{x}_layernorm.weight"] = get(f"{theirs}.self_attn.{x}_norm.weight")
         found[f"{mine}.self_attention.linear_proj.weight"] = get(f"{theirs}.self_attn.o_proj.weight")
         gate_up = [get(f"{theirs}.mlp.{x}_proj.weight") for x in ("gate", "up")]
         found[f"{mine}.mlp.linear_fc1.weight"] = torch.cat(gate_up)

@@ -13,7 +13,7 @@ from kanyun.naming import dataset_name
 from kanyun.schema import Sample
 from kanyun.storage import Folder
 from kanyun.writer import ShardWriter, publish
-from trainer.planning.planner import PATCH_SIZES, few_sizes
+from trainer.data.shapes import PATCH_BUCKETS, shape_buckets
 
 PAD, IMAGE = 900, 901  # token ids; text is below
 MODEL = Fingerprint("the model's", None, {})
@@ -112,5 +112,5 @@ def many_sizes(count: int) -> tuple[np.ndarray, np.ndarray]:
 def useful_patches(packs: np.ndarray) -> float:
     """Share of the patches that packs [n] are padded to in training, one at a time."""
     padded = -(-packs.clip(1) // 64).astype(np.int64) * 64
-    sizes = np.array(few_sizes(padded, PATCH_SIZES))
+    sizes = np.array(shape_buckets(padded, PATCH_BUCKETS))
     return float(packs.sum() / sizes[np.searchsorted(sizes, padded)].sum())

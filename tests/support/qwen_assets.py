@@ -90,12 +90,12 @@ def real_tokenizer_folder(path: Path | str, *, vision: bool = True) -> Path:
 
     The first call on a machine derives the merges (some seconds) and keeps the file in the temporary folder.
     """
-    return _write_folder(Path(path), _real_tokenizer_json(), vision, min_pixels=56 * 56, max_pixels=16384 * 28 * 28)
+    return write_folder(Path(path), real_tokenizer_json(), vision, min_pixels=56 * 56, max_pixels=16384 * 28 * 28)
 
 
 def tiny_tokenizer_folder(path: Path | str, *, vision: bool) -> Path:
     """As `real_tokenizer_folder`, with a vocabulary of 600 tokens."""
-    return _write_folder(Path(path), _tiny_tokenizer_json(), vision, min_pixels=56 * 56, max_pixels=256 * 28 * 28)
+    return write_folder(Path(path), tiny_tokenizer_json(), vision, min_pixels=56 * 56, max_pixels=256 * 28 * 28)
 
 
 def tiny_vl_folder(
@@ -116,12 +116,12 @@ def tiny_vl_folder(
     """
     import transformers
 
-    text = _real_tokenizer_json() if real_vocabulary else _tiny_tokenizer_json()
-    folder = _write_folder(Path(path), text, True, min_pixels=min_pixels, max_pixels=max_pixels)
+    text = real_tokenizer_json() if real_vocabulary else tiny_tokenizer_json()
+    folder = write_folder(Path(path), text, True, min_pixels=min_pixels, max_pixels=max_pixels)
     token = Tokenizer.from_str(text).token_to_id
     config = transformers.Qwen2_5_VLConfig(
         text_config={
-            **_language_config(text, layers),
+            **language_config(text, layers),
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
         },
         vision_config={
@@ -139,7 +139,7 @@ def tiny_vl_folder(
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=tied,
     )
-    _save_random(transformers.Qwen2_5_VLForConditionalGeneration(config), folder, seed)
+    save_random(transformers.Qwen2_5_VLForConditionalGeneration(config), folder, seed)
     return folder
 
 
@@ -149,18 +149,18 @@ def tiny_text_folder(
     """A Qwen2.5 of 64 channels with random weights in float32, with tokenizer and template; as `tiny_vl_folder`."""
     import transformers
 
-    text = _real_tokenizer_json() if real_vocabulary else _tiny_tokenizer_json()
-    folder = _write_folder(Path(path), text, False)
+    text = real_tokenizer_json() if real_vocabulary else tiny_tokenizer_json()
+    folder = write_folder(Path(path), text, False)
     config = transformers.Qwen2Config(
-        **_language_config(text, layers),
+        **language_config(text, layers),
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=tied,
     )
-    _save_random(transformers.Qwen2ForCausalLM(config), folder, seed)
+    save_random(transformers.Qwen2ForCausalLM(config), folder, seed)
     return folder
 
 
-def _language_config(tokenizer_json: str, layers: int) -> dict[str, Any]:
+def language_config(tokenizer_json: str, layers: int) -> dict[str, Any]:
     tokenizer = Tokenizer.from_str(tokenizer_json)
     size = tokenizer.get_vocab_size()
     return {
@@ -178,7 +178,7 @@ def _language_config(tokenizer_json: str, layers: int) -> dict[str, Any]:
     }
 
 
-def _save_random(model: Any, folder: Path, seed: int) -> None:
+def save_random(model: Any, folder: Path, seed: int) -> None:
     """Weights so large that a wrong position or mask shows in the logits, and no norm or bias is at its default."""
     import torch
 
@@ -194,7 +194,15 @@ def _save_random(model: Any, folder: Path, seed: int) -> None:
     model.save_pretrained(folder)
 
 
-def _write_folder(folder: Path, tokenizer_json: str, vision: bool, min_pixels: int = 0, max_pixels: int = 0) -> Path:
+def write_folder(
+    folder: Path,
+    tokenizer_json: str,
+    vision: bool,
+    min_pixels: int = 0,
+    max_pixels: int = 0,
+    template: str | None = None,
+) -> Path:
+    """Write tokenizer, template (None: Qwen2.5's) and, with `vision`, processor settings."""
     folder.mkdir(parents=True, exist_ok=True)
     added = {
         str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in json.loads(tokenizer_json)["added_tokens"]
@@ -205,7 +213,7 @@ def _write_folder(folder: Path, tokenizer_json: str, vision: bool, min_pixels: i
         "added_tokens_decoder": added,
         "additional_special_tokens": SPECIAL[1:],
         "bos_token": None,
-        "chat_template": VL_TEMPLATE if vision else TEXT_TEMPLATE,
+        "chat_template": template or (VL_TEMPLATE if vision else TEXT_TEMPLATE),
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
         "errors": "replace",
@@ -256,7 +264,7 @@ def _add_tokens(tokenizer: Tokenizer) -> str:
 
 
 @cache
-def _tiny_tokenizer_json() -> str:
+def tiny_tokenizer_json() -> str:
     """A BPE of 600 tokens trained on a little text, with Qwen's special tokens behind it."""
     from pydoc_data.topics import topics
 
@@ -269,7 +277,7 @@ def _tiny_tokenizer_json() -> str:
 
 
 @cache
-def _real_tokenizer_json() -> str:
+def real_tokenizer_json() -> str:
     cached = Path(tempfile.gettempdir()) / f"qwen-tokenizer-{version('dashscope')}-{version('tokenizers')}-1.json"
     if not cached.exists():
         attempt = cached.with_suffix(f".{uuid.uuid4().hex}")

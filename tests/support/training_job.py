@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,14 @@ ROOT = Path(__file__).parents[2]
 LENGTH = 64
 
 
-def write_job(folder: Path, *, images: bool, packs: int = 16) -> dict[str, Any]:
-    """Writes folder/{hf,data,held_out}; returns the values of a config that trains there, into folder/out."""
-    hf = (tiny_vl_folder if images else tiny_text_folder)(folder / "hf")
+def write_job(
+    folder: Path, *, images: bool, packs: int = 16, make_model: Callable[[Path], Path] | None = None
+) -> dict[str, Any]:
+    """Write folder/{hf,data,held_out}; return the values of a config that trains there, into folder/out.
+
+    `make_model` writes the Hugging Face folder; None: a tiny Qwen2.5, or Qwen2.5-VL with `images`.
+    """
+    hf = (make_model or (tiny_vl_folder if images else tiny_text_folder))(folder / "hf")
     config = json.loads((hf / "config.json").read_text())
     text = config.get("text_config", config)
     text["vocab_size"] = IMAGE + 3  # the token ids of tests.support.packed_data

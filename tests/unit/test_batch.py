@@ -9,8 +9,9 @@ import torch
 from kanyun.errors import DatasetError
 from kanyun.schema import Pack, Sample
 from tests.support.packed_data import IMAGE, PAD, random_packs, random_sample
-from trainer.data.batch import Batch, BatchFormat, StaticShape, make_batch
+from trainer.data.batch import Batch, BatchFormat, make_batch
 from trainer.data.images import PatchGeometry, decode
+from trainer.data.shapes import StaticShape
 
 LENGTH = 96
 VISION = BatchFormat(PatchGeometry(), IMAGE)

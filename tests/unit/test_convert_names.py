@@ -12,6 +12,7 @@ from kanyun.errors import UserError
 from trainer.models.config import ModelConfig, VisionConfig
 from trainer.models.names import require_same
 from trainer.models.qwen2_5.names import canonical, table
+from trainer.models.registry import family_of
 from trainer.models.transforms import GATE_UP, PATCH_EMBED, QKV, VISION_DOWN, VISION_GATE_UP
 
 VISION = VisionConfig(
@@ -63,6 +64,17 @@ def test_every_name_occurs_once_on_each_side(tied: bool, vision: VisionConfig | 
     assert len(theirs) == 12 * layers + 2 + (not tied) + (12 * 3 + 5 + 1 if vision else 0)
     assert len(mine) == 7 * layers + 2 + (not tied) + (10 * 3 + 5 + 1 if vision else 0)
     assert [canonical(name) for name in theirs] == theirs
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_qwen3_layer_has_norms_of_query_and_key_and_no_bias(tied: bool) -> None:
+    config = replace(CONFIG, model_type="qwen3", qkv_bias=False, qk_norm=True, vision=None, tied=tied)
+    rows = family_of(config).table(config)
+    mine, theirs = [row.megatron for row in rows], list(chain.from_iterable(row.hf for row in rows))
+    assert len(set(mine)) == len(mine) == 8 * 2 + 2 + (not tied)
+    assert len(set(theirs)) == len(theirs) == 11 * 2 + 2 + (not tied)
+    assert "language.decoder.layers.1.self_attention.k_layernorm.weight" in mine
+    assert not any("bias" in name for name in theirs)
 
 
 @given(name=st.sampled_from([name for row in table(replace(CONFIG, tied=False)) for name in row.hf]))

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from kanyun.schema import Pack
 from tests.support.packed_data import encoded_image
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
-from trainer.data.batch import Batch, BatchFormat, StaticShape, make_batch
+from trainer.data.batch import Batch, BatchFormat, make_batch
 from trainer.data.images import PatchGeometry
+from trainer.data.shapes import StaticShape
 from trainer.models.config import ModelConfig
 from trainer.models.registry import costs_of
 

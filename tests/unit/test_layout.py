@@ -1,4 +1,4 @@
-"""layout.py: which layout a run gets, and what it says where nothing fits."""
+"""The planner: which layout a run gets, and what it says where nothing fits."""
 
 import subprocess
 import sys
@@ -14,12 +14,27 @@ from hypothesis import strategies as st
 from kanyun.errors import UserError
 from kanyun.vision import windows
 from trainer.data.images import PatchGeometry, window_order
-from trainer.models.config import Compute
+from trainer.data.shapes import shape_buckets, static_shape
+from trainer.models.config import Compute, ModelConfig
 from trainer.models.registry import costs_of, published_sizes
-from trainer.planning.planner import decide, few_sizes, peak_memory, static_shape
-from trainer.planning.speed import CARDS, step_seconds
+from trainer.planning.gpus import GPUS, find_gpu
+from trainer.planning.memory import MemoryModel
+from trainer.planning.planner import Layout, LayoutPlanner
+from trainer.planning.speed import SpeedModel
 
 SIZES = published_sizes()
+
+
+def plan(model: ModelConfig, gpus: int, gpu: str, length: int, global_batch: int, patches: int = 0) -> Layout:
+    return LayoutPlanner(model, GPUS[gpu], gpus).plan(length=length, global_batch=global_batch, patches=patches)
+
+
+def peak_memory(
+    model: ModelConfig, tensor_parallel: int, data_parallel: int, tokens: int, patches: int, compute: Compute
+) -> float:
+    return MemoryModel(model).peak(
+        tensor_parallel=tensor_parallel, data_parallel=data_parallel, tokens=tokens, patches=patches, compute=compute
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,6 +45,12 @@ SIZES = published_sizes()
         ("Qwen2.5-3B", 3_085_938_688),
         ("Qwen2.5-7B", 7_615_616_512),
         ("Qwen2.5-VL-3B", 3_754_622_976),
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-1.7B", 1_720_574_976),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-8B", 8_190_735_360),
+        ("Qwen3-14B", 14_768_307_200),
+        ("Qwen3-32B", 32_762_123_264),
     ],
 )
 def test_parameters_are_counted_right(size: str, parameters: int) -> None:
@@ -62,7 +83,7 @@ def test_memory_is_what_was_measured(size: str, packs: int, patches: int, comput
 
 
 @pytest.mark.parametrize(
-    ("size", "card", "packs", "patches", "compute", "measured"),
+    ("size", "gpu", "packs", "patches", "compute", "measured"),
     [
         ("Qwen2.5-0.5B", "H100", 16, 0, Compute(), 136_530),
         ("Qwen2.5-0.5B", "H100", 16, 0, Compute(fp8=True), 150_914),
@@ -79,58 +100,59 @@ def test_memory_is_what_was_measured(size: str, packs: int, patches: int, comput
     ],
 )
 def test_speed_is_what_was_measured(
-    size: str, card: str, packs: int, patches: int, compute: Compute, measured: int
+    size: str, gpu: str, packs: int, patches: int, compute: Compute, measured: int
 ) -> None:
     """Tokens a second of whole steps, see benchmarks/README.md."""
-    model = SIZES[size]
-    facts = costs_of(model).parameters, CARDS[card], 1, 1, packs * 8192, packs * patches
-    assert packs * 8192 / step_seconds(model, *facts, compute) == pytest.approx(measured, rel=0.06)
+    seconds = SpeedModel(SIZES[size], GPUS[gpu]).step_seconds(
+        gpus=1, tensor_parallel=1, tokens=packs * 8192, patches=packs * patches, compute=compute
+    )
+    assert packs * 8192 / seconds == pytest.approx(measured, rel=0.06)
 
 
 def test_micro_batch_is_the_largest_that_fits_and_divides() -> None:
-    chosen = [decide(SIZES["Qwen2.5-0.5B"], gpus, "H100", 8192, batch) for gpus, batch in ((1, 32), (1, 12), (8, 8))]
+    chosen = [plan(SIZES["Qwen2.5-0.5B"], gpus, "H100", 8192, batch) for gpus, batch in ((1, 32), (1, 12), (8, 8))]
     assert [layout.micro_batch for layout in chosen] == [8, 4, 1]
-    assert decide(SIZES["Qwen2.5-1.5B"], 1, "H100", 8192, 32).micro_batch == 2
+    assert plan(SIZES["Qwen2.5-1.5B"], 1, "H100", 8192, 32).micro_batch == 2
 
 
-def test_precision_follows_card_and_size() -> None:
-    assert decide(SIZES["Qwen2.5-1.5B"], 1, "H100", 8192, 32).compute.fp8
-    assert not decide(replace(SIZES["Qwen2.5-0.5B"], hidden_size=512), 1, "H100", 8192, 32).compute.fp8
-    assert not decide(SIZES["Qwen2.5-1.5B"], 1, "A100", 8192, 32).compute.fp8
+def test_precision_follows_gpu_and_size() -> None:
+    assert plan(SIZES["Qwen2.5-1.5B"], 1, "H100", 8192, 32).compute.fp8
+    assert not plan(replace(SIZES["Qwen2.5-0.5B"], hidden_size=512), 1, "H100", 8192, 32).compute.fp8
+    assert not plan(SIZES["Qwen2.5-1.5B"], 1, "A100", 8192, 32).compute.fp8
 
 
-def test_vision_blocks_are_computed_again_where_they_do_not_fit() -> None:
+def test_vision_blocks_are_recomputed_where_they_do_not_fit() -> None:
     """VL-3B on 18,816 patches (6 images of 784 x 784): a block keeps 41 kB a patch, all of them 25 GB."""
     model = SIZES["Qwen2.5-VL-3B"]
-    text, vision, again = (
+    text, vision, recomputed = (
         peak_memory(model, 1, 8, 8192, patches, Compute(recomputed_blocks=blocks))
         for patches, blocks in ((0, 0), (18_816, 0), (18_816, 32))
     )
     assert vision - text == pytest.approx(1.05 * 18_816 * 32 * 2 * (8 * 1280 + 3 * 3456), rel=0.01)
-    assert again - text == pytest.approx(1.05 * 18_816 * 2 * (32 * 1280 + 8 * 1280 + 3 * 3456), rel=0.10)
-    assert decide(model, 8, "H200", 8192, 8, 18_816).compute.recomputed_blocks == 0
-    layout = decide(model, 2, "H100", 8192, 8, 18_816)
+    assert recomputed - text == pytest.approx(1.05 * 18_816 * 2 * (32 * 1280 + 8 * 1280 + 3 * 3456), rel=0.10)
+    assert plan(model, 8, "H200", 8192, 8, 18_816).compute.recomputed_blocks == 0
+    layout = plan(model, 2, "H100", 8192, 8, 18_816)
     assert layout.micro_batch == 1
     assert 0 < layout.compute.recomputed_blocks <= 32
-    assert f"{layout.compute.recomputed_blocks} of 32 blocks of the vision tower again in backward" in layout.reason
+    assert f"recompute {layout.compute.recomputed_blocks} of 32 vision blocks" in layout.reason
 
 
-def test_layers_are_computed_again_where_they_do_not_fit() -> None:
+def test_layers_are_recomputed_where_they_do_not_fit() -> None:
     """3B on one H100: weights, gradients and optimizer state are 37 GB, a layer keeps 1.3 GB of 16,384 tokens."""
     model = SIZES["Qwen2.5-3B"]
-    layout = decide(model, 1, "H100", 16_384, 16)
+    layout = plan(model, 1, "H100", 16_384, 16)
     assert layout.micro_batch == 1
     assert 0 < layout.compute.recomputed_layers < 18
     fewer = replace(layout.compute, recomputed_layers=layout.compute.recomputed_layers - 1)
     assert layout.memory is not None
     assert layout.memory <= 85e9 * 0.93 < peak_memory(model, 1, 1, 16_384, 0, fewer)
-    assert f"{layout.compute.recomputed_layers} of 36 layers again in backward" in layout.reason
+    assert f"recompute {layout.compute.recomputed_layers} of 36 layers" in layout.reason
 
 
 def test_a_model_is_split_where_it_must_be() -> None:
-    assert decide(SIZES["Qwen2.5-7B"], 8, "H100", 8192, 64).tensor_parallel == 2
+    assert plan(SIZES["Qwen2.5-7B"], 8, "H100", 8192, 64).tensor_parallel == 2
     with pytest.raises(UserError, match=r"needs 104 GB and has 79 usable; 2 are the fewest that can"):
-        decide(SIZES["Qwen2.5-7B"], 1, "H100", 8192, 64)
+        plan(SIZES["Qwen2.5-7B"], 1, "H100", 8192, 64)
 
 
 def test_static_shape_has_room_for_the_worst_packs_together() -> None:
@@ -168,11 +190,11 @@ def test_static_shape_has_room_for_the_windows_of_any_model(window: int) -> None
 
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=10), st.integers(1, 4))
-def test_few_sizes_leave_the_least_unused(demands: list[int], count: int) -> None:
+def test_shape_buckets_leave_the_least_unused(demands: list[int], count: int) -> None:
     def total(sizes: tuple[int, ...]) -> int:
         return sum(min(size for size in sizes if size >= demand) for demand in demands)
 
-    found, most = few_sizes(np.array(demands), count), max(demands)
+    found, most = shape_buckets(np.array(demands), count), max(demands)
     assert len(found) <= count
     assert list(found) == sorted(set(found))
     others = [size for size in set(demands) if size < most]
@@ -180,11 +202,50 @@ def test_few_sizes_leave_the_least_unused(demands: list[int], count: int) -> Non
     assert total(found) == min(map(total, possible))
 
 
+def test_gpu_is_found_by_cudas_name_for_it() -> None:
+    assert find_gpu("NVIDIA H100 80GB HBM3").name == "H100"
+    with pytest.raises(UserError, match=r"the GPU is a 'Tesla T4', and layouts are known for H100, H200, A100"):
+        find_gpu("Tesla T4")
+
+
+@pytest.mark.parametrize(
+    ("size", "gpu", "gpus", "patches", "layout"),
+    [
+        ("Qwen2.5-0.5B", "H100", 1, 0, (1, 8, 0, 0, "66.6")),
+        ("Qwen2.5-7B", "H100", 8, 0, (2, 2, 0, 0, "68.2")),
+        ("Qwen2.5-72B", "H100", 64, 0, (8, 1, 55, 0, "79.0")),
+        ("Qwen2.5-VL-3B", "H100", 1, 6272, (1, 1, 0, 19, "79.0")),
+        ("Qwen2.5-VL-7B", "H200", 1, 18_816, (1, 1, 6, 32, "139.3")),
+        ("Qwen3-0.6B", "H100", 1, 0, (1, 4, 0, 0, "50.8")),
+        ("Qwen3-8B", "H100", 8, 0, (2, 2, 0, 0, "75.3")),
+        ("Qwen3-32B", "H100", 64, 0, (8, 2, 0, 0, "63.6")),
+    ],
+)
+def test_layouts_stay(size: str, gpu: str, gpus: int, patches: int, layout: tuple[int, int, int, int, str]) -> None:
+    """Of packs of 8192, 16 a GPU and step: tensor-parallel size, micro-batch, recomputed layers and blocks, GB."""
+    chosen = plan(SIZES[size], gpus, gpu, 8192, 16 * gpus, patches)
+    compute, memory = chosen.compute, f"{(chosen.memory or 0) / 1e9:.1f}"
+    recomputed = compute.recomputed_layers, compute.recomputed_blocks
+    assert (chosen.tensor_parallel, chosen.micro_batch, *recomputed, memory) == layout
+
+
+def test_a_qwen3_layer_keeps_query_and_key_once_more() -> None:
+    """0.6B: 16 query heads and 8 key heads of 128 channels, 28 layers."""
+    model = SIZES["Qwen3-0.6B"]
+    plain = replace(model, qk_norm=False)
+    with_norm, without = (peak_memory(m, 1, 1, 8192, 0, Compute()) for m in (model, plain))
+    assert with_norm - without == pytest.approx(1.05 * 8192 * 28 * 2 * (16 + 8) * 128, rel=1e-3)
+
+
 def test_command_line_needs_no_gpu() -> None:
     command = [sys.executable, "-m", "trainer.layout", "Qwen2.5-32B", "--gpus"]
     fits = subprocess.run([*command, "64"], capture_output=True, text=True)
     assert fits.returncode == 0, fits.stderr
     assert "tensor parallel  8" in fits.stdout
+    modules = "import sys, trainer.layout as cli; sys.argv[1:] = ['Qwen3-8B', '--gpus', '8']; cli.main()"
+    modules += "; print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", modules], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
     too_few = subprocess.run([*command, "2"], capture_output=True, text=True)
     assert (too_few.returncode, too_few.stdout) == (2, "")
     assert "8 are the fewest that can" in too_few.stderr

@@ -1,4 +1,4 @@
-"""Qwen2.5 on packs against transformers on each sample alone, in float32 on a CPU."""
+"""Qwen2.5 and Qwen3 on packs against transformers on each sample alone, in float32 on a CPU."""
 
 import json
 from collections.abc import Iterator
@@ -12,10 +12,12 @@ import transformers
 
 from kanyun.errors import UserError
 from tests.support.model_golden import batch_of, examples, gradient_errors, load, transformers_answer
+from tests.support.qwen3_assets import tiny_qwen3_folder
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model, freeze
 from trainer.models.language import LanguageModel
+from trainer.models.registry import family_of
 from trainer.runtime import Runtime
 
 
@@ -25,10 +27,15 @@ def runtime() -> Iterator[Runtime]:
         yield started
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module",
+    params=[(make, tied) for make in (tiny_text_folder, tiny_qwen3_folder) for tied in (True, False)],
+    ids=["Qwen2.5 tied", "Qwen2.5 untied", "Qwen3 tied", "Qwen3 untied"],
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> tuple[Any, Any]:
     """Our model and transformers', with the same weights."""
-    folder = tiny_text_folder(tmp_path_factory.mktemp("text"), tied=request.param)
+    make, tied = request.param
+    folder = make(tmp_path_factory.mktemp("text"), tied=tied)
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = build_model(ModelConfig.from_hf(str(folder)), runtime)
     load(model, reference)
@@ -83,9 +90,9 @@ def test_checkpoint_names_are_those_of_fused_layers(pair: tuple[Any, Any]) -> No
     keys = {tensor.key for tensor in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values()}
     assert "language.decoder.layers.1.self_attention.linear_qkv.layer_norm_weight" in keys
     assert "language.decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in keys
-    assert not any("input_layernorm" in key or "pre_mlp_layernorm" in key for key in keys)
     assert ("language.output_layer.weight" in keys) is not model.model_config.tied
-    assert len(keys) == len(list(model.parameters()))  # and nothing else
+    assert keys == {row.megatron for row in family_of(model.model_config).table(model.model_config)}
+    assert len(keys) == len(list(model.parameters()))
 
 
 def test_weights_load_strictly(pair: tuple[Any, Any]) -> None:
@@ -151,7 +158,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("make", [tiny_text_folder, tiny_vl_folder])
+@pytest.mark.parametrize("make", [tiny_text_folder, tiny_qwen3_folder, tiny_vl_folder])
 def test_config_is_read_in_both_layouts(tmp_path: Path, make: Any, tied: bool) -> None:
     folder = make(tmp_path, tied=tied)
     new = ModelConfig.from_hf(str(folder))
@@ -164,6 +171,9 @@ def test_config_is_read_in_both_layouts(tmp_path: Path, make: Any, tied: bool) -
     assert new.tied == tied == theirs.tie_word_embeddings
     assert new.rope_theta == text.rope_parameters["rope_theta"] == 1e6
     assert (new.num_layers, new.num_heads, new.num_kv_heads) == (2, text.num_attention_heads, text.num_key_value_heads)
+    assert new.model_type == theirs.model_type
+    assert new.head_dim == (32 if make is tiny_qwen3_folder else 16)
+    assert (new.qkv_bias, new.qk_norm) == ((False, True) if make is tiny_qwen3_folder else (True, False))
     assert (new.vocab_size, new.hidden_size, new.intermediate_size) == (text.vocab_size, 64, text.intermediate_size)
     assert (new.norm_eps, new.max_positions) == (text.rms_norm_eps, text.max_position_embeddings)
     if make is tiny_vl_folder:
@@ -179,7 +189,11 @@ def test_config_is_read_in_both_layouts(tmp_path: Path, make: Any, tied: bool) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "is a 'llama' model: give one of qwen2"),
+        (
+            {"model_type": "llama"},
+            r"is a 'llama' model: give one of qwen2 \(Qwen2\.5\), qwen2_5_vl \(Qwen2\.5-VL\) or qwen3 \(Qwen3\)$",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "asks for use_sliding_window"),
         ({"use_sliding_window": True}, "asks for use_sliding_window"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "asks for rope scaling 'yarn'"),
         ({"hidden_act": "gelu"}, "asks for hidden_act 'gelu'"),
@@ -189,6 +203,13 @@ def test_refused_configs(tmp_path: Path, change: dict[str, Any], message: str) -
     file = tiny_text_folder(tmp_path) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=message):
+        ModelConfig.from_hf(str(tmp_path))
+
+
+def test_biases_that_no_released_qwen3_has_are_refused(tmp_path: Path) -> None:
+    file = tiny_qwen3_folder(tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_bias": True}))
+    with pytest.raises(UserError, match="asks for attention_bias"):
         ModelConfig.from_hf(str(tmp_path))
 
 

@@ -12,7 +12,7 @@ from kanyun.errors import UserError
 from tests.support.model_golden import batch_of, gradient_errors, load, transformers_answer
 from tests.support.qwen_assets import tiny_vl_folder
 from tests.support.vision_golden import LENGTH, PACKS, example, kept
-from trainer.data.batch import StaticShape
+from trainer.data.shapes import StaticShape
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.initialize import build_model, freeze
 from trainer.models.qwen2_5.vision_language import Qwen2_5VL

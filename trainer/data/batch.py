@@ -11,10 +11,8 @@ from kanyun.errors import DatasetError
 from kanyun.schema import Pack
 from trainer.data.images import PatchGeometry, write_patches
 from trainer.data.mrope import mrope_positions
-
-# Padding patches form images of this many: large enough to add few segments, small enough that full attention over
-# them costs little (it grows with the square; a 784 x 784 picture has 3,136).
-PADDING_IMAGE = 1024
+from trainer.data.shapes import PADDING_IMAGE, StaticShape
+from trainer.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -66,20 +64,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class StaticShape:
-    """Sizes that every micro-batch is padded to, so that a CUDA graph can be replayed on it.
-
-    Patches are filled up, to the next of a few sizes, with images of their own; cumulative lengths repeat their last
-    entry (segments of length 0).
-    """
-
-    segments: int
-    patches: tuple[int, ...]  # rising; of each there is a graph
-    windows: int
-    images: int
-
-
-@dataclass(frozen=True)
 class BatchFormat:
     """What the tensors of a batch depend on besides the packs."""
 
@@ -89,8 +73,15 @@ class BatchFormat:
     pinned: bool = False  # in page-locked memory, for copies that do not block
 
 
+def batch_format(model: ModelConfig, static: StaticShape | None = None, pinned: bool = False) -> BatchFormat:
+    """Return the format of batches for this model."""
+    vision = model.vision
+    geometry = PatchGeometry(vision.patch_size, vision.merge_size, vision.window_size) if vision else None
+    return BatchFormat(geometry, -1 if model.image_token_id is None else model.image_token_id, static, pinned)
+
+
 def make_batch(packs: Sequence[Pack], form: BatchFormat) -> Batch:
-    """Decode and lay out packs end to end.
+    """Decode images and lay out packs end to end.
 
     A model with a vision tower always gets at least one attention window of patches, so that the tower runs, and its
     gradients are reduced, on every rank in every step. Raises DatasetError naming the pack (and image) at fault.

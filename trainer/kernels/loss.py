@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100  # a label that is not trained
-# The weight's gradient is read and written once a chunk: 0.4 ms for 0.5B's head, where the chunk takes 9 ms.
-CHUNK = 8192  # tokens; 2.5 GB of logits
+from trainer.kernels.constants import CHUNK
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kanyun.storage import Folder
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import Costs
-from trainer.models.names import Row
+from trainer.models.names import EMBEDDING, HEAD, Row
 
 if TYPE_CHECKING:
     from trainer.models.language import LanguageModel
@@ -40,6 +40,13 @@ class Family(ABC):
     def canonical(self, name: str) -> str:
         """Return a Hugging Face tensor's name as `table` spells it. Families with two layouts of keys override it."""
         return name
+
+    def copies(self, config: ModelConfig) -> Mapping[str, str]:
+        """Return tensors that a folder may hold although they repeat another: name -> the one that is repeated.
+
+        Some released models with tied embeddings have the output head in their files all the same.
+        """
+        return {HEAD.hf[0]: EMBEDDING.hf[0]} if config.tied else {}
 
     @abstractmethod
     def build(self, config: ModelConfig, runtime: "Runtime", compute: Compute) -> "LanguageModel":

@@ -18,8 +18,9 @@ from torch.nn.functional import silu
 
 from kanyun.errors import UserError
 from trainer.data.batch import Batch
+from trainer.kernels.constants import IGNORED
 from trainer.kernels.embedding import LookUp
-from trainer.kernels.loss import IGNORED, LinearCrossEntropy
+from trainer.kernels.loss import LinearCrossEntropy
 from trainer.models.config import BFLOAT16, Compute, ModelConfig
 from trainer.runtime import Runtime
 

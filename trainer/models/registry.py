@@ -15,6 +15,7 @@ from trainer.models.family import Family
 _MODELS = {
     "qwen2": ("Qwen2.5", "trainer.models.qwen2_5.family"),
     "qwen2_5_vl": ("Qwen2.5-VL", "trainer.models.qwen2_5.family"),
+    "qwen3": ("Qwen3", "trainer.models.qwen3.family"),
 }
 
 

@@ -1,0 +1,37 @@
+"""The GPUs that layouts are known for."""
+
+from dataclasses import dataclass
+
+from kanyun.errors import UserError
+
+
+@dataclass(frozen=True)
+class GPU:
+    name: str
+    memory: float  # bytes, as CUDA reports it
+    flops: float  # dense bfloat16 peak, FLOP/s, from NVIDIA's data sheets
+    bandwidth: float  # bytes/s, likewise
+    fp8: bool
+
+    @property
+    def usable(self) -> float:
+        """Bytes left when CUDA, NCCL, cuBLAS and the allocator's rounding have taken theirs."""
+        return self.memory * 0.93
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("H100", 85.0e9, 989e12, 3.35e12, fp8=True),
+        GPU("H200", 150.0e9, 989e12, 4.8e12, fp8=True),
+        GPU("A100", 85.0e9, 312e12, 2.04e12, fp8=False),
+    )
+}
+
+
+def find_gpu(device_name: str) -> GPU:
+    """Return the GPU that CUDA calls `device_name`. Raises UserError if layouts are not known for it."""
+    for name, gpu in GPUS.items():
+        if name in device_name:
+            return gpu
+    raise UserError(f"the GPU is a {device_name!r}, and layouts are known for {', '.join(GPUS)}: use one of these")
