@@ -6,6 +6,8 @@ SHELL := /bin/bash
 
 PYTHON := .venv/bin/python
 STAMP := .venv/installed
+# Tests that share a cluster, a Spark session or a module run in one process, the long groups first: tests/conftest.py.
+TWO_PROCESSES := -n 2 --dist loadgroup --no-loadscope-reorder
 # Every script under jobs/ finds the environment through this variable.
 export PYTHON
 
@@ -13,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt jobs/setup.sh
 	@jobs/setup.sh
 	@touch $@
 
-.PHONY: help setup setup-gpu demo test test-gpu lint format clean cluster-up cluster-down cluster-status \
+.PHONY: help setup setup-gpu demo test test-unit test-gpu lint format clean cluster-up cluster-down cluster-status \
   spark-preprocess spark-filter spark-sample spark-build spark-pack train convert-megatron convert-hf
 
 help: ## this list
@@ -31,9 +33,13 @@ demo: $(STAMP) ## raw scans and text -> packs -> training -> Hugging Face -> sco
 #example make demo
 	@jobs/demo.sh
 
-test: $(STAMP) ## all tests that need no GPU
-#example make test
-	@$(PYTHON) -m pytest tests/unit tests/integration $(ARGS)
+test: $(STAMP) ## all tests that need no GPU, in two processes
+#example make test ARGS="-k resumed"
+	@$(PYTHON) -m pytest $(TWO_PROCESSES) tests/unit tests/integration $(ARGS)
+
+test-unit: $(STAMP) ## those that start no Spark, no HDFS and no torchrun: the inner loop
+#example make test-unit
+	@$(PYTHON) -m pytest $(TWO_PROCESSES) tests/unit $(ARGS)
 
 test-gpu: $(STAMP) ## tests that need a CUDA machine
 #example make test-gpu

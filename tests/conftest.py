@@ -29,6 +29,7 @@ def _group(item: pytest.Function) -> str:
     return next((group for group in _GROUPS if group in needs), item.path.stem)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the mark in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     functions = [item for item in items if isinstance(item, pytest.Function)]
     for item in functions:

@@ -26,6 +26,7 @@ from tests.support.faulty_pipeline import small_tasks
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 256
+EXECUTORS = "--conf spark.executor.extraJavaOptions=-XX:TieredStopAtLevel=1"  # as the driver, see conftest.py
 PACKED = f"packed/{dataset_name(LENGTH, 0, 0)}"
 # What a finished run may consist of (.crc: Spark's on a local disk); every blob must be named by a row as well.
 _FILES = re.compile(
@@ -49,7 +50,7 @@ class FaultRun:
     def started(self, *faults: str, conf: str = "", **environment: str) -> Iterator[subprocess.Popen[str]]:
         """The driver, which is killed if the block ends before it."""
         command = [sys.executable, "-m", "tests.support.faulty_pipeline", self._recipe(), str(self.here), *faults]
-        options = {"PYSPARK_SUBMIT_ARGS": f"{conf} pyspark-shell"} if conf else {}
+        options = {"PYSPARK_SUBMIT_ARGS": f"{EXECUTORS} {conf} pyspark-shell"}
         env = {**os.environ, **self.master, **options, **environment}
         with (self.here / "stderr").open("w") as errors:
             driver = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
