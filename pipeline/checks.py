@@ -1,8 +1,10 @@
-"""Why a row is not trained on: the reason codes as a table, and the rules behind those that need no image bytes."""
+"""Why a row is not trained on: one Check a reason code, with its rule, its limit, and its line in README's table."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 MIN_SIDE = 28  # pixels: one merged patch of Qwen2.5-VL
 MAX_ASPECT_RATIO = 200  # Qwen's own smart_resize refuses more
@@ -12,10 +14,10 @@ MAX_ROW = 64 << 20  # characters or bytes of one raw row, without the images in 
 MIN_TEXT = 4  # characters after the last image; a dataset class may state another
 DECODE_SECONDS = 60.0  # of CPU time for an image; the slowest that is sound, JPEG 2000 of MAX_PIXELS, takes about 30
 MAX_EVIDENCE = 500  # characters
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
-Part = dict[str, str | None]  # {"type": "text", "text": ...} or {"type": "image", "text": None}
-Message = dict[str, str | list[Part]]  # {"role": ..., "content": [Part, ...]}
+Part = dict[str, Any]  # {"type": "text", "text": ...} or {"type": "image", "text": None}
+Message = dict[str, Any]  # {"role": ..., "content": [Part, ...] or None}, and "loss", "extra": see schema.MESSAGE
 
 
 class Reason(StrEnum):
@@ -38,73 +40,51 @@ class Reason(StrEnum):
     TOO_LONG = "too_long"
 
 
-@dataclass(frozen=True)
-class Check:
-    """A line of the table below, and of README's."""
-
-    reason: Reason
-    row: str  # what such a row is or has
-    limit: str  # "" = none
-    evidence: str  # what is told of the row
-
-
-# In the order in which a row meets them: it has the first reason that fits.
-CHECKS = (
-    Check(
-        Reason.MALFORMED_ROW,
-        "is no JSON object, lacks a field, has one of a wrong type, or no assistant turn; or its file is damaged",
-        "",
-        "the field or byte, and what is there",
-    ),
-    Check(Reason.ROW_TOO_LARGE, "is longer than a row may be, its images not counted", f"{MAX_ROW >> 20} MiB", "bytes"),
-    Check(Reason.VIDEO, "has a video: only images are trained on so far", "", "the field or message"),
-    Check(Reason.IMAGE_COUNT_MISMATCH, "has more or fewer `<image>` places than images", "", "both numbers"),
-    Check(
-        Reason.TEXT_TOO_SHORT,
-        "has too little text after its last image (without images: at all)",
-        f"{MIN_TEXT} characters, or a dataset class's `min_text`",
-        "the text",
-    ),
-    Check(Reason.IMAGE_PATH_ESCAPES, "names an image outside of the raw folder, or a URL", "", "the path"),
-    Check(Reason.IMAGE_MISSING, "names a file that does not exist", "", "the path"),
-    Check(
-        Reason.IMAGE_TOO_LARGE,
-        "has a decompression bomb (told by its header), or an image file that is too large",
-        f"{MAX_PIXELS:,} pixels, {MAX_IMAGE_BYTES >> 20} MiB",
-        "pixels or bytes",
-    ),
-    Check(Reason.IMAGE_UNREADABLE, "has an image that is truncated, damaged, or none", "", "what Pillow says"),
-    Check(Reason.IMAGE_TOO_SMALL, "has an image with a short side", f"{MIN_SIDE} pixels", "width and height"),
-    Check(
-        Reason.IMAGE_ASPECT_RATIO,
-        "has an image with one side far longer than the other",
-        f"{MAX_ASPECT_RATIO} to 1",
-        "width and height",
-    ),
-    Check(
-        Reason.PROCESSOR_FAILED,
-        "has an image or text that transformers' processor refuses, or an image that crashes or stalls its decoder",
-        f"{DECODE_SECONDS:g} s of CPU time an image",
-        "the error or signal",
-    ),
-    Check(Reason.DUPLICATE, "says and shows the same as an earlier row", "", "the first such row, and how many"),
-    Check(
-        Reason.NEAR_DUPLICATE,
-        "has an image that looks like another one of an earlier row; only where `near_duplicates: drop` asks for it",
-        "64-bit dHash, 16 neighbouring bits aside",
-        "the earlier row",
-    ),
-    Check(Reason.TOO_LONG, "has more tokens than a pack", "`length`", "tokens"),
-)
-
-
 class RowError(Exception):
-    """A row is bad: its reason, and in `evidence` what was seen, with the value and the limit."""
+    """A row is bad: its reason, and in `evidence` the value and the limit, without long base64."""
 
     def __init__(self, reason: Reason, evidence: str):
         super().__init__(reason, evidence)
         self.reason = reason
-        self.evidence = evidence.encode(errors="backslashreplace").decode()[:MAX_EVIDENCE]
+        self.evidence = without_base64(evidence.encode(errors="backslashreplace").decode())[:MAX_EVIDENCE]
+
+
+# A rule returns its evidence against what it is given, or None.
+Rule = Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row as its dataset class understands it, its images not read yet: what the rules of `On.CANDIDATE` are given.
+
+    Either `messages` or `text` is None.
+    """
+
+    messages: Sequence[Message] | None
+    text: str | None
+    images: int
+    image_field: str  # where the dataset class looked for images, as evidence calls it
+    min_text: int  # characters after the last image
+
+
+class On(StrEnum):
+    """What a rule is given."""
+
+    ROW = "row"  # the fields of a raw row
+    CANDIDATE = "candidate"  # a Candidate
+    IMAGE = "image"  # width, height in pixels
+    ELSEWHERE = "elsewhere"  # nothing: whoever meets the fault raises RowError
+
+
+@dataclass(frozen=True)
+class Check:
+    """A reason code, its rule and its limit; also a line of README's table."""
+
+    reason: Reason
+    row: str  # what such a row is or has
+    limit: str = ""  # "" = none
+    on: On = On.ELSEWHERE
+    rule: Rule | None = None
 
 
 def malformed(evidence: str) -> RowError:
@@ -115,61 +95,147 @@ def too_large(size: int) -> RowError:
     return RowError(Reason.ROW_TOO_LARGE, f"the row has {size} bytes, limit {MAX_ROW}")
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raises RowError: no message, a role that is none of ROLES, no assistant turn."""
-    roles = [message["role"] for message in messages]
+def run_checks(on: On, *subject: Any) -> None:
+    """Run the rules for this kind of subject in the order of CHECKS. Raises RowError at the first that fails."""
+    for check in CHECKS:
+        if check.on == on and check.rule is not None and (evidence := check.rule(*subject)) is not None:
+            raise RowError(check.reason, evidence)
+
+
+def _messages(candidate: Candidate) -> str | None:
+    if candidate.messages is None:
+        return None
+    roles = [message["role"] for message in candidate.messages]
     if not roles:
-        raise malformed("the row has no message")
-    for number, role in enumerate(roles):
-        if role not in ROLES:
-            raise malformed(f"message {number} has role {role!r}, known are {', '.join(ROLES)}")
+        return "the row has no message"
+    for number, message in enumerate(candidate.messages):
+        if message["role"] not in ROLES:
+            return f"message {number} has role {message['role']!r}, known are {', '.join(ROLES)}"
     if "assistant" not in roles:
-        raise malformed(f"no message of {len(roles)} has role 'assistant': there is nothing to train on")
+        return f"no message of {len(roles)} has role 'assistant': there is nothing to train on"
+    if not any(map(_is_trained, candidate.messages)):
+        return f"loss or weight of all {roles.count('assistant')} assistant messages is 0: there is nothing to train on"
+    return None
 
 
-def check_no_video(row: Mapping[str, object]) -> None:
-    """Raises RowError if a raw row has a field for videos that is not empty."""
-    for name in ("video", "videos"):
-        if row.get(name):
-            raise RowError(Reason.VIDEO, f"the row has {name}: {row[name]!r:.200}")
+def _video(row: Mapping[str, object]) -> str | None:
+    names = [name for name in ("video", "videos") if row.get(name)]
+    return f"the row has {names[0]}: {row[names[0]]!r:.200}" if names else None
 
 
-def check_image_count(messages: Sequence[Message], images: int) -> None:
-    """Raises RowError if the messages do not have one image part for each image."""
-    places = sum(part["type"] == "image" for part in _parts(messages))
-    if places != images:
-        raise RowError(Reason.IMAGE_COUNT_MISMATCH, f"{places} image markers in the text, {images} images in the row")
+def _image_count(candidate: Candidate) -> str | None:
+    places = sum(part["type"] == "image" for part in _parts(candidate.messages or ()))
+    if places == candidate.images or candidate.messages is None:
+        return None
+    return f"{places} image markers in the messages, {candidate.images} images in {candidate.image_field}"
 
 
-def check_text(text: str, limit: int) -> None:
-    """Raises RowError if `text`, the whole text or all of it after the last image, is too short."""
+def _text(candidate: Candidate) -> str | None:
+    for number, message in enumerate(candidate.messages or ()):
+        if _is_trained(message) and not message.get("extra") and not _all_text([message]).strip():
+            return f"message {number} is an empty answer of the assistant"
+    text = candidate.text or "" if candidate.messages is None else _text_after_images(candidate.messages)
     length = len(text.strip())
-    if length < limit:
-        raise RowError(Reason.TEXT_TOO_SHORT, f"{length} characters after the last image, {limit} are needed: {text!r}")
+    if length < candidate.min_text:
+        return f"{length} characters after the last image, {candidate.min_text} are needed: {text!r}"
+    return None
 
 
-def check_size(width: int, height: int) -> None:
-    """Raises RowError: an image (pixels) too small or too narrow."""
+def _short_side(width: int, height: int) -> str | None:
+    return f"{width} x {height} pixels, a side needs {MIN_SIDE}" if min(width, height) < MIN_SIDE else None
+
+
+def _aspect_ratio(width: int, height: int) -> str | None:
     short, long = sorted((width, height))
-    if short < MIN_SIDE:
-        raise RowError(Reason.IMAGE_TOO_SMALL, f"{width} x {height} pixels, a side needs {MIN_SIDE}")
-    if long > MAX_ASPECT_RATIO * short:
-        raise RowError(
-            Reason.IMAGE_ASPECT_RATIO,
-            f"{width} x {height} pixels: aspect ratio {long / short:.1f}, limit {MAX_ASPECT_RATIO}",
-        )
+    if long <= MAX_ASPECT_RATIO * short:
+        return None
+    return f"{width} x {height} pixels: aspect ratio {long / short:.1f}, limit {MAX_ASPECT_RATIO}"
 
 
-def text_after_images(messages: Sequence[Message]) -> str:
+# In the order in which a row meets them: it has the first reason that fits.
+CHECKS = (
+    Check(
+        Reason.MALFORMED_ROW,
+        "is no JSON object, lacks a field, has one of a wrong type, or no assistant turn to train on; or its file is "
+        "damaged",
+        on=On.CANDIDATE,
+        rule=_messages,
+    ),
+    Check(Reason.ROW_TOO_LARGE, "is longer than a row may be, its images not counted", f"{MAX_ROW >> 20} MiB"),
+    Check(Reason.VIDEO, "has a video: only images are trained on so far", on=On.ROW, rule=_video),
+    Check(
+        Reason.IMAGE_COUNT_MISMATCH,
+        "has more or fewer `<image>` places than images",
+        on=On.CANDIDATE,
+        rule=_image_count,
+    ),
+    Check(
+        Reason.TEXT_TOO_SHORT,
+        "has too little text after its last image (without images: at all), or an empty answer",
+        f"{MIN_TEXT} characters, or a dataset class's `min_text`",
+        on=On.CANDIDATE,
+        rule=_text,
+    ),
+    Check(Reason.IMAGE_PATH_ESCAPES, "names an image outside of the raw folder, or a URL"),
+    Check(Reason.IMAGE_MISSING, "names a file that does not exist"),
+    Check(
+        Reason.IMAGE_TOO_LARGE,
+        "has a decompression bomb (told by its header), or an image file that is too large",
+        f"{MAX_PIXELS:,} pixels, {MAX_IMAGE_BYTES >> 20} MiB",
+    ),
+    Check(Reason.IMAGE_UNREADABLE, "has an image that is truncated, damaged, or none"),
+    Check(
+        Reason.IMAGE_TOO_SMALL,
+        "has an image with a short side",
+        f"{MIN_SIDE} pixels",
+        on=On.IMAGE,
+        rule=_short_side,
+    ),
+    Check(
+        Reason.IMAGE_ASPECT_RATIO,
+        "has an image with one side far longer than the other",
+        f"{MAX_ASPECT_RATIO} to 1",
+        on=On.IMAGE,
+        rule=_aspect_ratio,
+    ),
+    Check(
+        Reason.PROCESSOR_FAILED,
+        "has an image or text that transformers' processor refuses, an image that crashes or stalls its decoder, or "
+        "tools, calls or results that the chat template does not print",
+        f"{DECODE_SECONDS:g} s of CPU time an image",
+    ),
+    Check(Reason.DUPLICATE, "says and shows the same as an earlier row"),
+    Check(
+        Reason.NEAR_DUPLICATE,
+        "has an image that looks like another one of an earlier row; only where `near_duplicates: drop` asks for it",
+        "64-bit dHash, 16 neighbouring bits aside",
+    ),
+    Check(Reason.TOO_LONG, "has more tokens than a pack", "`length`"),
+)
+
+
+_BASE64 = re.compile(r"(?:[A-Za-z0-9+/]|\\/){100,}={0,2}")
+
+
+def without_base64(text: str, kept: int = 24) -> str:
+    """Return `text` with runs of 100 and more base64 characters cut to their first `kept` and their length."""
+    return _BASE64.sub(lambda run: f"{run[0][:kept]}<{len(run[0])} characters>", text)
+
+
+def _is_trained(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("loss") is not False
+
+
+def _text_after_images(messages: Sequence[Message]) -> str:
     """All text after the last image, over all messages; all text if there is no image."""
-    texts: list[str] = []
-    for part in _parts(messages):
-        if part["type"] == "image":
-            texts.clear()
-        else:
-            texts.append(part["text"] or "")
-    return "".join(texts)
+    parts = _parts(messages)
+    images = [number for number, part in enumerate(parts) if part["type"] == "image"]
+    return "".join(part["text"] for part in parts[images[-1] + 1 if images else 0 :])
+
+
+def _all_text(messages: Sequence[Message]) -> str:
+    return "".join(part["text"] for part in _parts(messages) if part["type"] == "text")
 
 
 def _parts(messages: Sequence[Message]) -> list[Part]:
-    return [part for message in messages for part in message["content"] if isinstance(part, dict)]
+    return [part for message in messages for part in message["content"] or ()]

@@ -17,7 +17,14 @@ IMAGE_REF = pa.struct(
 
 # {"type": "text", "text": ...} or {"type": "image", "text": null}; the n-th image part is images[n].
 PART = pa.struct([("type", pa.string()), ("text", pa.string())])
-MESSAGE = pa.struct([("role", pa.string()), ("content", pa.list_(PART))])
+MESSAGE = pa.struct(
+    [
+        ("role", pa.string()),
+        ("content", pa.list_(PART)),  # null where the raw message has null beside its tool calls
+        ("loss", pa.bool_()),  # false = an assistant message that is not trained; else null
+        ("extra", pa.string()),  # JSON object of what else chat templates read (tool_calls ...); null = nothing
+    ]
+)
 
 # Stage -> version of the rows it writes, where it is not 1. Part of a stage's settings: outputs of earlier versions are
 # no finished work and no input. 2: sample_id is unique over the data paths; build's rows keep file and position.
@@ -32,6 +39,7 @@ SAMPLE = pa.schema(
         ("file", pa.string()),  # path relative to the raw folder
         ("position", pa.int64()),  # byte offset of the line (jsonl), row number (parquet) ... in the file
         ("messages", pa.list_(MESSAGE)),  # null for a text document
+        ("tools", pa.string()),  # JSON list for the chat template; null = none
         ("text", pa.string()),  # null for a conversation
         ("images", pa.list_(IMAGE_REF)),
         ("content_hash", pa.binary(16)),  # of messages or text and of the images' bytes: equal rows are duplicates

@@ -16,11 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipeline.checks import MIN_TEXT, Message, Part, Reason, RowError, malformed
+from pipeline.checks import MIN_TEXT, Message, malformed
+from pipeline.datasets.fields import need
+from pipeline.datasets.parts import content, images, place
+from pipeline.datasets.tools import extra_fields, is_trained, tools
 
-MARKER, VIDEO_MARKER = "<image>", "<video>"
+__all__ = ["Dataset", "RawSample", "Row", "field", "images", "message", "need", "tools"]
+
 Row = Mapping[str, Any]
-_NAMES = {dict: "an object", list: "a list", str: "a string", bytes: "bytes", type(None): "null", bool: "a boolean"}
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,22 @@ class RawSample:
     messages: list[Message] | None = None
     text: str | None = None
     images: tuple[str | bytes, ...] = ()  # path relative to the raw file, or the encoded image itself
+    tools: str | None = None  # JSON, see `tools`
+    image_field: str = "the row"  # where the images were looked for, as evidence calls it
+
+    def placed(self) -> "RawSample":
+        """Return the sample with a part for each `<image>` and its images in the order of their places.
+
+        A marker is a place only where the row has images to place; in other rows `<image>` is text.
+        """
+        if self.messages is None:
+            return self
+        messages, ordered = place(self.messages, self.images)
+        return RawSample(messages, None, ordered, self.tools, self.image_field)
 
 
 class Dataset:
-    """One class a kind of raw data. Knows rows, not files: those are read by pipeline/readers.py."""
+    """One class a kind of raw data. It knows rows and not files, which pipeline/readers/ reads."""
 
     name: ClassVar[str]
     min_text: ClassVar[int] = MIN_TEXT  # characters after the last image
@@ -47,64 +62,23 @@ class Dataset:
         raise NotImplementedError
 
 
-def need[T](value: Any, what: str, kind: type[T]) -> T:
-    """`value`, which must be of this type; else RowError says so of `what`."""
-    if not isinstance(value, kind):
-        is_a = "a number" if isinstance(value, int | float) and not isinstance(value, bool) else _NAMES.get(type(value))
-        raise malformed(f"{what} is {is_a or type(value).__name__}, {_NAMES[kind]} is needed: {value!r:.200}")
-    return value
-
-
 def field[T](row: Row, name: str, kind: type[T]) -> T:
-    """The row's field, which must be there and of this type."""
+    """Return the row's field, which must be there and of this type. Raises RowError."""
     if name not in row:
         raise malformed(f"the row has no field {name!r}, it has {', '.join(map(repr, row)) or 'none'}")
     return need(row[name], name, kind)
 
 
-def message(role: Any, content: Any) -> Message:
-    """`content`: a string, in which each `<image>` stands for an image, or a list of parts, taken as it is."""
-    return {"role": need(role, "a message's role", str), "content": _content(content)}
+def message(role: Any, value: Any, fields: Row | None = None) -> Message:
+    """Return a message.
 
-
-def images(value: Any) -> tuple[str | bytes, ...]:
-    """Images as rows have them: null, or a list of paths, of encoded bytes, or of {"bytes": ..., "path": ...}."""
-    return () if value is None else tuple(map(_image, need(value, "images", list)))
-
-
-def _content(content: Any) -> list[Part]:
-    if isinstance(content, str):
-        if VIDEO_MARKER in content:
-            raise RowError(Reason.VIDEO, f"a message has {VIDEO_MARKER}: {content!r:.200}")
-        parts: list[Part] = []
-        for number, text in enumerate(content.split(MARKER)):
-            if number:
-                parts.append({"type": "image", "text": None})
-            if text:
-                parts.append({"type": "text", "text": text})
-        return parts
-    return [_part(part) for part in need(content, "a message's content", list)]
-
-
-def _part(part: Any) -> Part:
-    match need(part, "a part of a message's content", dict):
-        case {"type": "image"}:
-            return {"type": "image", "text": None}
-        case {"type": "text", "text": str(text)}:
-            return {"type": "text", "text": text}
-        case {"type": "video"}:
-            raise RowError(Reason.VIDEO, f"a part of a message's content is {part!r:.200}")
-    raise malformed(
-        f"a part of a message's content is {part!r:.200}, known types are 'text' (with its text) and 'image'"
-    )
-
-
-def _image(value: Any) -> str | bytes:
-    match value:
-        case str() | bytes():
-            return value
-        case {"bytes": bytes(data)}:
-            return data
-        case {"path": str(path)}:
-            return path
-    raise malformed(f"an image is {value!r:.200}, a path or bytes are needed")
+    value: its content, a string, in which each `<image>` stands for an image, or a list of parts, taken as it is.
+    fields: the raw message, for its `loss` or `weight`, `tool_calls` and what else chat templates read.
+    Raises RowError.
+    """
+    fields = fields or {}
+    extra = extra_fields(fields)
+    made: Message = {"role": need(role, "a message's role", str)}
+    made |= {"content": None if value is None and fields.get("tool_calls") else content(value)}
+    made |= {} if is_trained(fields) else {"loss": False}
+    return made | ({"extra": extra} if extra else {})

@@ -1,4 +1,5 @@
-from pipeline.datasets.base import Dataset, RawSample, Row, field, images, message, need
+from pipeline.datasets.base import Dataset, RawSample, Row, field, message, need, tools
+from pipeline.datasets.parts import IMAGE_FIELDS, image_fields
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -13,10 +14,11 @@ class Llava(Dataset):
 
     def sample(self, row: Row) -> RawSample:
         turns = [need(turn, "a conversation turn", dict) for turn in field(row, "conversations", list)]
-        image = row.get("image")
         return RawSample(
-            messages=[message(_role(turn.get("from")), turn.get("value")) for turn in turns],
-            images=images(image if isinstance(image, list | None) else [image]),
+            messages=[message(_role(turn.get("from")), turn.get("value"), turn) for turn in turns],
+            images=image_fields(row),
+            tools=tools(row.get("tools")),
+            image_field="the row's " + " or ".join(IMAGE_FIELDS),
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.checks import MAX_PIXELS, Reason, RowError, check_size
+from pipeline.checks import MAX_PIXELS, On, Reason, RowError, run_checks
 
 REQUEST = struct.Struct("<II")  # bytes of the encoded image that follows; side of the thumbnail, 0 = probe
 REPLY = struct.Struct("<I")  # bytes that follow: a thumbnail, or of JSON the arguments of guard.Decoded or a RowError
@@ -41,7 +41,7 @@ def probe(data: bytes) -> dict[str, Any]:
     with _pillow():
         try:
             image = _open(data)
-            check_size(*image.size)
+            run_checks(On.IMAGE, *image.size)
             image.load()
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise RowError(Reason.IMAGE_TOO_LARGE, str(error)) from error
@@ -60,7 +60,7 @@ def probe(data: bytes) -> dict[str, Any]:
             looks = _looks(image)
         except Exception as error:
             raise RowError(Reason.PROCESSOR_FAILED, f"{type(error).__name__}: {error}") from error
-        check_size(*image.size)  # some formats tell their size late
+        run_checks(On.IMAGE, *image.size)  # some formats tell their size late
         return {"width": image.width, "height": image.height, "looks": looks}
 
 

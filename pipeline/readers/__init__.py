@@ -1,29 +1,59 @@
 """Raw files to rows, by a file's suffix: one small class a format, which knows files and nothing of datasets."""
 
+import posixpath
 from collections.abc import Iterator
 from dataclasses import replace
 
+from kanyun.errors import UserError
 from kanyun.storage import Folder
-from pipeline.checks import MAX_ROW, too_large
+from pipeline.checks import MAX_ROW, malformed, too_large, without_base64
 from pipeline.readers.arrow import ArrowTable
-from pipeline.readers.base import SHOWN, RawRow, Reader, Split
+from pipeline.readers.base import BEGINNING, RawRow, Reader, Split, encodable
+from pipeline.readers.json_file import JsonFile
 from pipeline.readers.lines import CompressedJsonLines, JsonLines
 from pipeline.readers.parquet import Parquet
-from pipeline.readers.tar import WebDataset
+from pipeline.readers.tar import IMAGES, WebDataset
 
-__all__ = ["SUFFIXES", "RawRow", "Split", "plan", "read"]
+__all__ = ["IMAGES", "SUFFIXES", "RawRow", "Split", "encodable", "holds_rows", "plan", "read"]
 
-READERS: tuple[Reader, ...] = (JsonLines(), CompressedJsonLines(), Parquet(), ArrowTable(), WebDataset())
+READERS: tuple[Reader, ...] = (
+    JsonLines(),
+    CompressedJsonLines(),
+    JsonFile(),
+    Parquet(),
+    ArrowTable(),
+    WebDataset(),
+)
 SUFFIXES = tuple(suffix for reader in READERS for suffix in reader.suffixes)
+# What `datasets` writes beside its tables.
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
+def holds_rows(file: str) -> bool:
+    """Return whether a reader knows this file by its name."""
+    name = posixpath.basename(file).lower()
+    return name.endswith(SUFFIXES) and name not in _NO_ROWS
 
 
 def read(root: Folder, split: Split) -> Iterator[RawRow]:
     """The rows of a split. What is wrong with the file is a row as well; errors of the storage are raised."""
-    for row in _reader(split.file).rows(root, split):
-        if len(row.raw) > MAX_ROW:
-            yield replace(row, raw=row.raw[:SHOWN], fields=too_large(len(row.raw)))
-        else:
-            yield row
+    following = split.start
+    try:
+        for row in _reader(split.file).rows(root, split):
+            yield _storable(row)
+            following = row.position + 1
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # readers tell the damage they know; no other may end a job either
+        evidence = f"{split.file} cannot be read from here on: {type(error).__name__}: {error}"
+        yield RawRow(following, "", malformed(evidence))
+
+
+def _storable(row: RawRow) -> RawRow:
+    if len(row.raw) > MAX_ROW:
+        return RawRow(row.position, encodable(row.raw[:BEGINNING]), too_large(len(row.raw)))
+    raw = without_base64(row.raw) if ";base64," in row.raw else row.raw
+    return replace(row, raw=encodable(raw))
 
 
 def plan(files: list[tuple[str, int]], task_bytes: int) -> list[list[Split]]:

@@ -1,4 +1,4 @@
-"""What all formats share: splits, rows, and a file as a stream of ranges."""
+"""What all raw file formats share: splits, rows, and a file as a stream of ranges."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from kanyun.storage import Folder
 from pipeline.checks import RowError, malformed
 
 STEP = 4 << 20  # bytes a read
-SHOWN = 1000  # characters kept of a row that is too long to be kept
+BEGINNING = 1000  # characters kept of a row that is over MAX_ROW
 ROWS = 64  # of a table as Python objects at a time: they may have images in them
 
 
@@ -30,7 +30,7 @@ class Split:
 @dataclass(frozen=True)
 class RawRow:
     position: int  # see each format: together with the file's name it makes the sample_id
-    raw: str  # the row as it came, as text; bytes in it as their number
+    raw: str  # the row as it came, as text; bytes and base64 in it as their number
     fields: dict[str, Any] | RowError
 
 
@@ -45,7 +45,7 @@ class Reader:
 
 
 class Bytes(io.RawIOBase):
-    """A file, read by ranges. Errors of the storage are Folder's, so that none is taken for damage in the file."""
+    """A file, read by ranges. Errors of the storage are UserErrors, so that none is taken for damage in the file."""
 
     def __init__(self, root: Folder, split: Split, position: int = 0):
         self._root, self._name, self._position, self._size = root, split.file, position, split.file_size
@@ -80,34 +80,55 @@ class Bytes(io.RawIOBase):
 
 
 def parse(line: bytes) -> dict[str, Any] | RowError:
-    """A JSON object."""
+    """Return the JSON object in `line`, or what is wrong with it."""
     try:
-        row = json.loads(line.decode())
+        return as_row(json.loads(line.decode()))
     except UnicodeDecodeError as error:
         return malformed(f"invalid UTF-8 at byte {error.start} of the row: {line[error.start : error.start + 8]!r}")
     except (ValueError, RecursionError) as error:
         return malformed(f"no JSON: {error}")
-    return row if isinstance(row, dict) else malformed(f"the row is {row!r:.200}, an object is needed")
 
 
-def shown(fields: dict[str, Any]) -> str:
-    """A row as text."""
-    return json.dumps(fields, ensure_ascii=False, default=_shown)
+def as_row(value: Any) -> dict[str, Any] | RowError:
+    return value if isinstance(value, dict) else malformed(f"the row is {value!r:.200}, an object is needed")
+
+
+def row_text(fields: dict[str, Any]) -> str:
+    """Return a row as text; bytes in it as their number."""
+    return json.dumps(fields, ensure_ascii=False, default=_text_of)
+
+
+class Unreadable:
+    """A table's value that Python cannot hold: text of invalid UTF-8, a time in an unknown time zone. `need` tells it."""
+
+    def __init__(self, error: Exception):
+        self._error = error
+
+    def __repr__(self) -> str:
+        return f"a value that cannot be read: {type(self._error).__name__}: {self._error}"
 
 
 def table_rows(batch: pa.RecordBatch, position: int) -> Iterator[RawRow]:
-    """Rows of a batch, of which the first is at `position`. A value that Python cannot hold (text of invalid UTF-8)
-    costs its row alone."""
+    """Rows of a batch, of which the first is at `position`."""
+    columns = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns)}
+    for number in range(len(batch)):
+        fields = {name: values[number] for name, values in columns.items()}
+        yield RawRow(position + number, row_text(fields), fields)
+
+
+def _values(column: pa.Array) -> list[Any]:
     try:
-        for number, fields in enumerate(batch.to_pylist()):
-            yield RawRow(position + number, shown(fields), fields)
-    except (ValueError, OverflowError) as error:
-        if len(batch) == 1:
-            yield RawRow(position, str(batch), malformed(f"a value cannot be read: {error}"))
-        else:
-            for number in range(len(batch)):
-                yield from table_rows(batch.slice(number, 1), position + number)
+        return list(column.to_pylist())
+    except Exception as error:  # whatever is in a file may not end a job
+        if len(column) == 1:
+            return [Unreadable(error)]
+        return [value for number in range(len(column)) for value in _values(column.slice(number, 1))]
 
 
-def _shown(value: Any) -> str:
+def _text_of(value: Any) -> str:
     return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
+
+
+def encodable(text: str) -> str:
+    """Return `text` as UTF-8 can hold it: half of a surrogate pair, or a byte of a file's name, as an escape."""
+    return text.encode(errors="backslashreplace").decode()

@@ -43,5 +43,8 @@ class Parquet(Reader):
 
 
 def _start(group: pq.RowGroupMetaData) -> int:
+    """Return where a row group starts, in bytes of the file."""
+    if not group.num_columns:
+        return 0
     column = group.column(0)
     return min(offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset is not None)

@@ -66,7 +66,7 @@ def build(batches: Iterator[pa.RecordBatch], settings: Settings, length: int, sp
     """Batches of SAMPLED rows to batches of OUTCOME rows, one for one; more where a document is split."""
     encoder = _encoder(settings)
     for batch in batches:
-        encoded = encoder.encode(batch.select(["messages", "text", "images"]).to_pylist())
+        encoded = encoder.encode(batch.select(["messages", "tools", "text", "images"]).to_pylist())
         is_document = batch.column("messages").is_null().to_pylist()
         outcomes = [fit(one, length, split and document) for one, document in zip(encoded, is_document)]
         yield _outcome_batch(batch, outcomes)

@@ -1,11 +1,11 @@
 """preprocess RAW OUT --dataset NAME: raw rows to samples, each checked, its images copied to blobs."""
 
 import json
-import posixpath
+import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -16,26 +16,18 @@ from pyspark.sql import Row as SparkRow
 from kanyun.errors import UserError
 from kanyun.manifest import canonical
 from kanyun.storage import Folder
-from kanyun.storage.retries import call_with_retry
-from pipeline.checks import (
-    RowError,
-    check_image_count,
-    check_messages,
-    check_no_video,
-    check_text,
-    malformed,
-    text_after_images,
-)
+from pipeline.checks import Candidate, On, RowError, malformed, run_checks
 from pipeline.datasets import dataset
 from pipeline.datasets.base import RawSample, Row
+from pipeline.datasets.parts import MARKER
 from pipeline.images.blobs import ImageCopier
-from pipeline.readers import SUFFIXES, RawRow, Split, plan, read
+from pipeline.raw_folder import RawFolder
+from pipeline.readers import RawRow, Split, encodable, plan, read
 from pipeline.reports.report import Report, RowCounts
 from pipeline.schema import SAMPLE
 from pipeline.spark import BATCH_ROWS, arrow_schema, map_rows
 from pipeline.stages.base import Attempt, Stage
 
-HIDDEN = (".", "_", "cache-")  # how files and folders start that are no data; the last is what datasets.map leaves
 BATCH_BYTES = 8 << 20  # of raw rows in an Arrow batch, unless a single row is longer
 # What a dataset class may raise, besides RowError, for a row that is not what it expects.
 WRONG_FIELDS = (KeyError, IndexError, TypeError, ValueError, AttributeError)
@@ -74,44 +66,30 @@ class PreprocessStage(Stage):
         """
         if Folder(self.source).contains(Folder(self.output)):
             raise UserError(f"the output {self.output} is in the raw folder {self.source}: choose another output")
-        return self._files[1]
+        return self._raw.listing.digest
 
     @cached_property
-    def _root(self) -> Folder:
-        folder = Folder(self.source)
-        if not folder.exists():
-            raise UserError(f"the raw folder {self.source} does not exist: give a folder of {_known_suffixes()} files")
-        return folder if folder.is_folder() else folder.parent
-
-    @cached_property
-    def _files(self) -> tuple[list[tuple[str, int]], str]:
-        """((path below RAW, bytes) of every file of rows, digest of all files); those of HIDDEN are left out."""
-        source = Folder(self.source)
-        folders, files, total, count = [""], [], 0, 0
-        only = "" if source.is_folder() else source.name
-        while folders:
-            listing = call_with_retry(partial(_list, self._root, folders.pop(), only))
-            folders += listing.folders
-            files += listing.files
-            total, count = total + listing.digest, count + listing.count
-        if not any(size for _, size in files):
-            what = f"{len(files)} files, all empty" if files else f"none among {count} files"
-            raise UserError(f"{self.source} has no rows: it needs {_known_suffixes()} files and has {what}")
-        return sorted(files), f"{total % 2**128:032x}"
+    def _raw(self) -> RawFolder:
+        return RawFolder(self.source)
 
     def read(self, spark: SparkSession, attempt: Attempt) -> DataFrame:
         """One row and one partition a task."""
-        files, _ = self._files
+        files = self._raw.listing.files
+        if left_out := self._raw.listing.left_out():
+            print(f"preprocess: left out of {self.source}: {'; '.join(f'{k}: {v}' for k, v in left_out.items())}")
         least, most = self.task_bytes
         enough = sum(size for _, size in files) // (4 * spark.sparkContext.defaultParallelism)
         tasks = plan(files, min(max(enough, least), most))
         rows = spark.sparkContext.parallelize(
-            [([tuple(asdict(split).values()) for split in task],) for task in tasks], len(tasks)
+            [([(os.fsencode(s.file), s.start, s.end, s.file_size) for s in task],) for task in tasks], len(tasks)
         )
-        return rows.toDF("splits array<struct<file: string, start: bigint, end: bigint, file_size: bigint>>")
+        # A file's name on a local disk is bytes, which need not be UTF-8.
+        return rows.toDF("splits array<struct<file: binary, start: bigint, end: bigint, file_size: bigint>>")
 
     def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
-        worker = Worker(self.dataset, self._root.uri, (attempt.folder / "blobs").uri, (attempt.target / "blobs").uri)
+        worker = Worker(
+            self.dataset, self._raw.folder.uri, (attempt.folder / "blobs").uri, (attempt.target / "blobs").uri
+        )
         return map_rows(rows, worker, SAMPLE)
 
     def write(self, rows: DataFrame, attempt: Attempt) -> RowCounts:
@@ -125,9 +103,16 @@ class PreprocessStage(Stage):
             raise UserError(f"{self.source} has no rows: its files hold blank lines or empty tables only")
         return counts
 
+    def seen(self, attempt: Attempt) -> dict[str, Any]:
+        data = self._written(attempt.folder / "data")
+        marked = data.where(f"reason is null and size(images) = 0 and raw like '%{MARKER}%'").count()
+        facts: dict[str, Any] = {f"rows without images whose {MARKER} is text": marked}
+        facts |= {f"left out: {kind}": what for kind, what in self._raw.listing.left_out().items()}
+        return super().seen(attempt) | {"facts": facts}
+
     def images_of(self, rejected: SparkRow) -> Iterator[bytes]:
         """From the raw folder: no blob has them."""
-        copier = ImageCopier(self._root, self._root, "")  # to read, not to copy
+        copier = ImageCopier(self._raw.folder, self._raw.folder, "")  # to read, not to copy
         try:
             images = dataset(self.dataset).sample(json.loads(rejected["raw"])).images
         except (RowError, *WRONG_FIELDS):
@@ -135,34 +120,6 @@ class PreprocessStage(Stage):
         for image in images:
             with suppress(RowError, OSError, UserError):
                 yield copier.read(image, rejected["file"])
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """What a folder has; names are below RAW."""
-
-    folders: list[str]
-    files: list[tuple[str, int]]  # of rows
-    digest: int  # the sum of those of its files
-    count: int  # of its files
-
-
-def _list(root: Folder, folder: str, only: str) -> _Listing:
-    """`only`: the one file to look at, if it is not empty."""
-    folders, files, digest, count = [], [], 0, 0
-    for entry in (root / folder if folder else root).entries():
-        if entry.name.startswith(HIDDEN) or (only and entry.name != only):
-            continue
-        name = posixpath.join(folder, entry.name)
-        if entry.is_folder:
-            folders.append(name)
-            continue
-        known_by = f"{name}\0{entry.size}\0{entry.modified}"
-        digest += xxhash.xxh3_128_intdigest(known_by.encode(errors="surrogateescape"))  # a name may be any bytes
-        count += 1
-        if name.lower().endswith(SUFFIXES):
-            files.append((name, entry.size))
-    return _Listing(folders, files, digest, count)
 
 
 @dataclass(frozen=True)
@@ -182,9 +139,10 @@ class Worker:
             size = 0
             for batch in batches:
                 for task in batch.to_pylist():
-                    for split in task["splits"]:
-                        for raw in read(root, Split(**split)):
-                            rows.append(to_row(split["file"], raw))
+                    for fields in task["splits"]:
+                        split = Split(**fields | {"file": os.fsdecode(fields["file"])})
+                        for raw in read(root, split):
+                            rows.append(to_row(split.file, raw))
                             size += len(raw.raw)
                             if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
                                 yield pa.RecordBatch.from_pylist(rows, schema)
@@ -200,11 +158,11 @@ class SampleMaker:
         self._copier = copier
 
     def __call__(self, file: str, raw: RawRow) -> dict[str, Any]:
-        name = self._dataset.name
+        name, shown = self._dataset.name, encodable(file)
         row: dict[str, Any] = {
-            "sample_id": xxhash.xxh3_64_intdigest(f"{name}\0{file}\0{raw.position}".encode()) >> 1,
+            "sample_id": xxhash.xxh3_64_intdigest(f"{name}\0{shown}\0{raw.position}".encode()) >> 1,
             "dataset": name,
-            "file": file,
+            "file": shown,
             "position": raw.position,
             "raw": raw.raw,
         }
@@ -220,23 +178,21 @@ class SampleMaker:
             hashed.update(image.digest)
         return row | {
             "messages": sample.messages,
+            "tools": sample.tools,
             "text": sample.text,
             "images": [image.ref() for image in images],
             "content_hash": hashed.digest(),
         }
 
     def _sample(self, fields: Row) -> RawSample:
-        check_no_video(fields)
+        run_checks(On.ROW, fields)
         try:
-            sample = self._dataset.sample(fields)
+            sample = self._dataset.sample(fields).placed()
         except WRONG_FIELDS as error:
             raise malformed(f"{type(error).__name__}: {error}") from error
-        if sample.messages is None:
-            check_text(sample.text or "", self._dataset.min_text)
-        else:
-            check_messages(sample.messages)
-            check_image_count(sample.messages, len(sample.images))
-            check_text(text_after_images(sample.messages), self._dataset.min_text)
+        images = len(sample.images)
+        candidate = Candidate(sample.messages, sample.text, images, sample.image_field, self._dataset.min_text)
+        run_checks(On.CANDIDATE, candidate)
         return sample
 
 
@@ -246,10 +202,7 @@ def _hash(sample: RawSample) -> Any:
         for image in sample.images:
             if isinstance(image, str):
                 image.encode()
-        return xxhash.xxh3_128(canonical([sample.messages, sample.text]))
+        tools = [] if sample.tools is None else [sample.tools]
+        return xxhash.xxh3_128(canonical([sample.messages, sample.text, *tools]))
     except UnicodeEncodeError as error:
         raise malformed(f"half of a surrogate pair: {error}") from error
-
-
-def _known_suffixes() -> str:
-    return " or ".join(SUFFIXES)

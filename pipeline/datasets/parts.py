@@ -1,0 +1,110 @@
+"""A message's content and its images, in all the spellings that people use."""
+
+import base64
+import binascii
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from pipeline.checks import Message, Part, Reason, RowError, malformed
+from pipeline.datasets.fields import need
+
+MARKER = "<image>"
+IMAGE_FIELDS = ("images", "image")  # of a row, in this order
+_TEXT, _IMAGE, _VIDEO = ("text", "input_text"), ("image", "image_url", "input_image"), ("video", "video_url")
+
+Image = str | bytes  # a path relative to the raw file, or the encoded image
+
+
+def images(value: Any) -> tuple[Image, ...]:
+    """Return a row's images: null, or a list of paths, data URIs, encoded bytes, or {"bytes": ..., "path": ...}."""
+    return () if value is None else tuple(map(_image, need(value, "images", list)))
+
+
+def image_fields(row: Mapping[str, Any]) -> tuple[Image, ...]:
+    """Return the images in the first of IMAGE_FIELDS that the row has: a list of them, or one alone."""
+    value = next((row[name] for name in IMAGE_FIELDS if row.get(name) is not None), None)
+    return images(value if isinstance(value, list | None) else [value])
+
+
+def content(value: Any) -> str | list[Part]:
+    """Return a string as it is, and a list as parts; an image part may carry its own image in "image"."""
+    return value if isinstance(value, str) else [_part(part) for part in need(value, "a message's content", list)]
+
+
+def place(messages: Sequence[Message], listed: Sequence[Image]) -> tuple[list[Message], tuple[Image, ...]]:
+    """Return messages made of parts alone, and all images in the order of their places.
+
+    Places without an image take one of `listed` each, as long as there are any; what is left comes last.
+    """
+    waiting = deque(listed)
+    ordered: list[Image] = []
+    placed = []
+    for message in messages:
+        parts = message["content"]
+        if isinstance(parts, str):
+            parts = _split(parts) if listed else [_text(parts)] if parts else []
+        for part in parts or ():
+            if part["type"] == "image" and (own := part.get("image")) is not None:
+                ordered.append(own)
+            elif part["type"] == "image" and waiting:
+                ordered.append(waiting.popleft())
+        bare = None if parts is None else [{"type": part["type"], "text": part["text"]} for part in parts]
+        placed.append(message | {"content": bare})
+    return placed, (*ordered, *waiting)
+
+
+def _split(text: str) -> list[Part]:
+    parts: list[Part] = []
+    for number, piece in enumerate(text.split(MARKER)):
+        if number:
+            parts.append({"type": "image", "text": None})
+        if piece:
+            parts.append(_text(piece))
+    return parts
+
+
+def _text(text: str) -> Part:
+    return {"type": "text", "text": text}
+
+
+def _part(part: Any) -> Part:
+    """Tables fill the fields that a part does not have with null."""
+    fields = {
+        name: value for name, value in need(part, "a part of a message's content", dict).items() if value is not None
+    }
+    kind = fields.get("type") or next((name for name in ("text", "image", "video") if name in fields), None)
+    if kind in _VIDEO:
+        raise RowError(Reason.VIDEO, f"a part of a message's content is {part!r:.200}")
+    if kind in _TEXT and isinstance(fields.get("text"), str):
+        return _text(fields["text"])
+    if kind in _IMAGE:
+        named = [fields[name] for name in ("image", "image_url", "url", "path", "bytes") if name in fields]
+        return {"type": "image", "text": None, "image": _image(named[0])} if named else {"type": "image", "text": None}
+    raise malformed(
+        f"a part of a message's content is {part!r:.200}, known types are 'text' (with its text), 'image' and 'image_url'"
+    )
+
+
+def _image(value: Any) -> Image:
+    match value:
+        case str() if value[:5].lower() == "data:":
+            return _data_uri(value)
+        case str() | bytes():
+            return value
+        case {"bytes": bytes(data)}:
+            return data
+        case {"path": str(named)} | {"url": str(named)}:
+            return _image(named)
+    raise malformed(f"an image is {value!r:.200}, a path or bytes are needed")
+
+
+def _data_uri(uri: str) -> bytes:
+    """The bytes in data:[TYPE][;base64],DATA (RFC 2397)."""
+    header, _, data = uri.partition(",")
+    try:
+        quoted = unquote_to_bytes(data)
+        return base64.b64decode(quoted) if header.lower().endswith(";base64") else quoted
+    except (binascii.Error, UnicodeEncodeError) as error:
+        raise RowError(Reason.IMAGE_UNREADABLE, f"{uri[:60]!r}... is no data URI: {error}") from error

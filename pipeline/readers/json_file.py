@@ -1,0 +1,134 @@
+"""`.json` files: an array of rows, a row a line (C4, dolma), or one row alone; plain or compressed."""
+
+import io
+import json
+from collections.abc import Iterator
+from typing import IO
+
+from kanyun.storage import Folder
+from pipeline.checks import MAX_ROW, malformed, too_large
+from pipeline.readers.base import BEGINNING, STEP, RawRow, Reader, Split, as_row, parse
+from pipeline.readers.compressed import COMPRESSED, open_raw
+from pipeline.readers.lines import BOM, damage, line_rows
+
+_SPACE = " \t\r\n"
+_SNIFFED = 20  # lines
+
+
+class JsonFile(Reader):
+    """A row of an array is at its number in it, a line at its byte offset. The file is streamed, and read by one task."""
+
+    suffixes = (".json", *(f".json{compressed}" for compressed in COMPRESSED))
+    splittable = False
+
+    def rows(self, root: Folder, split: Split) -> Iterator[RawRow]:
+        stream, decompressed = open_raw(root, split)
+        if stream.peek(1).removeprefix(BOM).lstrip().startswith(b"["):
+            yield from _array_rows(stream)
+        else:
+            first = list(_first_lines(stream))
+            whole = io.BufferedReader(_Chained(b"".join(first), stream), STEP)
+            lines = any(isinstance(parse(line.strip().removeprefix(BOM)), dict) for line in first)
+            yield from line_rows(whole, 0, None) if lines else _single_row(whole)
+        yield from damage(decompressed)
+
+
+def _first_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Enough lines to tell a file of lines, of which some may be damaged, from an object over several lines."""
+    size = 0
+    for _ in range(_SNIFFED):
+        if size > MAX_ROW or not (line := stream.readline(MAX_ROW + 1)):
+            return
+        size += len(line)
+        yield line
+
+
+class _Chained(io.RawIOBase):
+    """`first`, and then what `rest` has."""
+
+    def __init__(self, first: bytes, rest: IO[bytes]):
+        self._first, self._rest = io.BytesIO(first), rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._first.read(len(buffer)) or self._rest.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _single_row(stream: IO[bytes]) -> Iterator[RawRow]:
+    data = stream.read(MAX_ROW + 1).removeprefix(BOM).strip()
+    text = data.decode(errors="backslashreplace")
+    if len(data) > MAX_ROW:
+        yield RawRow(0, text[:BEGINNING], too_large(len(data)))
+    elif data:
+        yield RawRow(0, text, parse(data))
+
+
+def _array_rows(stream: IO[bytes]) -> Iterator[RawRow]:
+    """Rows of an array, of which no more than a read and a row are in memory. Damage costs what is behind it."""
+    text = _Text(stream)
+    number = 0
+    text.skip(_SPACE + "\ufeff")
+    text.skip("[", once=True)
+    while (following := text.skip(_SPACE)) != "]":
+        if number and following == ",":
+            text.skip(",", once=True)
+            text.skip(_SPACE)
+        elif number or not following:
+            yield RawRow(number, text.beginning(), malformed(f"the array is not closed after {number} rows"))
+            return
+        try:
+            raw, value = text.value()
+        except (ValueError, RecursionError) as error:
+            yield RawRow(number, text.beginning(), malformed(f"no JSON from row {number} of the array on: {error}"))
+            return
+        yield RawRow(number, raw, as_row(value))
+        number += 1
+
+
+class _Text:
+    """A stream of JSON as text, read a piece at a time. Bytes that are no UTF-8 become halves of surrogate pairs."""
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="")
+        self._buffer, self._at = "", 0
+        self._decode = json.JSONDecoder().raw_decode
+
+    def skip(self, characters: str, once: bool = False) -> str:
+        """Skip these characters. Return the next one, "" at the end."""
+        while self._at < len(self._buffer) or self._read_on():
+            if self._buffer[self._at] not in characters:
+                return self._buffer[self._at]
+            self._at += 1
+            if once:
+                break
+        return ""
+
+    def value(self) -> tuple[str, object]:
+        """Return the next value, as text and as Python's. Raises ValueError, RecursionError."""
+        while True:
+            error: ValueError | None = None
+            try:
+                value, end = self._decode(self._buffer, self._at)
+            except ValueError as caught:
+                error, end = caught, len(self._buffer)
+            # A value that ends with the buffer may be the beginning of a longer one.
+            if end == len(self._buffer) and len(self._buffer) - self._at <= MAX_ROW and self._read_on():
+                continue
+            if error:
+                raise error
+            start, self._at = self._at, end
+            return self._buffer[start:end], value
+
+    def beginning(self) -> str:
+        return self._buffer[self._at : self._at + BEGINNING]
+
+    def _read_on(self) -> bool:
+        """Read at least as much as is there, so that a long value is not parsed for each piece of it."""
+        rest = self._buffer[self._at :]
+        more = self._stream.read(max(STEP, len(rest)))
+        self._buffer, self._at = rest + more, 0
+        return bool(more)
