@@ -108,7 +108,7 @@ class Encoder:
             grids = [grid_thw(image["width"], image["height"], self._processor) for image in images]
         except ValueError as error:
             return Rejected(Reason.PROCESSOR_FAILED, f"image size: {error}")
-        mask &= ~np.isin(ids, list(self._vision.values()))
+        mask &= ~np.isin(ids, [number for number in self._vision.values() if number is not None])
         repeats = np.ones(len(ids), np.int64)
         repeats[ids == self._vision[IMAGE_TOKENS[0]]] = [image_tokens(g, self._processor["merge_size"]) for g in grids]
         return Encoded(np.repeat(ids, repeats), np.repeat(mask, repeats), grids)

@@ -70,21 +70,18 @@ def _text(text: str) -> Part:
 
 
 def _part(part: Any) -> Part:
-    """Tables fill the fields that a part does not have with null."""
-    fields = {
-        name: value for name, value in need(part, "a part of a message's content", dict).items() if value is not None
-    }
+    what = "a part of a message's content"
+    # Tables fill the fields that a part does not have with null.
+    fields = {name: value for name, value in need(part, what, dict).items() if value is not None}
     kind = fields.get("type") or next((name for name in ("text", "image", "video") if name in fields), None)
     if kind in _VIDEO:
-        raise RowError(Reason.VIDEO, f"a part of a message's content is {part!r:.200}")
+        raise RowError(Reason.VIDEO, f"{what} is {part!r:.200}")
     if kind in _TEXT and isinstance(fields.get("text"), str):
         return _text(fields["text"])
     if kind in _IMAGE:
         named = [fields[name] for name in ("image", "image_url", "url", "path", "bytes") if name in fields]
         return {"type": "image", "text": None, "image": _image(named[0])} if named else {"type": "image", "text": None}
-    raise malformed(
-        f"a part of a message's content is {part!r:.200}, known types are 'text' (with its text), 'image' and 'image_url'"
-    )
+    raise malformed(f"{what} is {part!r:.200}, known types are 'text' (with its text), 'image' and 'image_url'")
 
 
 def _image(value: Any) -> Image:

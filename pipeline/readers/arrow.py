@@ -26,9 +26,7 @@ class ArrowTable(Reader):
                     yield from table_rows(part, position)
                     position += len(part)
         except (pa.ArrowException, OSError) as error:
-            yield RawRow(
-                position, "", malformed(f"{split.file} is no Arrow file or stream from row {position} on: {error}")
-            )
+            yield RawRow(position, "", malformed(f"{split.file} is no Arrow data from row {position} on: {error}"))
 
 
 def _batches(data: Bytes) -> Iterator[pa.RecordBatch]:

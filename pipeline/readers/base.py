@@ -99,7 +99,7 @@ def row_text(fields: dict[str, Any]) -> str:
 
 
 class Unreadable:
-    """A table's value that Python cannot hold: text of invalid UTF-8, a time in an unknown time zone. `need` tells it."""
+    """A table's value that Python cannot hold: text of invalid UTF-8, a time in an unknown time zone."""
 
     def __init__(self, error: Exception):
         self._error = error

@@ -42,6 +42,8 @@ def open_raw(root: Folder, split: Split) -> tuple[io.BufferedReader, Decompresse
     codec = next((codec for suffix, codec in _CODECS.items() if split.file.lower().endswith(suffix)), None)
     if codec is None:
         return io.BufferedReader(file, STEP), None
-    source = lzma.LZMAFile(io.BufferedReader(file, STEP)) if codec == "xz" else pa.CompressedInputStream(file, codec)
-    raw = Decompressed(source)
+    if codec == "xz":
+        raw = Decompressed(lzma.LZMAFile(io.BufferedReader(file, STEP)))  # noqa: SIM115
+    else:
+        raw = Decompressed(pa.CompressedInputStream(file, codec))
     return io.BufferedReader(raw, STEP), raw

@@ -16,7 +16,7 @@ _SNIFFED = 20  # lines
 
 
 class JsonFile(Reader):
-    """A row of an array is at its number in it, a line at its byte offset. The file is streamed, and read by one task."""
+    """A row of an array is at its number in it, a line at its byte offset. One task streams the file."""
 
     suffixes = (".json", *(f".json{compressed}" for compressed in COMPRESSED))
     splittable = False

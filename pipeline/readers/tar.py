@@ -42,7 +42,7 @@ class WebDataset(Reader):
         mode = next(mode for suffix, mode in _MODES.items() if split.file.lower().endswith(suffix))
 
         def open_tar() -> tarfile.TarFile:
-            return tarfile.open(fileobj=io.BufferedReader(Bytes(root, split), STEP), mode=mode)  # type: ignore[call-overload,no-any-return]
+            return tarfile.open(fileobj=io.BufferedReader(Bytes(root, split), STEP), mode=mode)  # type: ignore[call-overload]
 
         after = 0  # the last row
         try:
@@ -98,7 +98,7 @@ class _Links:
 
 
 def _target(info: tarfile.TarInfo) -> str:
-    """Return the name of the member that a link leads to. A hard link has it in full, a symbolic one from its folder."""
+    """Return the name of the member that a link leads to: a hard link has it in full, others from their folder."""
     folder = posixpath.dirname(info.name) if info.issym() else ""
     return posixpath.normpath(posixpath.join(folder, info.linkname))
 
