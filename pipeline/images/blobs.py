@@ -5,6 +5,7 @@ import posixpath
 import uuid
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import IO, Any
 
 import xxhash
@@ -83,11 +84,18 @@ class ImageCopier:
             raise RowError(Reason.IMAGE_PATH_ESCAPES, f"{image!r} is not in the raw folder {root}")
         if self._root.is_local and "\0" not in path:
             real = os.path.realpath(path)
-            if not real.startswith(f"{self._real_root}/"):
+            file_folder = os.path.realpath(posixpath.join(root, posixpath.dirname(file)))  # through a linked folder
+            if not real.startswith((f"{self._real_root}/", f"{file_folder}/", *self._hub_blobs)):
                 raise RowError(
                     Reason.IMAGE_PATH_ESCAPES, f"{image!r} is a link to {real}, out of the raw folder {root}"
                 )
         return path
+
+    @cached_property
+    def _hub_blobs(self) -> tuple[str, ...]:
+        """The folder that a snapshot in Hugging Face's cache has links into: REPO/snapshots/X/a.jpg -> REPO/blobs/."""
+        repository, snapshots, _ = f"{self._real_root}/".rpartition("/snapshots/")
+        return (f"{repository}/blobs/",) if snapshots else ()
 
     def _read(self, path: str, image: str) -> bytes:
         """Other errors of storage than these are not the row's fault: they fail the task, which Spark tries again."""
