@@ -135,6 +135,7 @@ def _text(candidate: Candidate) -> str | None:
         if _is_trained(message) and not message.get("extra") and not _all_text([message]).strip():
             return f"message {number} is an empty answer of the assistant"
     text = candidate.text or "" if candidate.messages is None else _text_after_images(candidate.messages)
+    text += "".join(message.get("extra", "") for message in candidate.messages or () if _is_trained(message))  # calls
     length = len(text.strip())
     if length < candidate.min_text:
         return f"{length} characters after the last image, {candidate.min_text} are needed: {text!r}"

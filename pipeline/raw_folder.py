@@ -50,21 +50,20 @@ class Listing:
         if holds_rows(name):
             self.files.append((name, entry.size))
         elif not name.lower().endswith(_IMAGES):
-            self.leave_out(name, entry.size)
+            suffix = _SUFFIX.search(name.lower())
+            self.leave_out(suffix[0] if suffix else "no suffix", 1, entry.size)
 
-    def leave_out(self, name: str, size: int) -> None:
-        suffix = _SUFFIX.search(name.lower())
-        kind = LINK if name == LINK else suffix[0] if suffix else "no suffix"
+    def leave_out(self, kind: str, files: int, size: int) -> None:
         kind = kind if kind in self.others or len(self.others) < _KINDS else "other suffixes"
-        self.others[kind] += 1
+        self.others[kind] += files
         self.other_bytes[kind] += size
 
     def merge(self, other: "Listing") -> None:
         self.files += other.files
         self.total += other.total
         self.count += other.count
-        self.others += other.others
-        self.other_bytes += other.other_bytes
+        for kind, files in other.others.items():
+            self.leave_out(kind, files, other.other_bytes[kind])
 
 
 class RawFolder:
@@ -94,7 +93,7 @@ class RawFolder:
             for link in listing.links:
                 real = os.path.realpath(posixpath.join(self.folder.path, link))
                 if any(f"{real}/".startswith(f"{one}/") or f"{one}/".startswith(f"{real}/") for one in followed):
-                    whole.leave_out(LINK, 0)
+                    whole.leave_out(LINK, 1, 0)
                 else:
                     followed.append(real)
                     folders.append(link)

@@ -23,7 +23,7 @@ def extra_fields(message: Mapping[str, Any]) -> str | None:
     """Return the raw message's fields that chat templates read, as JSON; None if it has none. Raises RowError."""
     extra = {name: message[name] for name in _EXTRA if message.get(name) is not None}
     calls = _parsed(extra.pop("tool_calls", None))
-    for call in need(calls or [], "a message's tool_calls", list):
+    for call in need([] if calls is None else calls, "a message's tool_calls", list):
         function = need(call, "a tool call", dict).get("function", call)
         need(need(function, "a tool call's function", dict).get("name"), "a tool call's function name", str)
     return _dump(extra | ({"tool_calls": calls} if calls else {}))
@@ -35,7 +35,7 @@ def tools(value: Any) -> str | None:
     value: null, a list of objects, or the JSON text of one, as tables have it.
     """
     offered = _parsed(value)
-    for tool in need(offered or [], "tools", list):
+    for tool in need([] if offered is None else offered, "tools", list):
         need(tool, "a tool", dict)
     return _dump(offered)
 

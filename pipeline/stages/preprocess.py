@@ -1,7 +1,6 @@
 """preprocess RAW OUT --dataset NAME: raw rows to samples, each checked, its images copied to blobs."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -80,10 +79,7 @@ class PreprocessStage(Stage):
         least, most = self.task_bytes
         enough = sum(size for _, size in files) // (4 * spark.sparkContext.defaultParallelism)
         tasks = plan(files, min(max(enough, least), most))
-        rows = spark.sparkContext.parallelize(
-            [([(os.fsencode(s.file), s.start, s.end, s.file_size) for s in task],) for task in tasks], len(tasks)
-        )
-        # A file's name on a local disk is bytes, which need not be UTF-8.
+        rows = spark.sparkContext.parallelize([([_as_row(split) for split in task],) for task in tasks], len(tasks))
         return rows.toDF("splits array<struct<file: binary, start: bigint, end: bigint, file_size: bigint>>")
 
     def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
@@ -122,6 +118,15 @@ class PreprocessStage(Stage):
                 yield copier.read(image, rejected["file"])
 
 
+def _as_row(split: Split) -> tuple[bytes, int, int, int]:
+    """A file's name on a local disk is bytes, which need not be UTF-8."""
+    return split.file.encode(errors="surrogateescape"), split.start, split.end, split.file_size
+
+
+def _as_split(row: dict[str, Any]) -> Split:
+    return Split(row["file"].decode(errors="surrogateescape"), row["start"], row["end"], row["file_size"])
+
+
 @dataclass(frozen=True)
 class Worker:
     """What runs in a task."""
@@ -139,8 +144,7 @@ class Worker:
             size = 0
             for batch in batches:
                 for task in batch.to_pylist():
-                    for fields in task["splits"]:
-                        split = Split(**fields | {"file": os.fsdecode(fields["file"])})
+                    for split in map(_as_split, task["splits"]):
                         for raw in read(root, split):
                             rows.append(to_row(split.file, raw))
                             size += len(raw.raw)

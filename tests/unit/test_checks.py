@@ -2,19 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checks import (
-    CHECKS,
-    MAX_EVIDENCE,
-    Message,
-    Reason,
-    RowError,
-    check_image_count,
-    check_messages,
-    check_size,
-    check_text,
-    text_after_images,
-)
-from pipeline.datasets.base import message
+from pipeline.checks import CHECKS, MAX_EVIDENCE, Candidate, Message, On, Reason, RowError, run_checks
+from pipeline.datasets.base import RawSample, message
 
 # The names are in users' scripts and in the documentation.
 CODES = """malformed_row image_missing image_unreadable image_too_small image_aspect_ratio image_too_large
@@ -22,10 +11,24 @@ image_path_escapes image_count_mismatch processor_failed text_too_short too_long
 near_duplicate row_too_large video"""
 
 
-def reason_of(check: object, *args: object) -> str:
-    with pytest.raises(RowError) as caught:
-        check(*args)  # type: ignore[operator]
-    return str(caught.value.reason)
+def verdict(on: On, *subject: object) -> tuple[str, str] | None:
+    """The reason and evidence against a subject, or None."""
+    try:
+        run_checks(on, *subject)
+    except RowError as error:
+        return str(error.reason), error.evidence
+    return None
+
+
+def reason_of(on: On, *subject: object) -> str | None:
+    found = verdict(on, *subject)
+    return found and found[0]
+
+
+def candidate(messages: list[Message] | None, text: str | None = None, images: int = 0, min_text: int = 4) -> Candidate:
+    """As preprocess makes it of a row whose images are all of a list beside the messages."""
+    sample = RawSample(messages, text, ("a.png",) * images).placed()
+    return Candidate(sample.messages, sample.text, len(sample.images), "the row's images", min_text)
 
 
 def chat(*turns: tuple[str, str]) -> list[Message]:
@@ -56,36 +59,64 @@ def test_the_table_of_reasons_is_whole_and_in_readme() -> None:
     ],
 )
 def test_image_sizes_at_their_limits(size: tuple[int, int], reason: str | None) -> None:
-    if reason is None:
-        check_size(*size)
-    else:
-        assert reason_of(check_size, *size) == reason
+    assert reason_of(On.IMAGE, *size) == reason
 
 
 def test_text_counts_after_the_last_image_of_all_messages() -> None:
-    messages = chat(("user", "long text before <image> ab"), ("assistant", "c  "))
-    assert text_after_images(messages) == " abc  "
-    assert reason_of(check_text, text_after_images(messages), 4) == "text_too_short"  # "abc"
-    check_text(text_after_images(chat(("user", "<image>ab"), ("assistant", "cd"))), 4)
-    assert text_after_images(chat(("user", "all of"), ("assistant", " it"))) == "all of it"
-    check_text("日本語文", 4)  # characters, not bytes
-    check_text("abc", 3)
+    short = chat(("user", "long text before <image> ab"), ("assistant", "c  "))
+    assert verdict(On.CANDIDATE, candidate(short, images=1)) == (
+        "text_too_short",
+        "3 characters after the last image, 4 are needed: ' abc  '",
+    )
+    assert reason_of(On.CANDIDATE, candidate(short, images=1, min_text=3)) is None
+    enough = chat(("user", "<image>ab"), ("assistant", "cd"))
+    assert reason_of(On.CANDIDATE, candidate(enough, images=1)) is None
+    assert reason_of(On.CANDIDATE, candidate(chat(("user", "all of"), ("assistant", " it")))) is None
+    assert reason_of(On.CANDIDATE, candidate(None, "日本語文")) is None  # characters, not bytes
+    assert reason_of(On.CANDIDATE, candidate(None, "日本語")) == "text_too_short"
 
 
 def test_messages_need_known_roles_and_an_assistant() -> None:
-    check_messages(chat(("system", "s"), ("user", "u"), ("assistant", "a")))
+    good = chat(("system", "s"), ("user", "user"), ("assistant", "a"), ("tool", "t"), ("assistant", "b"))
+    assert reason_of(On.CANDIDATE, candidate(good)) is None
     for bad in ([], chat(("user", "u")), chat(("user", "u"), ("bot", "a"), ("assistant", "a"))):
-        assert reason_of(check_messages, bad) == "malformed_row"
+        assert reason_of(On.CANDIDATE, candidate(bad)) == "malformed_row"
+
+
+def test_an_assistant_turn_must_be_trained_and_say_something() -> None:
+    user, call = message("user", "A question?"), {"function": {"name": "f", "arguments": {}}}
+    quiet, empty = message("assistant", "No.", {"loss": False}), message("assistant", " \n")
+    found = verdict(On.CANDIDATE, candidate([user, quiet, user, message("assistant", "x", {"weight": 0.0})]))
+    assert found == ("malformed_row", "loss or weight of all 2 assistant messages is 0: there is nothing to train on")
+    found = verdict(On.CANDIDATE, candidate([user, empty, user, message("assistant", "Yes.")]))
+    assert found == ("text_too_short", "message 1 is an empty answer of the assistant")
+    unheard = message("assistant", "", {"loss": False})
+    assert reason_of(On.CANDIDATE, candidate([user, unheard, user, message("assistant", "Yes.")])) is None
+    for content in ("", None):
+        calling = message("assistant", content, {"tool_calls": [call]})
+        assert reason_of(On.CANDIDATE, candidate([user, calling])) is None
+        assert reason_of(On.CANDIDATE, candidate([message("user", "<image>"), calling], images=1)) is None
 
 
 def test_image_parts_and_images_must_agree() -> None:
     two = chat(("user", "<image><image>what?"), ("assistant", "a"))
-    check_image_count(two, 2)
-    assert reason_of(check_image_count, two, 1) == "image_count_mismatch"
-    assert reason_of(check_image_count, two, 3) == "image_count_mismatch"
+    assert reason_of(On.CANDIDATE, candidate(two, images=2)) is None
+    assert verdict(On.CANDIDATE, candidate(two, images=1)) == (
+        "image_count_mismatch",
+        "2 image markers in the messages, 1 images in the row's images",
+    )
+    assert reason_of(On.CANDIDATE, candidate(two, images=3)) == "image_count_mismatch"
+    assert reason_of(On.CANDIDATE, candidate(two)) is None, "in a row without images a marker is text"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"), [({"videos": ["a.mp4"]}, "video"), ({"video": "a.mp4"}, "video"), ({"videos": []}, None)]
+)
+def test_videos(row: dict[str, object], reason: str | None) -> None:
+    assert reason_of(On.ROW, row) == reason
 
 
 def test_evidence_is_short_and_can_be_written() -> None:
-    error = RowError(Reason.MALFORMED_ROW, "\ud800" + "x" * 1000)
+    error = RowError(Reason.MALFORMED_ROW, "\ud800" + "x " * 1000)
     assert error.evidence.startswith("\\ud800")
     assert len(error.evidence) == MAX_EVIDENCE

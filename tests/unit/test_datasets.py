@@ -36,7 +36,7 @@ def test_markers_are_replaced_in_place_and_nothing_else_changes() -> None:
         "messages": [{"role": "user", "content": " a<image>\n\n<image><image> <Image> b "}],
         "images": ["x", b"y", "z"],
     }
-    sample = dataset("messages").sample(row)
+    sample = dataset("messages").sample(row).placed()
     assert sample.messages == [
         {"role": "user", "content": [text(" a"), IMAGE, text("\n\n"), IMAGE, IMAGE, text(" <Image> b ")]}
     ]
@@ -45,7 +45,8 @@ def test_markers_are_replaced_in_place_and_nothing_else_changes() -> None:
 
 def test_a_marker_in_a_list_of_parts_is_text() -> None:
     content = [{"type": "text", "text": "the <image> tag"}, {"type": "image"}]
-    sample = dataset("messages").sample({"messages": [{"role": "user", "content": content}], "images": ["a"]})
+    row = {"messages": [{"role": "user", "content": content}], "images": ["a"]}
+    sample = dataset("messages").sample(row).placed()
     assert sample.messages == [{"role": "user", "content": [text("the <image> tag"), IMAGE]}]
 
 
@@ -53,6 +54,82 @@ def test_images_come_as_paths_or_bytes() -> None:
     row = {"messages": [], "images": [{"bytes": b"1", "path": "p"}, {"bytes": None, "path": "q"}, b"2", "r"]}
     assert dataset("messages").sample(row).images == (b"1", "q", b"2", "r")
     assert dataset("messages").sample({"messages": [], "images": None}).images == ()
+
+
+def test_images_in_the_content_itself() -> None:
+    """Qwen's, OpenAI's and transformers' spellings, a table's with nulls, and a bare place for the row's own list."""
+    parts: list[Any] = [
+        {"type": "image", "image": "1"},
+        {"type": "image_url", "image_url": {"url": "2", "detail": "high"}},
+        {"type": "image_url", "image_url": "3"},
+        {"image": "4"},
+        {"type": "image", "text": None, "image": None},
+        {"type": "image", "url": "5"},
+        {"type": "image", "image": {"bytes": b"6", "path": None}},
+        {"type": "image", "image": "data:image/png;base64,aGVs%62G8="},
+        {"text": "What?", "type": None, "image": None},
+    ]
+    row = {"messages": [{"role": "user", "content": parts}], "images": ["own"]}
+    sample = dataset("messages").sample(row).placed()
+    assert sample.images == ("1", "2", "3", "4", "own", "5", b"6", b"hello")
+    assert sample.messages == [{"role": "user", "content": [IMAGE] * 8 + [text("What?")]}]
+
+
+def test_a_marker_beside_inline_images_alone_is_text() -> None:
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": "1"}]},
+        {"role": "assistant", "content": "![x](<image>) <video>"},
+    ]
+    sample = dataset("messages").sample({"messages": turns}).placed()
+    assert sample.images == ("1",)
+    assert sample.messages is not None
+    assert sample.messages[1]["content"] == [text("![x](<image>) <video>")]
+
+
+@pytest.mark.parametrize(
+    ("uri", "data"),
+    [
+        ("data:image/png;base64,aGVsbG8=", b"hello"),
+        ("DATA:;base64,aGVsbG8=", b"hello"),
+        ("data:image/svg+xml,%3Csvg%20a%3E", b"<svg a>"),
+    ],
+)
+def test_data_uris_are_their_bytes(uri: str, data: bytes) -> None:
+    assert dataset("llava").sample({"image": uri, "conversations": []}).images == (data,)
+
+
+def test_a_data_uri_that_is_none() -> None:
+    with pytest.raises(RowError) as caught:
+        dataset("messages").sample({"messages": [], "images": ["data:image/png;base64,aGVsbG8" + "x" * 800]})
+    assert caught.value.reason == "image_unreadable"
+    assert len(caught.value.evidence) < 200
+
+
+@pytest.mark.parametrize("part", [{"type": "video", "video": "a.mp4"}, {"type": "video_url"}, {"video": "a.mp4"}])
+def test_videos_in_the_content(part: Any) -> None:
+    with pytest.raises(RowError) as caught:
+        dataset("messages").sample({"messages": [{"role": "user", "content": [part]}]})
+    assert caught.value.reason == "video"
+
+
+def test_what_a_message_carries_beside_its_content() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"é": 1.5}}}
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [call], "weight": 1.0, "loss": True, "id": 7},
+        {"role": "tool", "content": "r", "tool_call_id": "c", "name": "f", "tool_calls": None},
+        {"role": "assistant", "content": "x", "weight": 0, "tool_calls": []},
+        {"role": "assistant", "content": "y", "tool_calls": json.dumps([call])},
+    ]
+    sample = dataset("messages").sample({"messages": turns, "tools": json.dumps([call])}).placed()
+    assert sample.messages is not None
+    first, result, untrained, text_of_json = sample.messages
+    assert (first["content"], json.loads(first["extra"]), "loss" in first) == (None, {"tool_calls": [call]}, False)
+    assert json.loads(result["extra"]) == {"tool_call_id": "c", "name": "f"}
+    assert untrained == {"role": "assistant", "content": [text("x")], "loss": False}
+    assert json.loads(text_of_json["extra"]) == {"tool_calls": [call]}
+    assert json.loads(sample.tools or "") == [call]
+    for none in (None, [], "", "[]"):
+        assert dataset("llava").sample({"conversations": [], "tools": none}).tools is None
 
 
 def test_llava_has_one_image_several_or_none() -> None:
@@ -84,9 +161,19 @@ def test_a_document_is_taken_as_it_is() -> None:
         ("messages", {"messages": [{"role": "user", "content": ["x"]}]}, "a part of a message's content is a string"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "{'type': 'audio'}"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "{'type': 'text'}"),
-        ("messages", {"messages": [], "images": "a.png"}, "images is a string, a list is needed: 'a.png'"),
         ("messages", {"messages": [], "images": [None]}, "an image is None"),
         ("messages", {"messages": [], "images": [{"bytes": None, "path": None}]}, "an image is {"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "x", "loss": 0.5}]},
+            "loss is 0.5, known are 0",
+        ),
+        ("messages", {"messages": [{"role": "user", "content": "x", "weight": "0"}]}, "weight is '0'"),
+        ("messages", {"messages": [], "tools": [1]}, "a tool is a number"),
+        ("messages", {"messages": [], "tools": "[{"}, "tools or tool calls are a text that is no JSON"),
+        ("messages", {"messages": [], "tools": "{}"}, "tools is an object"),
+        ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": ["f"]}]}, "a tool call is a str"),
+        ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "function name is null"),
         ("llava", {"image": 5, "conversations": []}, "an image is 5"),
         ("llava", {"image": "a"}, "no field 'conversations', it has 'image'"),
         ("llava", {"conversations": [{"from": None, "value": "x"}]}, "'from' is null"),
@@ -174,8 +261,10 @@ def test_bad_values_in_parquet_cost_their_row_alone(tmp_path: Path) -> None:
     first, bad, last = rows_of(tmp_path / "a.parquet")
     assert json.loads(first.raw) == {"text": "fine", "bin": "<2 bytes>"}
     assert first.fields["bin"] == b"12"
-    assert isinstance(bad.fields, RowError)
-    assert "utf-8" in bad.fields.evidence
+    assert "a string is needed: a value that cannot be read: UnicodeDecodeError: 'utf-8'" in evidence_of(
+        "text", bad.fields
+    )
+    assert json.loads(bad.raw)["text"].startswith("a value that cannot be read")
     assert (last.position, last.fields["text"]) == (2, "fine too")
 
 

@@ -191,6 +191,29 @@ def test_a_raw_folder_may_be_a_link_itself(raw: Path) -> None:
         assert copy.copy("a.png", "x.jsonl").width == 64
 
 
+def test_images_beside_the_rows_of_a_linked_folder(raw: Path) -> None:
+    (raw / "linked").symlink_to(raw.parent / "raw2")
+    with copier(raw) as copy:
+        assert copy.copy("c.png", "linked/x.jsonl").width == 64
+        with pytest.raises(RowError, match="out of the raw folder"):
+            copy.copy("../linked/c.png", "sub/x.jsonl")
+
+
+def test_a_snapshot_of_the_hub_links_into_its_blobs(raw: Path) -> None:
+    repository = raw.parent / "hub" / "datasets--a--b"
+    snapshot = repository / "snapshots" / "0123" / "train"
+    for folder in (snapshot, repository / "blobs", raw.parent / "hub" / "blobs"):
+        folder.mkdir(parents=True)
+    for name, folder in (("in.png", repository), ("out.png", raw.parent / "hub")):
+        (folder / "blobs" / "abc").write_bytes((raw / "a.png").read_bytes())
+        (snapshot / name).symlink_to(os.path.relpath(folder / "blobs" / "abc", snapshot))
+    for root, file in ((snapshot, "x.jsonl"), (snapshot.parent, "train/x.jsonl")):
+        with copier(root) as copy:
+            assert copy.copy("in.png", file).width == 64
+            with pytest.raises(RowError, match="out of the raw folder"):
+                copy.copy("out.png", file)
+
+
 def test_huge_files_are_refused_before_they_are_read(raw: Path) -> None:
     with open(raw / "huge.png", "wb") as stream:
         stream.truncate(blobs.MAX_IMAGE_BYTES + 1)

@@ -32,6 +32,7 @@ MARKED_VL = _MARKED.replace("DEFAULT", "You are a helpful assistant.")
 MARKED_TEXT = _MARKED.replace("DEFAULT", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
 
 Message = dict[str, Any]
+VISION = [151652, 151653, 151655]  # <|vision_start|>, <|vision_end|>, <|image_pad|>
 
 
 def text(value: str) -> dict[str, Any]:
@@ -51,7 +52,7 @@ TEXT_CONVERSATIONS = [
     [message("user", "a"), message("assistant", "b"), message("user", "c\n\n"), message("assistant", "d  ")],
     # what the search for an answer in the rendered text would trip over: it is in the default system prompt too
     [message("user", "You"), message("assistant", "helpful assistant")],
-    [message("user", "x" * 3000), message("assistant", "")],
+    [message("user", "x" * 3000), message("assistant", "x")],
     [
         message("user", "Ünïcødé 你好 e\u0301 ﬁ 한국어 \u1112\u1161\u11ab 👩🏽‍🚀"),
         message("assistant", "e\u0301cole ☃ 你\n好"),
@@ -156,7 +157,8 @@ def test_images_tokens_and_mask(vl_folder: Path, vl_encoder: Encoder, messages: 
     )
     tokens = iter(expected["image_grid_thw"].prod(-1).tolist())
     repeats = [next(tokens) // 4 if token == 151655 else 1 for token in before["input_ids"]]
-    assert got.loss_mask.astype(int).tolist() == np.repeat(before["assistant_masks"], repeats).tolist()
+    words = np.array(before["assistant_masks"]) & ~np.isin(before["input_ids"], VISION)  # images are never a target
+    assert got.loss_mask.astype(int).tolist() == np.repeat(words, repeats).tolist()
 
 
 def test_random_batches_equal_transformers(text_folder: Path, text_encoder: Encoder) -> None:
@@ -220,12 +222,12 @@ def test_image_without_image_settings(text_encoder: Encoder) -> None:
 @pytest.mark.parametrize(
     ("template", "evidence"),
     [
+        ("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "0 assistant turns for 1 assistant messages"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}", "no <|im_end|>"),
         (
-            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}",
-            "changes the text",
+            "{% for m in messages + messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}",
+            "2 assistant turns for 1",
         ),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "no <|im_end|>"),
-        ("{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}", "once and in order"),
         ("{{ raise_exception('only one turn') }}", "only one turn"),
     ],
 )
@@ -236,3 +238,20 @@ def test_template_whose_answers_cannot_be_located(text_folder: Path, template: s
     assert isinstance(rejected, Rejected)
     assert rejected.reason == "processor_failed"
     assert evidence in rejected.evidence
+
+
+def test_what_a_template_makes_of_an_answer_is_trained(text_folder: Path) -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    encoder = Encoder(Settings(**{**vars(Settings.load(str(text_folder))), "chat_template": template}))
+    got = only(encoder.encode([row([message("user", " padded "), message("assistant", "  yes ")])]))
+    tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    assert (
+        tokenizer.decode(got.input_ids) == "<|im_start|>user\npadded<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    )
+    assert tokenizer.decode(got.input_ids[got.loss_mask]) == "yes<|im_end|>"
+
+
+def test_an_empty_answer_is_not_a_trained_end_of_turn(vl_encoder: Encoder) -> None:
+    (rejected,) = vl_encoder.encode([row([message("user", "hi"), message("assistant", "")])])
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason == "text_too_short"

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from kanyun.errors import UserError
-from pipeline.stages.preprocess import PreprocessStage
+from pipeline.raw_folder import LINK, RawFolder
 
 
 def listed(raw: Path) -> tuple[list[tuple[str, int]], str]:
-    return PreprocessStage(str(raw), f"{raw}-out", "messages")._files
+    listing = RawFolder(str(raw)).listing
+    return listing.files, listing.digest
 
 
 @pytest.fixture
@@ -76,6 +77,54 @@ def test_links_to_nowhere_or_themselves_and_folders_without_rows(tmp_path: Path)
     (tmp_path / "raw/loop.png").symlink_to("loop.png")
     with pytest.raises(UserError, match="none among 2 files"):
         listed(tmp_path / "raw")
+
+
+def test_what_is_left_out_is_counted_by_suffix(raw: Path) -> None:
+    """Images are what rows name, and hidden names are no data: neither is left out."""
+    names = [
+        "notes.txt",
+        "deep/more.TXT",
+        "LICENSE",
+        "v1.0",
+        "x.tar.zst",
+        "state.json",
+        "e.parquet.crc",
+        ".hidden",
+    ]
+    for name in names:
+        (raw / name).write_bytes(b"bytes")
+    assert RawFolder(str(raw)).listing.left_out() == {
+        ".crc": "1 (5 bytes)",
+        ".json": "1 (5 bytes)",
+        ".txt": "2 (10 bytes)",
+        ".zst": "1 (5 bytes)",
+        "no suffix": "2 (10 bytes)",
+    }
+    for number in range(200):
+        (raw / f"a.k{number}").touch()
+    assert len(RawFolder(str(raw)).listing.left_out()) <= 51
+
+
+def test_linked_folders_are_followed_once(raw: Path) -> None:
+    elsewhere = raw.parent / "elsewhere"
+    (elsewhere / "sub").mkdir(parents=True)
+    (elsewhere / "h.jsonl").write_bytes(b"{}")
+    (elsewhere / "sub" / "i.json").write_bytes(b"{}")
+    for name, target in {
+        "linked": elsewhere,
+        "again": elsewhere / "sub",
+        "deep/up": raw,
+        "around": raw.parent,
+        "within": raw / "deep",
+    }.items():
+        (raw / name).symlink_to(target)
+    (raw / "file.jsonl").symlink_to(elsewhere / "h.jsonl")
+    listing = RawFolder(str(raw)).listing
+    names = [name for name, _ in listing.files]
+    followed = ["linked/h.jsonl", "linked/sub/i.json"]
+    assert sorted({*names} - {*followed, "again/i.json"}) == ["b.jsonl", "deep/er/a.jsonl.gz", "file.jsonl"]
+    assert ("again/i.json" in names) != ("linked/sub/i.json" in names), "whichever link is met first"
+    assert listing.others[LINK] == 4
 
 
 def test_images_take_no_memory_of_the_driver(raw: Path) -> None:
