@@ -96,6 +96,7 @@ def test_an_assistant_turn_must_be_trained_and_say_something() -> None:
         calling = message("assistant", content, {"tool_calls": [call]})
         assert reason_of(On.CANDIDATE, candidate([user, calling])) is None
         assert reason_of(On.CANDIDATE, candidate([message("user", "<image>"), calling], images=1)) is None
+        assert reason_of(On.CANDIDATE, candidate([message("user", "<image>"), calling], images=1)) is None
 
 
 def test_image_parts_and_images_must_agree() -> None:
