@@ -27,8 +27,9 @@ MESSAGE = pa.struct(
 )
 
 # Stage -> version of the rows it writes, where it is not 1. Part of a stage's settings: outputs of earlier versions are
-# no finished work and no input. 2: sample_id is unique over the data paths; build's rows keep file and position.
-VERSIONS = {"sample": 2, "build": 2}
+# no finished work and no input. 2: sample_id is unique over the data paths; build's rows keep file and position;
+# preprocess and filter keep tools, tool calls and loss flags.
+VERSIONS = {"preprocess": 2, "filter": 2, "sample": 2, "build": 2}
 
 # preprocess -> filter -> sample
 SAMPLE = pa.schema(

@@ -20,8 +20,8 @@ from pipeline.datasets import dataset
 from pipeline.datasets.base import RawSample, Row
 from pipeline.datasets.parts import MARKER
 from pipeline.images.blobs import ImageCopier
-from pipeline.raw_folder import RawFolder
 from pipeline.readers import RawRow, Split, encodable, plan, read
+from pipeline.readers.raw_folder import RawFolder
 from pipeline.reports.report import Report, RowCounts
 from pipeline.schema import SAMPLE
 from pipeline.spark import BATCH_ROWS, arrow_schema, map_rows
@@ -110,7 +110,7 @@ class PreprocessStage(Stage):
         """From the raw folder: no blob has them."""
         copier = ImageCopier(self._raw.folder, self._raw.folder, "")  # to read, not to copy
         try:
-            images = dataset(self.dataset).sample(json.loads(rejected["raw"])).images
+            images = dataset(self.dataset).sample(json.loads(rejected["raw"])).placed().images
         except (RowError, *WRONG_FIELDS):
             return
         for image in images:

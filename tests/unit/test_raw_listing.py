@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kanyun.errors import UserError
-from pipeline.raw_folder import LINK, RawFolder
+from pipeline.readers.raw_folder import LINK, RawFolder
 
 
 def listed(raw: Path) -> tuple[list[tuple[str, int]], str]:

@@ -1,6 +1,5 @@
 """A raw folder: its files of rows, a digest of everything in it, and what is left out."""
 
-import os
 import posixpath
 import re
 from collections import Counter
@@ -9,10 +8,10 @@ from functools import cached_property, partial
 
 import xxhash
 
-from kanyun.errors import UserError
+from kanyun.errors import InvalidPathError, UserError
 from kanyun.storage import Folder
-from kanyun.storage.folder import Entry
-from kanyun.storage.retries import retried
+from kanyun.storage.backend import Entry
+from kanyun.storage.retries import call_with_retry
 from pipeline.readers import IMAGES, SUFFIXES, holds_rows
 
 HIDDEN = (".", "_", "cache-")  # how files and folders start that are no data; the last is what datasets.map leaves
@@ -76,7 +75,6 @@ class RawFolder:
         self._path = path
         self._only = "" if source.is_folder() else source.name
         self.folder = source if source.is_folder() else source.parent
-        self._is_local = self.folder.uri.startswith("file:")
 
     @cached_property
     def listing(self) -> Listing:
@@ -85,13 +83,13 @@ class RawFolder:
         A link to a folder is followed, unless that would list a folder twice.
         """
         whole, folders = Listing(), [""]
-        followed = [os.path.realpath(self.folder.path)] if self._is_local else []
+        followed = [self.folder.resolved().path]
         while folders:
-            listing = retried(partial(self._list, folders.pop()))
+            listing = call_with_retry(partial(self._list, folders.pop()))
             whole.merge(listing)
             folders += listing.folders
             for link in listing.links:
-                real = os.path.realpath(posixpath.join(self.folder.path, link))
+                real = (self.folder / link).resolved().path
                 if any(f"{real}/".startswith(f"{one}/") or f"{one}/".startswith(f"{real}/") for one in followed):
                     whole.leave_out(LINK, 1, 0)
                 else:
@@ -111,16 +109,17 @@ class RawFolder:
             name = posixpath.join(folder, entry.name)
             if entry.is_folder:
                 listing.folders.append(name)
-            elif self._is_linked_folder(name):
+            elif entry.is_link and self._is_folder(name):
                 listing.links.append(name)
             else:
                 listing.add(name, entry)
         return listing
 
-    def _is_linked_folder(self, name: str) -> bool:
-        if not self._is_local or name.lower().endswith(_IMAGES):  # of which there may be millions: no further look
+    def _is_folder(self, link: str) -> bool:
+        try:
+            return self.folder.is_folder(link)
+        except InvalidPathError:  # a link to itself
             return False
-        return os.path.isdir(posixpath.join(self.folder.path, name))
 
 
 def _known_suffixes() -> str:
