@@ -3,6 +3,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-.venv/bin/python}
 [[ $python != .venv/* ]] || python=$root/$python
+# Java and Python take names of files for UTF-8, in a container without LANG too.
+[[ $(locale charmap 2>/dev/null) == UTF-8 ]] || export LC_ALL=C.UTF-8 PYTHONUTF8=1
 
 # need N "$@": with fewer than N arguments, print the script's own usage line and stop.
 need() {

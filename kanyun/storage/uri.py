@@ -33,9 +33,8 @@ def locate(uri: str) -> tuple[Backend, str]:
         with translate_errors(f"cannot use {uri}", _KNOWN):
             return hdfs(parts[1]), posixpath.normpath("/" + (parts[2] or "").lstrip("/"))
     if scheme.lower() in ("hdfs", "file"):
-        raise UserError(
-            f"cannot use {uri} (not how such a URI is written): give {_right_spelling(uri)}, or ./{uri} for a local folder"
-        )
+        right = _right_spelling(uri)
+        raise UserError(f"cannot use {uri} (wrong spelling): give {right}, or ./{uri} for a local folder of that name")
     raise UserError(f"cannot use {uri} ({scheme}: URIs are not supported): {_KNOWN}")
 
 

@@ -21,6 +21,8 @@ A stage is a frozen dataclass; its fields are its settings. A complete stage:
 - Other inputs: override `inputs` (sample has several) and `read` (preprocess reads raw files).
 - Output other than parquet: override `write`; write below `attempt.folder`, which becomes `attempt.target`.
 - `settings` decides whether finished work is the same work: override it if a field is a path to a file that may change.
+- A stage whose rows change has a new number in schema.VERSIONS: outputs of earlier releases are then refused.
+- A line in stages/table.py makes it a command, a step of recipes, and a level of the row flow.
 """
 
 import json

@@ -98,8 +98,8 @@ def _pack_balanced(
 
     One pack after the other is filled until no sample fits. A pack with more room for patches than for tokens, as
     fractions of its budgets, takes a dense sample (more patches a token than the mean), else another; of these the one
-    with most patches, then with most tokens. So packs end with both budgets used up, for samples of similar sizes too: choosing
-    by size alone leaves packs of the dense samples half empty.
+    with most patches, then with most tokens. So packs end with both budgets used up, for samples of similar sizes too:
+    choosing by size alone leaves packs of the dense samples half empty.
 
     Samples wait in cells (bin by patch count, tokens); bin 0 has no patches. waiting[dense][bin] has bit t set if a
     sample of t tokens waits there: the largest that fits is the highest bit up to the tokens left, found in 0.2 us.

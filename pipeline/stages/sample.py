@@ -88,9 +88,10 @@ class SampleStage(Stage):
         for path, report in attempt.inputs.items():
             rows = report.counts.rows_out
             facts[f"data path {path}"] = f"{rows:,} rows x {ratios[path]} = {self._copies(rows, ratios[path]):,} copies"
-        own_name = Folder(self.source).name if ONLY in attempt.inputs else ONLY
+        root = Folder(self.source)
+        own_name = root.name if ONLY in attempt.inputs else ONLY
         for path in sorted(set(self._table()) - set(attempt.inputs) - {own_name}):
-            facts[f"data path {path}"] = f"has a ratio, and no finished output of filter is at {self.source}/{path}"
+            facts[f"data path {path}"] = f"has a ratio, and no finished output of filter is at {root.path}/{path}"
             print(f"{self.name}: data path {path} {facts[f'data path {path}']}")
         return {**super().seen(attempt), "facts": facts}
 

@@ -48,7 +48,7 @@ def test_images_are_in_the_raw_folder_however_it_is_spelt(
     assert all(len(row["images"]) == 1 for row in pq.read_table(tmp_path / "x/out/data").to_pylist())
 
 
-@pytest.mark.parametrize("name", ["run [1] {a,b}", "a*b?c", "back\\slash", "数据 é #%41&"])
+@pytest.mark.parametrize("name", ["run [1] {a,b}", "数据 a*b?c\\d é #%41&"])
 def test_the_whole_pipeline_into_folders_with_odd_names_without_a_locale(name: str, raw: Path, tmp_path: Path) -> None:
     """As in a container without LANG."""
     tiny_vl_folder(tmp_path / "hf")

@@ -92,7 +92,7 @@ def test_dataset_with_a_missing_shard_is_refused_before_a_byte_is_copied(packs: 
 def test_another_dataset_in_the_way_is_refused(packs: Path, tmp_path: Path) -> None:
     write_packed(tmp_path / "copy", random_packs(1, 3, 256), 256)
     before = tree(tmp_path / "copy")
-    with pytest.raises(UserError, match="is of another dataset than"):
+    with pytest.raises(UserError, match="belongs to another dataset than"):
         copy(packs, tmp_path / "copy")
     assert tree(tmp_path / "copy") == before
 
