@@ -33,7 +33,7 @@ class RawSample:
 
 
 class Dataset:
-    """One class a kind of raw data. Knows rows, not files: those are read by pipeline/readers.py."""
+    """One class a kind of raw data. Knows rows, not files: those are read by pipeline/readers."""
 
     name: ClassVar[str]
     min_text: ClassVar[int] = MIN_TEXT  # characters after the last image
