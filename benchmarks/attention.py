@@ -43,11 +43,11 @@ class Layer:
     @classmethod
     def make(cls, heads: int, groups: int, width: int, ends: np.ndarray) -> "Layer":
         module = DotProductAttention(heads, width, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd")
-        inputs = (
+        query, key, value = (
             torch.randn(PACKS * LENGTH, count, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             for count in (heads, groups, groups)
         )
-        return cls(*inputs, torch.tensor(ends, device="cuda"), module)
+        return cls(query, key, value, torch.tensor(ends, device="cuda"), module)
 
     def cudnn(self, bound: int) -> Tensor:
         ends = {"cu_seqlens_q": self.ends, "cu_seqlens_kv": self.ends}

@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100, help="at 1x")
     args = parser.parse_args()
     pin()
-    runs = {"Pillow alone (floor)": bare, "preprocess": ours}
+    runs: dict[str, Callable[[Path], None]] = {"Pillow alone (floor)": bare, "preprocess": ours}
     if (theirs := peer(args.peers)) is not None:
         runs["datasets.map + Qwen"] = theirs
     counts = [scale * args.images for scale in SCALES]

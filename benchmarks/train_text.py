@@ -2,9 +2,9 @@
 
 usage: python benchmarks/train_text.py DATA [--models 0.5B 1.5B 3B] [--precisions bf16 fp8] [--ours-only] [--profile]
 DATA is what text_data.py wrote. Each run is a process of its own, one after the other, on the same card. A step is all
-of it: reading packs, forward, backward, clipping, optimizer. FLOPs are the model's (trainer/flops.py), MFU is against
-the card's dense bfloat16 peak. The peer is given our packing: samples laid end to end, attention by FlashAttention's
-variable-length kernel, Liger's fused norm, rope, SwiGLU and linear cross entropy, torch's fused AdamW.
+of it: reading packs, forward, backward, clipping, optimizer. FLOPs are the model's (trainer/models/costs.py), MFU is
+against the card's dense bfloat16 peak. The peer is given our packing: samples laid end to end, attention by
+FlashAttention's variable-length kernel, Liger's fused norm, rope, SwiGLU and linear cross entropy, torch's fused AdamW.
 """
 
 import argparse

@@ -4,8 +4,9 @@ usage: python benchmarks/train_vision.py DATA [--rows 2 4 6 mix] [--precisions b
 DATA is what vision_data.py wrote; a row is the number of pictures in a pack. Each run is a process of its own, one
 after the other, on the same card. A step is all of it: reading packs, decoding pictures, forward, backward,
 clipping, optimizer. FLOPs are the model's, language and vision tower, without padding and recomputation
-(trainer/flops.py). The peer is given our packing and FlashAttention for segments, windows and whole images, Liger's
-kernels, torch's fused AdamW in bfloat16; for 6 pictures it must checkpoint activations, or it runs out of memory.
+(trainer/models/costs.py). The peer is given our packing and FlashAttention for segments, windows and whole images,
+Liger's kernels, torch's fused AdamW in bfloat16; for 6 pictures it must checkpoint activations, or it runs out of
+memory.
 """
 
 import argparse

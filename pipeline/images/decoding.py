@@ -1,4 +1,4 @@
-"""The process that decodes: images go in by a pipe, their sizes come out. Started by pipeline/guard.py.
+"""The process that decodes: images go in by a pipe, their sizes come out. Started by guard.py.
 
 Encoded images come from anywhere, and decoders are C libraries: one that crashes, hangs or takes all memory ends this
 process and not the one that asked. It imports Pillow and the checks alone, and so starts in 0.2 s.

@@ -63,7 +63,8 @@ def test_as_near_to_float32_as_transformers_is(
     name: str, model: Any, references: list[Any], packs: dict[str, Any], runtime: Runtime
 ) -> None:
     batch = static_batch(model, packs[name]).to(runtime.device)
-    assert_as_near(in_ddp(model), *references, packs[name], batch)
+    exact, rounded = references
+    assert_as_near(in_ddp(model), exact, rounded, packs[name], batch)
 
 
 @pytest.mark.parametrize("width", [80, 32])
@@ -101,8 +102,8 @@ def test_recomputed_layers_and_blocks_change_nothing(
 ) -> None:
     results = []
     for fp8 in (False, True):
-        for again in ((0, 0), (1, 3)):
-            made = build_model(ModelConfig.from_hf(str(folder)), runtime, compute=Compute(fp8, *again))
+        for recomputed in ((0, 0), (1, 3)):
+            made = build_model(ModelConfig.from_hf(str(folder)), runtime, compute=Compute(fp8, *recomputed))
             load(made, references[0])
             ddp = in_ddp(made)
             loss = ddp(static_batch(made, packs["odd sizes"]).to(runtime.device))

@@ -38,7 +38,7 @@ def example(processor: Any, text: str, *sizes: tuple[int, int]) -> Example:
 
 # Sizes: the smallest (one visual token), the largest (256 of them), odd ones, thin ones (200 to 1), one window exactly,
 # windows cut off at the borders.
-PACKS = {
+PACKS: dict[str, list[list[tuple[Any, ...]]]] = {  # name -> packs of samples: text, then the sizes of its images
     "no image": [[("The quick brown fox.",), ("jumps over the lazy dog, again and again.",)]],
     "one image": [[("What is this?", (112, 112))]],
     "odd sizes": [[("Compare.", (56, 56), (301, 117)), ("Only text here.",), ("And?", (29, 411), (173, 90), (60, 61))]],

@@ -33,7 +33,7 @@ def as_pack(pack_id: int, samples: list[Sample], length: int = LENGTH) -> Pack:
         sample_ids=np.array([s.sample_id for s in samples], np.uint64),
         dataset=[s.dataset for s in samples],
         image_grid_thw=np.array([g for s in samples for g in s.image_grid_thw], np.int32).reshape(-1, 3),
-        images=[image for s in samples for image in s.images],
+        images=[bytes(image) for s in samples for image in s.images],
     )
 
 

@@ -1,5 +1,7 @@
 """Positions against transformers' get_rope_index, each segment alone."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,8 @@ IMAGE, TEXT = 151655, 17
 def model() -> Qwen2_5_VLModel:
     """Without weights: get_rope_index reads only the config."""
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16, "out_hidden_size": 16}
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    text: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 1, "num_key_value_heads": 1}
     text |= {"intermediate_size": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
     with torch.device("meta"):
         return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision))

@@ -39,7 +39,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
             if to_weight:
-                out = weight.main_grad
+                out = weight.main_grad  # type: ignore[attr-defined]  # megatron.core's
                 general_gemm(
                     hidden[part], logits, out_dtype=out.dtype, layout="NT", out=out, accumulate=True, grad=True
                 )

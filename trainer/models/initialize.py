@@ -67,10 +67,12 @@ def initialize(model: LanguageModel, runtime: Runtime) -> None:
 def _draw(parameter: nn.Parameter, std: float, generator: torch.Generator, runtime: Runtime) -> Tensor:
     """Return this rank's part of a whole normal(0, std) matrix."""
     split = runtime.tensor_parallel if getattr(parameter, "tensor_model_parallel", False) else 1
-    dim = parameter.partition_dim if split > 1 else 0
+    dim, stride = 0, 1
+    if split > 1:
+        dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
     shape = list(parameter.shape)
     shape[dim] *= split
     whole = torch.empty(shape, device=runtime.device).normal_(0.0, std, generator=generator)
     # Gate and up rows of a gated MLP are split separately ("stride" 2): a rank has both rows of the same neurons.
-    strides = whole.chunk(parameter.partition_stride if split > 1 else 1, dim)
+    strides = whole.chunk(stride, dim)
     return torch.cat([part.chunk(split, dim)[runtime.tensor_rank if split > 1 else 0] for part in strides], dim)

@@ -44,7 +44,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
         # Each tensor-parallel rank sees some of the tokens (a q/k norm: some of the heads). megatron.core sums the
         # gradients of parameters with this mark over those ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def reference_layers(config: ModelConfig) -> TransformerBlockSubmodules:

@@ -39,8 +39,8 @@ def build_optimizer(config: TrainConfig, ddp: DistributedDataParallel, runtime: 
             if runtime.cuda:
                 sharded.optimizer.initialize_state(parameter, store_param_remainders=True)
             else:
-                moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
-                sharded.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+                zeros = {name: torch.zeros_like(parameter) for name in MOMENTS}
+                sharded.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
     return optimizer
 
 

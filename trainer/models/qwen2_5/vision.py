@@ -126,8 +126,8 @@ class GatedMLP(nn.Module):
 
     def clear_padding(self) -> None:
         """Call it after random weights were drawn."""
-        self.gate_up.weight.unflatten(0, (2, -1))[:, self.used :] = 0
-        self.down.weight[:, self.used :] = 0
+        self.gate_up.get_parameter("weight").unflatten(0, (2, -1))[:, self.used :] = 0
+        self.down.get_parameter("weight")[:, self.used :] = 0
 
 
 class Merger(nn.Module):

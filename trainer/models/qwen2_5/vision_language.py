@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 from trainer.data.batch import Batch
 from trainer.models.config import BFLOAT16, Compute, ModelConfig, VisionConfig
 from trainer.models.language import LanguageModel
-from trainer.models.qwen2_5.vision import VisionTower
+from trainer.models.qwen2_5.vision import GatedMLP, VisionTower
 from trainer.models.qwen2_5.vision_layers import ReferenceVisionLayers, VisionLayers
 from trainer.runtime import Runtime
 
@@ -31,8 +31,9 @@ class Qwen2_5VL(LanguageModel):  # noqa: N801 - the model's name
         return ReferenceVisionLayers()
 
     def clear_padding(self) -> None:
-        for block in self.vision.blocks:
-            block.mlp.clear_padding()
+        for module in self.vision.modules():
+            if isinstance(module, GatedMLP):
+                module.clear_padding()
 
     def _embed(self, batch: Batch) -> Tensor:
         assert batch.vision is not None, "a batch for an image model carries patches, even if they are dummies"
