@@ -1,7 +1,7 @@
 """The least that a training step can take on an H100: each product and each pass over memory, by its FLOPs and bytes.
 
 usage: python benchmarks/floors.py 1.5B [--fp8] [--packs 2]
-Needs no GPU. `--packs` of 8192 go through the model at once. A product reads its operands once and writes its result;
+Needs no GPU. A micro-batch is `--packs` packs of 8192. A product reads its operands once and writes its result;
 it takes as long as its FLOPs or its bytes need, whichever is longer; the gradient of a weight is added to float32.
 train_text.py --profile says what kernels take.
 """

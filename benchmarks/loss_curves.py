@@ -34,8 +34,8 @@ COLOURS = dict(zip(RUNS, ("#1f6feb", "#d1242f", "#888888")))
 
 def config(args: argparse.Namespace, folder: Path) -> TrainConfig:
     args.model = "0.5B"
-    facts = {"steps": args.steps, "warmup_steps": 20, "init": str(Path(args.work) / "init")}
-    return config_of(args, folder).model_copy(update=facts)
+    changes = {"steps": args.steps, "warmup_steps": 20, "init": str(Path(args.work) / "init")}
+    return config_of(args, folder).model_copy(update=changes)
 
 
 def ours(args: argparse.Namespace, config: TrainConfig) -> list[float]:
@@ -88,14 +88,14 @@ def plain_loop(
         fused=True,
     )
     data = PackedData(config.data, LENGTH, fingerprint(Folder(config.model)))
-    facts = ModelConfig.from_hf(config.model)
+    model_config = ModelConfig.from_hf(config.model)
     order = {
         "seed": config.seed,
         "global_batch": config.global_batch,
-        "cost": costs_of(facts).pack_cost,
+        "cost": costs_of(model_config).pack_cost,
     }  # as Trainer's
     losses = []
-    with PackStream(data, batch_format(facts), micro_batch=1, **order) as stream:
+    with PackStream(data, batch_format(model_config), micro_batch=1, **order) as stream:
         for step, packs in enumerate(islice(stream.batches(0), args.steps)):
             trained = sum(int(pack.loss_mask.sum()) for pack in packs)
             total: Tensor | float = 0.0
@@ -167,7 +167,7 @@ def main(
     config: Callable[[argparse.Namespace, Path], TrainConfig],
     transformers: Callable[[argparse.Namespace, TrainConfig], list[float]],
 ) -> None:
-    """The command line: all RUNS, each in a process of its own. `auto`: transformers' class for the model."""
+    """The command line: all RUNS, each in a separate process. `auto`: transformers' class for the model."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("out")

@@ -1,4 +1,4 @@
-"""Ours and its peer, each run in a process of its own, as a table: what train_text.py and train_vision.py share."""
+"""Ours and its peer, each run in a separate process, as a table: what train_text.py and train_vision.py share."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from benchmarks.profiles import print_profile
 from trainer.config import TrainConfig
 from trainer.planning import planner
 
-Run = Callable[[argparse.Namespace, Path], dict[str, Any]]  # works in a folder of its own
+Run = Callable[[argparse.Namespace, Path], dict[str, Any]]  # works in its own folder
 # Column of the table -> how its value is written.
 COLUMNS = {
     "tokens/s": "{:,.0f}",
@@ -26,7 +26,7 @@ COLUMNS = {
     "memory GB": "{:.1f}",
     "predicted GB": "{:.1f}",
     "micro-batch": "{}",
-    "again in backward": "{}",
+    "recomputed": "{}",
     "first step s": "{:.0f}",
     "data wait": "{:.2%}",
     "useful patches": "{:.1%}",
@@ -100,7 +100,7 @@ def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
             "memory GB": torch.cuda.max_memory_reserved() / 1e9,
             "predicted GB": (run.layout.memory or 0) / 1e9,
             "micro-batch": micro_batch,
-            "again in backward": f"{compute.recomputed_blocks} blocks, {compute.recomputed_layers} layers",
+            "recomputed": f"{compute.recomputed_blocks} blocks, {compute.recomputed_layers} layers",
             "data wait": sum(waits[2:]) / counted,
             "useful tokens": sum(m.tokens for m in manifests) / packs / config.length,
             "first step s": first,

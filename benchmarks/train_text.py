@@ -1,7 +1,7 @@
 """Training Qwen2.5 on one GPU: whole steps of ours, and of Hugging Face + Liger kernels on the same packs.
 
 usage: python benchmarks/train_text.py DATA [--models 0.5B 1.5B 3B] [--precisions bf16 fp8] [--ours-only] [--profile]
-DATA is what text_data.py wrote. Each run is a process of its own, one after the other, on the same card. A step is all
+DATA is what text_data.py wrote. Each run is a separate process, one after the other, on the same card. A step is all
 of it: reading packs, forward, backward, clipping, optimizer. FLOPs are the model's (trainer/models/costs.py), MFU is
 against the card's dense bfloat16 peak. The peer is given our packing: samples laid end to end, attention by
 FlashAttention's variable-length kernel, Liger's fused norm, rope, SwiGLU and linear cross entropy, torch's fused AdamW.
@@ -29,21 +29,21 @@ from trainer.models.qwen2_5.sizes import SIZES
 LENGTH = 8192
 
 
-def text_config(facts: ModelConfig) -> dict[str, Any]:
+def text_config(model_config: ModelConfig) -> dict[str, Any]:
     """config.json of a Qwen2.5, as the hub has it."""
     return {
         "model_type": "qwen2",
         "architectures": ["Qwen2ForCausalLM"],
-        "vocab_size": facts.vocab_size,
-        "hidden_size": facts.hidden_size,
-        "intermediate_size": facts.intermediate_size,
-        "num_hidden_layers": facts.num_layers,
-        "num_attention_heads": facts.num_heads,
-        "num_key_value_heads": facts.num_kv_heads,
-        "max_position_embeddings": facts.max_positions,
-        "rms_norm_eps": facts.norm_eps,
-        "rope_theta": facts.rope_theta,
-        "tie_word_embeddings": facts.tied,
+        "vocab_size": model_config.vocab_size,
+        "hidden_size": model_config.hidden_size,
+        "intermediate_size": model_config.intermediate_size,
+        "num_hidden_layers": model_config.num_layers,
+        "num_attention_heads": model_config.num_heads,
+        "num_key_value_heads": model_config.num_kv_heads,
+        "max_position_embeddings": model_config.max_positions,
+        "rms_norm_eps": model_config.norm_eps,
+        "rope_theta": model_config.rope_theta,
+        "tie_word_embeddings": model_config.tied,
         "hidden_act": "silu",
     }
 
@@ -91,9 +91,9 @@ def packed_attention() -> None:
     """Give transformers an attention that is told where a pack's samples end."""
     from transformers import AttentionInterface
 
-    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **facts: Any) -> tuple[Tensor, None]:
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
         q, k, v = (x[0].transpose(0, 1).bfloat16() for x in (q, k, v))
-        return flash_attention(q, k, v, facts["cu_seqlens"], facts["longest"], causal=True)[None], None
+        return flash_attention(q, k, v, kwargs["cu_seqlens"], kwargs["longest"], causal=True)[None], None
 
     AttentionInterface.register("packed", attention)
 
@@ -120,15 +120,15 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(config.model), attn_implementation="packed", dtype=torch.bfloat16
         )
-    facts = ModelConfig.from_hf(config.model)
+    model_config = ModelConfig.from_hf(config.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
     seconds, flops, useful = [], 0, 0
-    with PackStream(data, batch_format(facts), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
+    with PackStream(data, batch_format(model_config), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
         for batches in islice(stream.batches(0), args.peer_steps + 1):
             begun, flops, useful = time.perf_counter(), 0, 0
             for batch in batches:
-                flops += TRAINING * costs_of(facts).forward_flops(batch)
+                flops += TRAINING * costs_of(model_config).forward_flops(batch)
                 longest = int(batch.cu_seqlens.diff().max())
                 batch = batch.to(torch.device("cuda"))
                 labels = torch.where(batch.loss_mask > 0, batch.labels, -100)[None]

@@ -1,7 +1,7 @@
 """Training Qwen2.5-VL on one GPU: whole steps of ours, and of Hugging Face + Liger kernels on the same packs.
 
 usage: python benchmarks/train_vision.py DATA [--rows 2 4 6 mix] [--precisions bf16 fp8] [--steps 4] [--ours-only]
-DATA is what vision_data.py wrote; a row is the number of pictures in a pack. Each run is a process of its own, one
+DATA is what vision_data.py wrote; a row is the number of pictures in a pack. Each run is a separate process, one
 after the other, on the same card. A step is all of it: reading packs, decoding pictures, forward, backward,
 clipping, optimizer. FLOPs are the model's, language and vision tower, without padding and recomputation
 (trainer/models/costs.py). The peer is given our packing and FlashAttention for segments, windows and whole images,
@@ -32,17 +32,17 @@ CHECKPOINTED = {"6", "mix"}  # rows that the peer has no memory for otherwise
 STEPS = 1000  # of the schedule
 
 
-def hf_config(facts: ModelConfig) -> dict[str, Any]:
+def hf_config(model_config: ModelConfig) -> dict[str, Any]:
     """config.json of a Qwen2.5-VL, as the hub has it."""
-    vision = facts.vision
+    vision = model_config.vision
     assert vision is not None
     return {
-        **text_config(facts),
+        **text_config(model_config),
         "model_type": "qwen2_5_vl",
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "rope_scaling": {"type": "mrope", "mrope_section": list(facts.mrope_section)},
+        "rope_scaling": {"type": "mrope", "mrope_section": list(model_config.mrope_section)},
         "dtype": "bfloat16",
-        "image_token_id": facts.image_token_id,
+        "image_token_id": model_config.image_token_id,
         "video_token_id": 151_656,
         "vision_start_token_id": 151_652,
         "vision_end_token_id": 151_653,
@@ -88,14 +88,14 @@ def packed_attention() -> None:
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
     def attention(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **facts: Any
+        module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         # [1, heads, T, D] -> [T, heads, D]; rope gives float32 under autocast
         q, k, v = (x[0].transpose(0, 1).bfloat16() for x in (q, k, v))
-        if "cu_seq_lens_q" in facts:  # in the vision tower
-            ends, longest, causal = facts["cu_seq_lens_q"], facts["max_length_q"], False
+        if "cu_seq_lens_q" in kwargs:  # in the vision tower
+            ends, longest, causal = kwargs["cu_seq_lens_q"], kwargs["max_length_q"], False
         else:
-            ends, longest, causal = facts["pack_ends"], facts["pack_longest"], True
+            ends, longest, causal = kwargs["pack_ends"], kwargs["pack_longest"], True
         return flash_attention(q, k, v, ends, int(longest), causal=causal)[None], None
 
     AttentionInterface.register("packed", attention)
@@ -159,17 +159,17 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model.train()
     if args.row in CHECKPOINTED:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    facts = ModelConfig.from_hf(config.model)
-    assert facts.vision is not None
+    model_config = ModelConfig.from_hf(config.model)
+    assert model_config.vision is not None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
 
     seconds, flops, loss = [], [], 0.0
-    with PackStream(data, batch_format(facts), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
+    with PackStream(data, batch_format(model_config), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
         begun = time.perf_counter()
         for batches in islice(stream.batches(0), args.peer_steps + 1):
-            flops.append(sum(TRAINING * costs_of(facts).forward_flops(batch) for batch in batches))
+            flops.append(sum(TRAINING * costs_of(model_config).forward_flops(batch) for batch in batches))
             for batch in batches:
-                given = inputs(batch, facts.vision.merge_size**2)
+                given = inputs(batch, model_config.vision.merge_size**2)
                 given = {name: x.to("cuda") if isinstance(x, Tensor) else x for name, x in given.items()}
                 out = model(labels=given["shift_labels"], **given)
                 (out.loss / len(batches)).backward()

@@ -160,7 +160,7 @@ class Cluster:
             self._start(name, self._java(f"conf-{name}", f"hdfs.server.{kind}"), {})
 
     def wait_for_hdfs(self, datanodes: int = len(DATANODES)) -> None:
-        """Until the NameNode counts so many live DataNodes (it misses a dead one after 12 s), out of safe mode."""
+        """Wait for `datanodes` live DataNodes (a dead one is missed after 12 s) and for the end of safe mode."""
 
         def ready() -> bool:
             state = self._hdfs_state()
@@ -169,7 +169,7 @@ class Cluster:
         self._wait(f"HDFS with {datanodes} DataNodes", ready)
 
     def wait_for_spark(self, workers: int = len(WORKERS)) -> None:
-        """Until the Master counts so many workers."""
+        """Wait until the Master counts `workers` live workers."""
         self._wait(
             f"{workers} Spark workers", lambda: bool((s := self._spark_state()) and s["aliveworkers"] == workers)
         )
@@ -218,7 +218,7 @@ class Cluster:
         }
         write_conf(self.state / "conf", core, client)
         write_conf(self.state / "conf-namenode", core, server)
-        for name in DATANODES:  # -D is no option of a daemon, and each has a folder of its own
+        for name in DATANODES:  # -D is no option of a daemon, and each has its own folder
             write_conf(
                 self.state / f"conf-{name}", core, server | {"dfs.datanode.data.dir": (self.state / name).as_uri()}
             )

@@ -47,7 +47,7 @@ def on_hdfs(
 
 @pytest.fixture
 def fault_run(cluster: Cluster, undisturbed: FaultRun, tmp_path: Path) -> FaultRun:
-    """The same on HDFS and the cluster's Spark, into a folder of its own; to be run by the test."""
+    """The same on HDFS and the cluster's Spark, into its own folder; the test runs it."""
     raw = f"{cluster.hdfs}/faults/raw"
     copy_folder(Folder(undisturbed.raw), Folder(raw), "put")  # what is there is not copied again
     return FaultRun(raw, undisturbed.model, Folder(f"{cluster.hdfs}/{tmp_path.name}"), tmp_path, cluster.env)

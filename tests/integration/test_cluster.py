@@ -220,7 +220,7 @@ def test_datanode_killed_while_writing_and_reading(cluster: Cluster, hdfs: Folde
 def test_namenode_away_for_a_moment_only_delays(cluster: Cluster, hdfs: Folder) -> None:
     hdfs.write("file", BYTES)
     code = f"import time\nfor i in range(20): print(len(Folder({hdfs.uri!r}).read('file', i << 20))); time.sleep(0.2)"
-    # In a process of its own, so that daemons are started by this one's main thread: see Cluster.
+    # In a separate process, so that daemons are started by this one's main thread: see Cluster.
     command = [sys.executable, "-c", f"from kanyun.storage import Folder\n{code}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdout is not None

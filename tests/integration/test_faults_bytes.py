@@ -165,7 +165,7 @@ def test_every_row_is_bad(cluster: Cluster, undisturbed: FaultRun, spark: SparkS
 def test_images_that_may_not_be_read(
     cluster: Cluster, undisturbed: FaultRun, spark: SparkSession, tmp_path: Path
 ) -> None:
-    """They cost their rows. By a user of its own: root may read everything."""
+    """They cost their rows. They are read by another user, since root may read everything."""
     root = Folder(f"{cluster.hdfs}/{tmp_path.name}")
     copy_folder(Folder(undisturbed.raw), root / "raw", "put")
     cluster.shell("-chmod", "600", f"{root.path}/raw/images/3.png")

@@ -38,7 +38,7 @@ _FILES = re.compile(
 
 @dataclass(frozen=True)
 class FaultRun:
-    """One recipe, in a folder of its own on some storage, on some Spark."""
+    """One recipe, in its own folder on some storage, on some Spark."""
 
     raw: str
     model: Path

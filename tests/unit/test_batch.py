@@ -156,7 +156,7 @@ def test_static_shapes_pad_without_touching_real_images() -> None:
         assert vision.cu_images.shape == (31,)
         assert not vision.patches[used:].any()
         assert vision.token_index[used // 4 :].tolist() == [2 * LENGTH] * (528 - used // 4)
-        assert used in vision.cu_windows.tolist()  # padding starts windows and images of its own
+        assert used in vision.cu_windows.tolist()  # padding starts its own windows and images
         assert used in vision.cu_images.tolist()
         assert vision.cu_windows[-1] == vision.cu_images[-1] == 2112
         assert vision.cu_windows[windows:].diff().max() == 64

@@ -1,4 +1,4 @@
-"""A training config: YAML and key=value in, facts out, or one sentence about what is wrong."""
+"""A training config: YAML and key=value in, a TrainConfig out, or one sentence about what is wrong."""
 
 from itertools import pairwise
 from pathlib import Path

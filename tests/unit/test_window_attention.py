@@ -9,7 +9,7 @@ from tests.support.training_job import ROOT
 
 
 def test_agrees_with_the_reference() -> None:
-    """In a process of its own: Triton asks for the interpreter when it is imported, which torch has done here."""
+    """In a separate process: Triton asks for the interpreter when it is imported, which torch has done here."""
     asked = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "tests.support.window_golden"]
     done = subprocess.run(command, env=asked, cwd=ROOT, capture_output=True, text=True)
