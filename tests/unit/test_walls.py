@@ -1,6 +1,7 @@
 """Walls that import-linter cannot see: it knows other people's packages by their first name only."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,3 +40,20 @@ def test_no_test_module_is_imported(path: Path) -> None:
     """What tests share is in tests/support: a test can be moved, renamed or run alone."""
     names = [name.split(".") for name in imported(path.read_text())]
     assert [name for name in names if name[0] == "tests" and name[1] != "support"] == []
+
+
+EXAMPLES = {"pipeline/datasets/captions.py", *(f"{room}/NAME.py" for room in ("pipeline/readers", "pipeline/stages"))}
+EXAMPLES |= {"jobs/spark_NAME.sh"}
+    "pipeline/datasets/captions.py",
+    "pipeline/readers/NAME.py",
+    "pipeline/stages/NAME.py",
+    "jobs/spark_NAME.sh",
+}
+PACKAGES = "kanyun|pipeline|trainer|convert|jobs|tests|benchmarks|docs|docker"
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *SOURCES], ids=lambda path: path.name)
+def test_files_named_in_words_exist(path: Path) -> None:
+    """Documents, docstrings and comments follow when a file moves."""
+    named = set(re.findall(rf"(?<![\w/.-])(?:{PACKAGES})/[\w/]+\.(?:py|md|sh|yaml)\b", path.read_text()))
+    assert [name for name in sorted(named - EXAMPLES) if not (ROOT / name).exists()] == []
