@@ -42,8 +42,7 @@ def test_no_test_module_is_imported(path: Path) -> None:
     assert [name for name in names if name[0] == "tests" and name[1] != "support"] == []
 
 
-EXAMPLES = {"pipeline/datasets/captions.py", *(f"{room}/NAME.py" for room in ("pipeline/readers", "pipeline/stages"))}
-EXAMPLES |= {"jobs/spark_NAME.sh"}
+EXAMPLES = {
     "pipeline/datasets/captions.py",
     "pipeline/readers/NAME.py",
     "pipeline/stages/NAME.py",
