@@ -1,6 +1,7 @@
 """Our tokens and loss masks against what transformers' own processor makes of the raw conversation."""
 
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ _MARKED = (
 )
 MARKED_VL = _MARKED.replace("DEFAULT", "You are a helpful assistant.")
 MARKED_TEXT = _MARKED.replace("DEFAULT", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
+
+# Read once a folder: its 151,643 tokens take two seconds.
+load_tokenizer, load_processor = cache(AutoTokenizer.from_pretrained), cache(AutoProcessor.from_pretrained)
 
 Message = dict[str, Any]
 VISION = [151652, 151653, 151655]  # <|vision_start|>, <|vision_end|>, <|image_pad|>
@@ -118,7 +122,7 @@ def only(result: list[Encoded | Rejected]) -> Encoded:
 
 @pytest.mark.parametrize("messages", TEXT_CONVERSATIONS)
 def test_text_tokens_and_mask(text_folder: Path, text_encoder: Encoder, messages: list[Message]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    tokenizer = load_tokenizer(text_folder)
     expected = tokenizer.apply_chat_template(joined(messages), return_dict=True)["input_ids"]
     marked = tokenizer.apply_chat_template(
         joined(messages), chat_template=MARKED_TEXT, return_dict=True, return_assistant_tokens_mask=True
@@ -131,14 +135,14 @@ def test_text_tokens_and_mask(text_folder: Path, text_encoder: Encoder, messages
 
 @pytest.mark.parametrize("messages", TEXT_CONVERSATIONS)
 def test_text_in_the_vl_folder(vl_folder: Path, vl_encoder: Encoder, messages: list[Message]) -> None:
-    processor = AutoProcessor.from_pretrained(vl_folder)
+    processor = load_processor(vl_folder)
     (expected,) = processor.apply_chat_template([messages], tokenize=True, return_dict=True)["input_ids"]
     assert only(vl_encoder.encode([row(messages)])).input_ids.tolist() == expected
 
 
 @pytest.mark.parametrize(("messages", "sizes"), VL_CONVERSATIONS)
 def test_images_tokens_and_mask(vl_folder: Path, vl_encoder: Encoder, messages: list[Message], sizes: Any) -> None:
-    processor = AutoProcessor.from_pretrained(vl_folder)
+    processor = load_processor(vl_folder)
     pictures = iter([Image.new("RGB", size) for size in sizes])
     raw = [
         {
@@ -164,7 +168,7 @@ def test_images_tokens_and_mask(vl_folder: Path, vl_encoder: Encoder, messages: 
 def test_random_batches_equal_transformers(text_folder: Path, text_encoder: Encoder) -> None:
     rng = random.Random(3)
     alphabet = ["a", "B", " ", "\n", "é", "e\u0301", "你", "7", "'ll", "<|im_end|>", "\t", "☃", "\u0301"]
-    tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    tokenizer = load_tokenizer(text_folder)
     rows = []
     for _ in range(200):
         roles = ["system"] * rng.randint(0, 1) + ["user", "assistant"] * rng.randint(1, 3)
@@ -182,7 +186,7 @@ def test_random_batches_equal_transformers(text_folder: Path, text_encoder: Enco
 def test_a_token_shared_with_the_header_is_trained(text_folder: Path, text_encoder: Encoder) -> None:
     # "assistant\n" + "\n\nfoo": Qwen's pre-tokeniser makes one token of the three newlines
     messages = [message("user", "q"), message("assistant", "\n\nfoo")]
-    tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    tokenizer = load_tokenizer(text_folder)
     got = only(text_encoder.encode([row(messages)]))
     assert got.input_ids.tolist() == tokenizer.apply_chat_template(joined(messages), return_dict=True)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(got.input_ids[got.loss_mask].tolist()) == ["ĊĊĊ", "foo", "<|im_end|>"]
@@ -190,7 +194,7 @@ def test_a_token_shared_with_the_header_is_trained(text_folder: Path, text_encod
 
 def test_document_ends_with_end_of_text_and_is_all_trained(vl_folder: Path, vl_encoder: Encoder) -> None:
     got = only(vl_encoder.encode([row(None, document=" Hello\nworld ")]))
-    assert got.input_ids.tolist() == [*AutoTokenizer.from_pretrained(vl_folder)(" Hello\nworld ")["input_ids"], 151643]
+    assert got.input_ids.tolist() == [*load_tokenizer(vl_folder)(" Hello\nworld ")["input_ids"], 151643]
     assert got.loss_mask.all()
 
 
@@ -244,7 +248,7 @@ def test_what_a_template_makes_of_an_answer_is_trained(text_folder: Path) -> Non
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     encoder = Encoder(Settings(**{**vars(Settings.load(str(text_folder))), "chat_template": template}))
     got = only(encoder.encode([row([message("user", " padded "), message("assistant", "  yes ")])]))
-    tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    tokenizer = load_tokenizer(text_folder)
     assert (
         tokenizer.decode(got.input_ids) == "<|im_start|>user\npadded<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     )
