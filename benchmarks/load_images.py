@@ -24,7 +24,7 @@ from benchmarks.train_text import LENGTH
 from benchmarks.vision_data import crop, pictures
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
-from trainer.data.batch import batch_format
+from trainer.data.batch import BatchFormat
 from trainer.data.images import PatchGeometry, write_patches
 from trainer.data.loader import _threads
 from trainer.data.source import PackedData
@@ -71,7 +71,7 @@ def loader(data: Path, row: str, steps: int = 24) -> float:
     """Images a second of PackStream on all cores."""
     model = str(data / "model")
     packs = PackedData(f"{data}/packed/{row}", LENGTH, fingerprint(Folder(model)))
-    with PackStream(packs, batch_format(ModelConfig.from_hf(model)), seed=0, global_batch=1, micro_batch=1) as stream:
+    with PackStream(packs, BatchFormat.of(ModelConfig.from_hf(model)), seed=0, global_batch=1, micro_batch=1) as stream:
         batches = stream.batches(0)
         next(batches)
         begun = time.perf_counter()

@@ -73,7 +73,7 @@ def plain_loop(
     """Losses of a model of transformers on our packs, `logits` [T, vocabulary] of each, by torch's AdamW."""
     from kanyun.fingerprint import fingerprint
     from kanyun.storage import Folder
-    from trainer.data.batch import batch_format
+    from trainer.data.batch import BatchFormat
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
     from trainer.models.config import ModelConfig
@@ -95,7 +95,7 @@ def plain_loop(
         "cost": costs_of(model_config).pack_cost,
     }  # as Trainer's
     losses = []
-    with PackStream(data, batch_format(model_config), micro_batch=1, **order) as stream:
+    with PackStream(data, BatchFormat.of(model_config), micro_batch=1, **order) as stream:
         for step, packs in enumerate(islice(stream.batches(0), args.steps)):
             trained = sum(int(pack.loss_mask.sum()) for pack in packs)
             total: Tensor | float = 0.0

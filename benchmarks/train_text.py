@@ -104,7 +104,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from kanyun.fingerprint import fingerprint
     from kanyun.storage import Folder
-    from trainer.data.batch import batch_format
+    from trainer.data.batch import BatchFormat
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
     from trainer.models.config import ModelConfig
@@ -124,7 +124,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
     seconds, flops, useful = [], 0, 0
-    with PackStream(data, batch_format(model_config), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
+    with PackStream(data, BatchFormat.of(model_config), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
         for batches in islice(stream.batches(0), args.peer_steps + 1):
             begun, flops, useful = time.perf_counter(), 0, 0
             for batch in batches:

@@ -140,7 +140,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from kanyun.fingerprint import fingerprint
     from kanyun.storage import Folder
-    from trainer.data.batch import batch_format
+    from trainer.data.batch import BatchFormat
     from trainer.data.source import PackedData
     from trainer.data.stream import PackStream
     from trainer.models.costs import TRAINING
@@ -164,7 +164,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
 
     seconds, flops, loss = [], [], 0.0
-    with PackStream(data, batch_format(model_config), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
+    with PackStream(data, BatchFormat.of(model_config), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
         begun = time.perf_counter()
         for batches in islice(stream.batches(0), args.peer_steps + 1):
             flops.append(sum(TRAINING * costs_of(model_config).forward_flops(batch) for batch in batches))

@@ -16,7 +16,7 @@ from torch import Tensor
 from kanyun.errors import UserError
 from kanyun.schema import Pack
 from trainer import checkpoint
-from trainer.data.batch import batch_format, make_batch
+from trainer.data.batch import BatchFormat, make_batch
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
 from trainer.runtime import Runtime
@@ -150,7 +150,7 @@ def megatron_logits(folder: Path, sample: Input) -> Tensor:
         image_grid_thw=sample.grid,
         images=sample.images,
     )
-    batch = make_batch([pack], batch_format(config))
+    batch = make_batch([pack], BatchFormat.of(config))
     with Runtime.start() as runtime:
         model = build_model(config, runtime)
         checkpoint.load(step, model)

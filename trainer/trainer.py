@@ -21,7 +21,7 @@ from kanyun.storage import Folder
 from trainer import checkpoint
 from trainer.checkpoint import State
 from trainer.config import TrainConfig
-from trainer.data.batch import Batch, batch_format
+from trainer.data.batch import Batch, BatchFormat
 from trainer.data.shapes import static_shape
 from trainer.data.source import PackedData
 from trainer.data.stream import PackStream, ValidationStream
@@ -96,7 +96,7 @@ class Trainer:
 
         self.costs = costs_of(run.model)
         self._open = ExitStack()
-        form = batch_format(run.model, pinned=runtime.cuda)
+        form = BatchFormat.of(run.model, pinned=runtime.cuda)
         self.static = static_shape(run.data.all, layout.micro_batch, form.geometry)
         place = {"micro_batch": layout.micro_batch, "rank": runtime.data_rank, "world": runtime.data_world}
         self.stream = self._open.enter_context(

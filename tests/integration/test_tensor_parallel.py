@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from tests.support.model_golden import Example, batch_of
+from tests.support.qwen3_assets import tiny_qwen3_folder
 from tests.support.qwen_assets import tiny_text_folder
 from tests.support.two_processes import assert_two_train_as_one
 from trainer.models.config import ModelConfig
@@ -19,8 +20,9 @@ from trainer.models.initialize import build_model
 from trainer.runtime import Runtime
 
 
-def test_two_processes_are_one_model(tmp_path: Path) -> None:
-    tiny_text_folder(tmp_path, tied=False)
+@pytest.mark.parametrize("make", [tiny_text_folder, tiny_qwen3_folder])
+def test_two_processes_are_one_model(make: Any, tmp_path: Path) -> None:
+    make(tmp_path, tied=False)
     for world in (1, 2):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
         worker = ["-m", "tests.integration.test_tensor_parallel", str(tmp_path), str(world)]

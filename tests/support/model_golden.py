@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from kanyun.schema import Pack
-from trainer.data.batch import Batch, batch_format, make_batch
+from trainer.data.batch import Batch, BatchFormat, make_batch
 from trainer.data.shapes import StaticShape
 from trainer.models.config import ModelConfig
 from trainer.models.language import LanguageModel
@@ -38,7 +38,7 @@ def batch_of(
     config: ModelConfig, packs: Sequence[Sequence[Example]], length: int, static: StaticShape | None = None
 ) -> Batch:
     """Packs as the loader would hand them to the model."""
-    return make_batch([_pack(examples, length) for examples in packs], batch_format(config, static))
+    return make_batch([_pack(examples, length) for examples in packs], BatchFormat.of(config, static))
 
 
 def _pack(examples: Sequence[Example], length: int) -> Pack:

@@ -1,4 +1,4 @@
-"""One micro-batch: a pack (or several end to end) as the tensors the model reads."""
+"""One micro-batch: packs end to end, as the tensors that the model reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,7 +17,7 @@ from trainer.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class VisionBatch:
-    """The images of a micro-batch, as patches in *window order* (the order Qwen2.5-VL's tower works in).
+    """The images of a micro-batch, as patches in *window order* (the order the vision tower works in).
 
     P patches of C x 14 x 14 pixels; 4 neighbouring patches (2 x 2) are merged into one of M = P / 4 visual tokens.
     Reordering is done here, by index, in the loader: the tower itself never permutes.
@@ -37,22 +37,21 @@ class Batch:
     input_ids: Tensor  # [T] int64
     labels: Tensor  # [T] int64: the next token of the same segment (0 where there is none)
     loss_mask: Tensor  # [T] float32: 1 where the label is a trained token
-    position_ids: (
-        Tensor  # [3, T] int64: temporal, height, width; they restart in each segment; text has three equal rows
-    )
+    # [3, T] int64: temporal, height, width. They restart in each segment; text has three equal rows.
+    position_ids: Tensor
     cu_seqlens: Tensor  # [segments + 1] int32: the masked tail of a pack is its own segment; last entry T
     vision: VisionBatch | None  # None only for a text model
 
     @property
     def real_patches(self) -> int:
-        """Of a batch on the CPU: those of images, without padding."""
+        """Patches of images, without padding, of a batch on the CPU."""
         if self.vision is None:
             return 0
         tokens = int((self.vision.token_index < len(self.input_ids)).sum())
         return tokens * len(self.vision.patches) // len(self.vision.token_index)
 
     def to(self, device: torch.device) -> "Batch":
-        """A copy on `device`; from pinned memory it does not block the host."""
+        """Return a copy on `device`; from pinned memory it does not block the host."""
         vision = None
         if self.vision is not None:
             moved = {f.name: getattr(self.vision, f.name).to(device, non_blocking=True) for f in fields(VisionBatch)}
@@ -65,22 +64,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchFormat:
-    """What the tensors of a batch depend on besides the packs."""
+    """What a batch's tensors depend on besides the packs."""
 
     geometry: PatchGeometry | None  # None: a text model
     image_token_id: int = -1
     static: StaticShape | None = None  # None: as large as the packs need
     pinned: bool = False  # in page-locked memory, for copies that do not block
 
+    @classmethod
+    def of(cls, model: ModelConfig, static: StaticShape | None = None, pinned: bool = False) -> "BatchFormat":
+        """Return the format of batches for this model."""
+        vision = model.vision
+        geometry = PatchGeometry(vision.patch_size, vision.merge_size, vision.window_size) if vision else None
+        return cls(geometry, -1 if model.image_token_id is None else model.image_token_id, static, pinned)
 
-def batch_format(model: ModelConfig, static: StaticShape | None = None, pinned: bool = False) -> BatchFormat:
-    """Return the format of batches for this model."""
-    vision = model.vision
-    geometry = PatchGeometry(vision.patch_size, vision.merge_size, vision.window_size) if vision else None
-    return BatchFormat(geometry, -1 if model.image_token_id is None else model.image_token_id, static, pinned)
 
-
-def make_batch(packs: Sequence[Pack], form: BatchFormat) -> Batch:
+def make_batch(packs: Sequence[Pack], batch_format: BatchFormat) -> Batch:
     """Decode images and lay out packs end to end.
 
     A model with a vision tower always gets at least one attention window of patches, so that the tower runs, and its
@@ -100,18 +99,18 @@ def make_batch(packs: Sequence[Pack], form: BatchFormat) -> Batch:
         "input_ids": input_ids,
         "labels": labels,
         "loss_mask": loss_mask,
-        "position_ids": np.concatenate([_positions(pack, form) for pack in packs], axis=1),
-        "cu_seqlens": _cumulative(cu_seqlens, form, "segments"),
+        "position_ids": np.concatenate([_positions(pack, batch_format) for pack in packs], axis=1),
+        "cu_seqlens": _cumulative(cu_seqlens, batch_format, "segments"),
     }
-    vision = _vision(packs, input_ids, form.geometry, form) if form.geometry else None
-    return Batch(**{name: _tensor(array, form) for name, array in arrays.items()}, vision=vision)
+    vision = _vision(packs, input_ids, batch_format.geometry, batch_format) if batch_format.geometry else None
+    return Batch(**{name: _tensor(array, batch_format) for name, array in arrays.items()}, vision=vision)
 
 
-def _positions(pack: Pack, form: BatchFormat) -> np.ndarray:
-    merge = form.geometry.merge if form.geometry else 1
+def _positions(pack: Pack, batch_format: BatchFormat) -> np.ndarray:
+    merge = batch_format.geometry.merge if batch_format.geometry else 1
     try:
         return mrope_positions(
-            pack.input_ids, pack.cu_seqlens, pack.image_grid_thw[:, 1:] // merge, form.image_token_id
+            pack.input_ids, pack.cu_seqlens, pack.image_grid_thw[:, 1:] // merge, batch_format.image_token_id
         )
     except ValueError as error:
         raise DatasetError(
@@ -119,20 +118,22 @@ def _positions(pack: Pack, form: BatchFormat) -> np.ndarray:
         ) from error
 
 
-def _vision(packs: Sequence[Pack], input_ids: np.ndarray, geometry: PatchGeometry, form: BatchFormat) -> VisionBatch:
+def _vision(
+    packs: Sequence[Pack], input_ids: np.ndarray, geometry: PatchGeometry, batch_format: BatchFormat
+) -> VisionBatch:
     unit = geometry.merge**2  # patches a visual token
     used = sum(pack.patches for pack in packs)
     window = (geometry.window // geometry.patch) ** 2
     # Without a static shape up to a whole window: fp8 wants a multiple of 8 rows, of visual tokens too.
-    sizes = form.static.patches if form.static else (-(-max(used, 1) // window) * window,)
+    sizes = batch_format.static.patches if batch_format.static else (-(-max(used, 1) // window) * window,)
     total = next((size for size in sizes if size >= used), None)
     if total is None:
         raise DatasetError(f"{used} patches in packs {_names(packs)}, but the layout has room for {sizes[-1]}")
-    patches = torch.empty(total, geometry.pixels, dtype=torch.uint8, pin_memory=form.pinned)
+    patches = torch.empty(total, geometry.pixels, dtype=torch.uint8, pin_memory=batch_format.pinned)
     patches[used:] = 0
     positions = np.zeros((total, 2), np.int32)
     token_index = np.full(total // unit, len(input_ids), np.int64)
-    slots = np.flatnonzero(input_ids == form.image_token_id)  # of visual tokens in the text, images in order
+    slots = np.flatnonzero(input_ids == batch_format.image_token_id)  # of visual tokens in the text, images in order
     windows, images, start = [np.zeros(1, np.int32)], [0], 0
     for pack in packs:
         for number, (data, (_, height, width)) in enumerate(
@@ -157,31 +158,31 @@ def _vision(packs: Sequence[Pack], input_ids: np.ndarray, geometry: PatchGeometr
     cu_images = np.cumsum([*images, *padding_images])
     return VisionBatch(
         patches=patches,
-        positions=_tensor(positions, form),
-        cu_windows=_tensor(_cumulative(cu_windows, form, "windows"), form),
-        cu_images=_tensor(_cumulative(cu_images, form, "images"), form),
-        token_index=_tensor(token_index, form),
+        positions=_tensor(positions, batch_format),
+        cu_windows=_tensor(_cumulative(cu_windows, batch_format, "windows"), batch_format),
+        cu_images=_tensor(_cumulative(cu_images, batch_format, "images"), batch_format),
+        token_index=_tensor(token_index, batch_format),
     )
 
 
 def _pieces(total: int, size: int) -> np.ndarray:
-    """`total` cut into pieces of `size` and a rest."""
+    """Return the sizes of pieces of `size`, and of the rest, that add up to `total`."""
     return np.diff(np.append(np.arange(0, total, size), total)).astype(np.int32) if total else np.empty(0, np.int32)
 
 
-def _cumulative(ends: np.ndarray, form: BatchFormat, what: str) -> np.ndarray:
-    """Cumulative lengths as int32; for a static shape the last entry is repeated. `what`: a field of StaticShape."""
-    if form.static is None:
+def _cumulative(ends: np.ndarray, batch_format: BatchFormat, what: str) -> np.ndarray:
+    """Return cumulative lengths as int32, padded with the last entry to a static shape. `what`: a StaticShape field."""
+    if batch_format.static is None:
         return ends.astype(np.int32)
-    count = getattr(form.static, what)
+    count = getattr(batch_format.static, what)
     if len(ends) - 1 > count:
         raise DatasetError(f"{len(ends) - 1} {what} in one micro-batch, but the layout has room for {count}")
     return np.pad(ends, (0, count + 1 - len(ends)), mode="edge").astype(np.int32)
 
 
-def _tensor(array: np.ndarray, form: BatchFormat) -> Tensor:
+def _tensor(array: np.ndarray, batch_format: BatchFormat) -> Tensor:
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if form.pinned else tensor
+    return tensor.pin_memory() if batch_format.pinned else tensor
 
 
 def _names(packs: Sequence[Pack]) -> str:

@@ -1,4 +1,4 @@
-"""Encoded images to the patches that Qwen2.5-VL's vision tower reads, in the order it works in.
+"""Decodes images into the patches that the vision tower reads, in window order.
 
 The tower attends in windows of 8 x 8 patches. transformers permutes activations into window order on the device and
 back; here the permutation is an index that depends on the grid alone, applied while pixels are copied out of the image.
@@ -24,13 +24,13 @@ class PatchGeometry:
 
     @property
     def pixels(self) -> int:
-        """Values a patch has: 3 channels x side x side."""
+        """Values of a patch: 3 channels x side x side."""
         return 3 * self.patch * self.patch
 
 
 @dataclass(frozen=True)
 class WindowOrder:
-    """How the P = h x w patches of one image stand in window order; M = P / merge^2 visual tokens."""
+    """The P = h x w patches of one image in window order; M = P / merge^2 visual tokens."""
 
     positions: np.ndarray  # [P, 2] int32: row and column of the patch
     windows: np.ndarray  # [windows] int32: patches in each attention window
@@ -39,10 +39,10 @@ class WindowOrder:
 
 @lru_cache(maxsize=4096)
 def window_order(height: int, width: int, geometry: PatchGeometry) -> WindowOrder:
-    """Window order of a grid of height x width patches: transformers' get_vision_window_index, merge blocks kept whole.
+    """Return the order of transformers' get_vision_window_index for height x width patches, merge blocks kept whole.
 
     Windows go row by row; in a window visual tokens go row by row; in a visual token its merge x merge patches do.
-    Windows at the right and lower border are as small as the image leaves them.
+    Windows at the right and lower border are smaller where the image ends.
     """
     merge, side = geometry.merge, geometry.window // geometry.patch // geometry.merge  # side: in visual tokens
     rows, columns = height // merge, width // merge
@@ -59,12 +59,12 @@ def window_order(height: int, width: int, geometry: PatchGeometry) -> WindowOrde
         tokens=tokens,
     )
     for array in (order.positions, order.windows, order.tokens):
-        array.flags.writeable = False  # shared by all who ask for this grid
+        array.flags.writeable = False  # cached: all images of this grid share them
     return order
 
 
 def decode(data: bytes, height: int, width: int) -> np.ndarray:
-    """Decode an image and resize it to height x width pixels: [3, height, width] uint8.
+    """Return an image decoded and resized to height x width pixels: [3, height, width] uint8.
 
     Bit for bit what AutoProcessor's image processor (torchvision backend) makes of transformers.image_utils.load_image:
     EXIF rotation, RGB (transparency is dropped, not blended), bicubic in torch's uint8 kernel, which takes 3 ms where
@@ -83,7 +83,7 @@ def decode(data: bytes, height: int, width: int) -> np.ndarray:
 def write_patches(out: np.ndarray, data: bytes, grid: tuple[int, int], geometry: PatchGeometry) -> WindowOrder:
     """Decode an image of grid = (h, w) patches into out [h * w, pixels] uint8: window order, channel major.
 
-    The pixels are copied once, from the resized image to `out`.
+    Copies the pixels once, from the resized image to `out`.
     """
     height, width = grid
     side = geometry.patch

@@ -1,7 +1,7 @@
-"""Multimodal rotary positions: where each token stands in time, height and width.
+"""Multimodal RoPE positions of each token in time, height and width.
 
-A text token stands one after the token before it, on all three axes alike. An image of h x w visual tokens has one
-temporal position, its row and its column on the other two axes, and moves the text after it on by max(h, w).
+A text token's position is one more than the previous token's, on all three axes. An image of h x w visual tokens has
+one temporal position, its row and its column on the other two axes, and the text after it starts max(h, w) later.
 Equal to transformers' Qwen2_5_VLModel.get_rope_index of each segment alone.
 """
 
@@ -9,13 +9,13 @@ import numpy as np
 
 
 def mrope_positions(input_ids: np.ndarray, cu_seqlens: np.ndarray, grids: np.ndarray, image_token: int) -> np.ndarray:
-    """Positions [3, n] int64 (temporal, height, width) of n tokens, from 0 in each segment.
+    """Return positions [3, T] int64 (temporal, height, width), from 0 in each segment.
 
-    input_ids [n]; cu_seqlens [segments + 1], last entry n; grids [images, 2]: rows and columns of *visual tokens*
+    input_ids [T]; cu_seqlens [segments + 1], last entry T; grids [images, 2]: rows and columns of *visual tokens*
     (patches / merge size) of each image, in the order of their tokens; a text model gives [0, 2] and image token -1.
-    Raises ValueError if the image tokens are not as many as the grids say.
+    Raises ValueError if the number of image tokens is not the grids'.
     """
-    step = np.ones(len(input_ids), np.int64)  # how far a token moves the one after it
+    step = np.ones(len(input_ids), np.int64)  # from a token's position to the next one's
     slots = np.flatnonzero(input_ids == image_token)
     cells = grids.prod(axis=1)
     if len(slots) != cells.sum():

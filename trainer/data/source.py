@@ -1,4 +1,4 @@
-"""The packed datasets that a run trains on: found, checked against model and config, and put together by epoch."""
+"""The packed datasets that a run trains on: listed, checked against model and config, and grouped by epoch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from kanyun.schema import Pack
 
 @dataclass(frozen=True)
 class PackCost:
-    """What a pack costs beyond what every pack costs, in any unit, say FLOPs."""
+    """A pack's cost beyond what every pack costs alike, in any unit, for example FLOPs."""
 
-    pair: float  # a unit of the sum of squared segment lengths: causal attention of two tokens
+    pair: float  # for each unit of the sum of squared segment lengths: causal attention of two tokens
     patch: float  # one vision patch; 0 where patches are padded to a static shape
 
 
 class Packs:
-    """Several packed datasets laid end to end: record batches, and packs, are numbered through all of them."""
+    """Several packed datasets end to end: record batches and packs are numbered through all of them."""
 
     def __init__(self, datasets: Sequence[PackedDataset]):
         self.datasets = tuple(datasets)
@@ -33,7 +33,7 @@ class Packs:
 
     @property
     def epoch(self) -> int:
-        """Sampled epoch of the first one."""
+        """Sampled epoch of the first dataset."""
         return self.datasets[0].manifest.epoch
 
     def __len__(self) -> int:
@@ -41,25 +41,25 @@ class Packs:
         return int(self.packs_per_batch.sum())
 
     def column(self, name: str) -> np.ndarray:
-        """[packs] of PackedDataset's pack_attention, pack_segments, pack_patches, pack_images or pack_windows."""
+        """Return a column of PackedDataset, [packs]: pack_attention, _segments, _patches, _images or _windows."""
         return np.concatenate([getattr(dataset, name) for dataset in self.datasets])
 
     def costs(self, cost: PackCost) -> np.ndarray:
-        """[packs] float64."""
+        """Return each pack's cost, [packs] float64."""
         return cost.pair * self.column("pack_attention") + cost.patch * self.column("pack_patches")
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(record batch, row in it) of pack `index` in stored order."""
+        """Return (record batch, row in it) of pack `index` in stored order."""
         batch = int(np.searchsorted(self._ends, index, side="right"))
         return batch, index - int(self._ends[batch] - self.packs_per_batch[batch])
 
     def read_batch(self, number: int) -> list[Pack]:
-        """The packs of one record batch. Raises DatasetError if it is damaged."""
+        """Return the packs of one record batch. Raises DatasetError if it is damaged."""
         part = int(np.searchsorted(self._first_batch, number, side="right")) - 1
         return self.datasets[part].read_batch(number - int(self._first_batch[part]))
 
     def batch_bytes(self, number: int) -> int:
-        """Of one record batch, as stored."""
+        """Return the bytes of one record batch, as stored."""
         part = int(np.searchsorted(self._first_batch, number, side="right")) - 1
         return self.datasets[part].batch_bytes(number - int(self._first_batch[part]))
 
@@ -69,7 +69,7 @@ class Packs:
 
 
 class PackedData:
-    """All packed datasets below `parent`, each checked: packed to `length`, with the model's tokenizer and processor.
+    """The packed datasets below `parent`, each packed to `length` and built with the model's tokenizer and processor.
 
     Raises DatasetError naming both values where they differ.
     """
@@ -88,13 +88,13 @@ class PackedData:
 
     @cached_property
     def epochs(self) -> list[Packs]:
-        """One a sampled epoch: its parts, concatenated."""
+        """For each sampled epoch its parts, concatenated."""
         numbers = sorted({dataset.manifest.epoch for dataset in self.datasets})
         return [Packs([d for d in self.datasets if d.manifest.epoch == number]) for number in numbers]
 
     @property
     def digest(self) -> str:
-        """Of everything that training can see."""
+        """Digest of all data."""
         return self.all.digest
 
     @property

@@ -1,4 +1,4 @@
-"""Batches of this rank, in order: for training from any number of consumed packs on, and for validation.
+"""Batches of one data-parallel rank, in order: for training, from any number of consumed packs on, and for validation.
 
 The whole state of training's data is one integer. Which packs a step has is a pure function of (data, seed,
 global batch, consumed packs), not of the number of ranks: each rank takes an equal run of the step's slots.
@@ -18,15 +18,15 @@ from trainer.data.source import PackCost, PackedData
 
 
 class _Stream:
-    """What training and validation share: a loader that is closed at the end."""
+    """Base of the streams for training and validation: owns the loader."""
 
-    def __init__(self, data: PackedData, form: BatchFormat, micro_batch: int):
+    def __init__(self, data: PackedData, batch_format: BatchFormat, micro_batch: int):
         self._data, self._micro_batch = data, micro_batch
-        self._loader = Loader(form, micro_batch, data.length, data.vision_budget)
+        self._loader = Loader(batch_format, micro_batch, data.length, data.vision_budget)
 
     @property
     def wait_seconds(self) -> float:
-        """Time that `batches` has kept its caller waiting, since the stream was made."""
+        """Data wait since the stream was made."""
         return self._loader.wait_seconds
 
     def close(self) -> None:
@@ -45,20 +45,20 @@ class _Stream:
 class PackStream(_Stream):
     """Training batches of data-parallel rank `rank` of `world`. A context manager.
 
-    Raises UserError if ranks x micro-batch does not divide the global batch, or an epoch has not one global batch.
+    Raises UserError if ranks x micro-batch does not divide the global batch, or an epoch is smaller than that.
     """
 
     def __init__(
         self,
         data: PackedData,
-        form: BatchFormat,
+        batch_format: BatchFormat,
         *,
         seed: int,
         global_batch: int,  # packs a step, over all ranks
-        micro_batch: int,  # packs that go through the model at once
+        micro_batch: int,  # packs
         rank: int = 0,
         world: int = 1,
-        cost: PackCost | None = None,  # given: packs of one step are chosen to cost about the same
+        cost: PackCost | None = None,  # balances the ranks: the packs of one step cost about the same
     ):
         if global_batch % (world * micro_batch):
             raise UserError(
@@ -71,7 +71,7 @@ class PackStream(_Stream):
                     f"{data.parent} has {len(packs)} packs in epoch {packs.epoch}, less than one global_batch of "
                     f"{global_batch}: set global_batch to at most {len(packs)}, or pack more data"
                 )
-        super().__init__(data, form, micro_batch)
+        super().__init__(data, batch_format, micro_batch)
         self._seed, self._global_batch = seed, global_batch
         share = global_batch // world
         self._world, self._slots = world, range(rank * share, (rank + 1) * share)
@@ -79,13 +79,13 @@ class PackStream(_Stream):
         self._order = lru_cache(maxsize=2)(self._make_order)  # of the epoch, and of the next, which is read ahead
 
     def steps(self, epochs: int) -> int:
-        """Steps of the first `epochs` training epochs. Epoch e reads sampled epoch e % (how many there are)."""
+        """Return the steps of the first `epochs` training epochs. Epoch e reads sampled epoch e % (number of those)."""
         each = [len(packs) // self._global_batch for packs in self._data.epochs]
         rounds, rest = divmod(epochs, len(each))
         return rounds * sum(each) + sum(each[:rest])
 
     def locate(self, consumed: int) -> tuple[int, int]:
-        """(training epoch, step in it) after `consumed` packs.
+        """Return (training epoch, step in it) after `consumed` packs.
 
         Raises UserError if that is inside of a step: they were counted with another global batch.
         """
@@ -102,13 +102,13 @@ class PackStream(_Stream):
         return epoch, step - self.steps(epoch)
 
     def imbalance(self, consumed: int) -> float:
-        """Of the step after `consumed` packs: what the rank with most work has, over the ranks' mean. Needs `cost`."""
+        """Return the largest rank's cost over the ranks' mean, in the step after `consumed` packs. Needs `cost`."""
         epoch, step = self.locate(consumed)
         ranks = self._order(epoch).costs(step).reshape(self._world, -1).sum(axis=1)
         return float(ranks.max() / ranks.mean())
 
     def batches(self, consumed: int) -> Iterator[tuple[Batch, ...]]:
-        """The micro-batches of each step from `consumed` packs on, without end.
+        """Return an endless iterator of each step's micro-batches, from `consumed` packs on.
 
         The iterator raises DatasetError if a record batch is damaged twice or an image cannot be decoded.
         """
@@ -121,7 +121,7 @@ class PackStream(_Stream):
         return Order(packs.packs_per_batch, self._global_batch, packs.digest, self._seed, epoch, costs)
 
     def _picks(self, epoch: int, step: int) -> Iterator[list[Pick]]:
-        """The packs of each micro-batch. Record batches are held for a window of the order: it jumps about in there."""
+        """Yield the packs of each micro-batch. A shuffle window jumps among record batches, so they are cached."""
         while True:
             packs, order = self._data.epochs[epoch % len(self._data.epochs)], self._order(epoch)
             while step < order.steps:
@@ -136,21 +136,20 @@ class PackStream(_Stream):
 
 
 class ValidationStream(_Stream):
-    """Every pack of the held-out data once, in stored order, split over the ranks. A context manager.
+    """Each pack of the validation data once, in stored order, split over the ranks. A context manager.
 
-    Collectives need the same number of micro-batches on every rank: the last ones are filled up with packs whose loss
-    does not count.
+    Collectives need the same number of micro-batches on every rank: the last ones are filled up with blank packs.
     """
 
-    def __init__(self, data: PackedData, form: BatchFormat, *, micro_batch: int, rank: int = 0, world: int = 1):
+    def __init__(self, data: PackedData, batch_format: BatchFormat, *, micro_batch: int, rank: int = 0, world: int = 1):
         if not len(data.all):
             raise DatasetError(f"{data.parent} has no packs: give other validation data, or leave `validation` out")
-        super().__init__(data, form, micro_batch)
+        super().__init__(data, batch_format, micro_batch)
         self.micro_batches = -(-len(data.all) // (micro_batch * world))  # on each rank
         self._first = rank * self.micro_batches * micro_batch
 
     def batches(self) -> Iterator[Batch]:
-        """`micro_batches` batches. May be called again and again."""
+        """Return an iterator of `micro_batches` batches. It may be called any number of times."""
         return self._loader.run(self._picks())
 
     def _picks(self) -> Iterator[list[Pick]]:

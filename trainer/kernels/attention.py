@@ -1,4 +1,4 @@
-"""Attention within segments of one long sequence: what makes a pack equal to its samples alone. The reference."""
+"""Reference attention within the segments of one long sequence: it makes a pack equal to its samples alone."""
 
 import torch
 from torch import Tensor
@@ -6,10 +6,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, causal: bool) -> Tensor:
-    """softmax(QK / sqrt(D)) V, where no token sees another segment.
+    """Return softmax(Q K^T / sqrt(D)) V, where no token sees another segment: [T, heads, D].
 
     query [T, heads, D]; key and value [T, groups, D], groups divides heads; cu_seqlens [segments + 1] int32, from 0 to
-    T, where repeated entries are empty segments. Returns [T, heads, D].
+    T, where repeated entries are empty segments.
     """
     lengths = [length for length in cu_seqlens.diff().tolist() if length]
     grouped = key.shape[1] != query.shape[1]

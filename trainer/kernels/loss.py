@@ -1,9 +1,9 @@
 """The output head and its cross entropy on a GPU, a chunk of tokens at a time: logits never exist whole.
 
 With 151,936 tokens in the vocabulary, the logits of four packs of 8192 are 10 GB, and their gradient as much again.
-Here a chunk's logits become its gradient in place, and that goes into the hidden states and the weight at once: in the
-forward pass, since the gradient of a sum of losses is known there. Source of the idea: Liger Kernel's fused linear
-cross entropy (Hsu et al., 2024).
+Here a chunk's logits become their gradient in place, which goes into the hidden states and the weight at once. All
+in the forward pass: the gradient of a sum of losses is known there. The idea is Liger Kernel's fused linear cross
+entropy (Hsu et al., 2024).
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ from trainer.kernels.constants import CHUNK
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum over tokens of the cross entropy of hidden @ weight.T.
+    """Return the cross entropy of hidden @ weight.T, summed over tokens, a float32 scalar.
 
-    hidden [T, h]; weight [V, h], whose gradient is added to `weight.main_grad` (float32, as megatron.core's DDP makes
+    hidden [T, H]; weight [V, H], whose gradient is added to `weight.main_grad` (float32, as megatron.core's DDP makes
     it); labels [T] int64, IGNORED where not trained; gradients: whether there will be a backward pass, which autograd
-    does not tell. Returns a float32 scalar.
+    does not tell.
     """
 
     @staticmethod
