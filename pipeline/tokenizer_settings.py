@@ -73,13 +73,14 @@ def _chat_template(root: Folder, config: dict[str, Any], is_processor: bool) -> 
 
     A processor's own comes before its tokenizer's: processor_config.json, chat_template.json, chat_template.jinja.
     """
-    found: list[Any] = []
+    candidates: list[Any] = []
     if is_processor:
-        found = [_json(root, name).get("chat_template") for name in ("processor_config.json", "chat_template.json")]
+        files = ("processor_config.json", "chat_template.json")
+        candidates = [_json(root, name).get("chat_template") for name in files]
     if root.exists("chat_template.jinja"):
-        found.append(root.read("chat_template.jinja").decode())
-    found.append(config.get("chat_template"))
-    template = next((template for template in found if template), None)
+        candidates.append(root.read("chat_template.jinja").decode())
+    candidates.append(config.get("chat_template"))
+    template = next((template for template in candidates if template), None)
     if isinstance(template, list):  # [{"name": "default", "template": ...}, ...]
         template = {named["name"]: named["template"] for named in template}
     return template.get("default") if isinstance(template, dict) else template
