@@ -40,11 +40,18 @@ class Settings:
         processor = fingerprint(root).processor
         text = root.read("tokenizer.json").decode()
         config = _json(root, "tokenizer_config.json")
-        roles = _special_tokens(root, config)
-        _check(folder, text, {*_added_tokens(config), *roles.values()})
+        try:
+            roles, added = _special_tokens(root, config), set(_added_tokens(config))
+            template = _chat_template(root, config, processor is not None)
+        except (AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{root.path} has a chat template or special tokens that transformers would not write ({error!r}): "
+                "load the tokenizer with transformers and save it again (save_pretrained)"
+            ) from error
+        _check(root.path, text, added | set(roles.values()))
         return cls(
             tokenizer_json=text,
-            chat_template=_chat_template(root, config, processor is not None),
+            chat_template=template,
             template_variables=tuple(sorted(roles.items())),
             processor_json=json.dumps(processor, sort_keys=True),
         )
