@@ -139,9 +139,9 @@ class Run:
             size = _bytes(self.folder / "sample" / "data")
             return Use(max(min(least, size / (4 << 20)), size / (128 << 20)), 0, 0.36e9)
         manifest = self._manifest()
-        images = self.datasets.get("pictures", 0) * RATIOS["pictures"]
+        sampled = self.datasets.get("pictures", 0) * RATIOS["pictures"]
         shards = len(manifest.shards)
-        return Use(shards, 2.25 * manifest.tokens + 120 * images, 0.4e9 + 7 * manifest.tokens / shards)
+        return Use(shards, 2.25 * manifest.tokens + 120 * sampled, 0.4e9 + 7 * manifest.tokens / shards)
 
     def _show(self, stage: str, name: str, used: Use, formula: Use) -> None:
         output = self._packed() if stage == "pack" else self.folder / stage / name
