@@ -58,7 +58,7 @@ class BuildStage(Stage):
     def read(self, spark: SparkSession, attempt: Attempt) -> DataFrame:
         """Read in tasks of equal bytes: 128 MB (spark.sql.files.maxPartitionBytes), less if that makes too few.
 
-        The least is 4 MB of parquet (spark.sql.files.openCostInBytes): 2,500 rows of 2.6 kB of JSON, some 5 s of a core.
+        The least is 4 MB of parquet (spark.sql.files.openCostInBytes): 2,500 rows of 2.6 kB of JSON, about 4 s.
         """
         spark.conf.set("spark.sql.files.minPartitionNum", TASKS_A_CORE * spark.sparkContext.defaultParallelism)
         return super().read(spark, attempt)
