@@ -1,8 +1,10 @@
-"""Build of text on one core: tokens a second of the stage, of its Python work alone, and of `tokenizers` by itself.
+"""Build on one core, of documents and of chats: tokens a second of the stage, of its Python worker, and of its peers.
 
-The text is Python's own library sources and documentation, a file a document, under Qwen's vocabulary (PyPI's dashscope
-has it), on one core (one_core.py). The Spark session is there before the clock starts; a stage's own fixed cost is in
-its times, but in the last column. The better of two rounds counts.
+The text is Python's own library and documentation, under Qwen's vocabulary (PyPI's dashscope): a file a document,
+or chats of one to four questions and answers cut from it. The floor is `tokenizers` on texts that are rendered already,
+256 at a time as Spark passes them, without threads (TOKENIZERS_PARALLELISM=false); transformers' apply_chat_template
+renders and tokenizes the same chats, as a batch. All runs share one core (one_core.py), and the best of three rounds
+counts. The Spark session is there before the clock starts; the last column is without a stage's fixed cost.
 
 usage: python -m benchmarks.build_text [--bytes N]
 """
@@ -12,11 +14,14 @@ import json
 import os
 import sysconfig
 import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
+import numpy as np
 import pyarrow.dataset
 from tokenizers import Tokenizer
 
@@ -29,46 +34,69 @@ from pipeline.stages.sample import SampleStage
 from pipeline.tokenizer_settings import Settings
 from tests.support.qwen_assets import real_tokenizer_folder
 
-LENGTH = 1 << 20  # tokens: no document is longer
+LENGTH = 1 << 20  # tokens: no row is longer
+KINDS = {"documents": "text", "chats": "messages"}  # -> dataset class
+ROUNDS = 3
+Row = dict[str, Any]
 
 
-def make(folder: Path, size: int) -> int:
-    """A raw folder of about `size` bytes of text; documents."""
+def documents() -> Iterator[Row]:
     library = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     sources = [path for path in library if "site-packages" not in path.parts and "test" not in path.parts]
     texts = [*topics.values(), *(path.read_text(errors="replace") for path in sources)]
-    written = number = 0
+    for number, text in enumerate(cycle(filter(str.strip, texts))):
+        yield {"text": f"{number}\n{text}"}  # no two are duplicates
+
+
+def chats() -> Iterator[Row]:
+    rng = np.random.default_rng(0)
+    corpus = "".join(row["text"] for row, _ in zip(documents(), range(1_000)))
+    while True:
+        messages = []
+        for role, most in [("user", 400), ("assistant", 1_200)] * int(rng.integers(1, 5)):
+            start = int(rng.integers(len(corpus) - most))
+            messages.append({"role": role, "content": "I" + corpus[start : start + int(rng.integers(20, most))]})
+        yield {"messages": messages}
+
+
+def make(folder: Path, rows: Iterator[Row], size: int) -> list[Row]:
+    """Write a raw folder of about `size` bytes of JSON; return its rows."""
     folder.mkdir(parents=True)
+    written, made = 0, []
     with open(folder / "rows.jsonl", "w") as stream:
-        for number, text in enumerate(cycle(filter(str.strip, texts))):
-            if written >= size:
-                break
-            # No two are duplicates.
-            written += stream.write(json.dumps({"text": f"{number}\n{text}"}) + "\n")
-    return number
+        while written < size:
+            made.append(next(rows))
+            written += stream.write(json.dumps(made[-1]) + "\n")
+    return made
 
 
 class Work:
-    """One scale: the input of build, ready, and the three ways to its tokens."""
+    """One scale of one kind: the input of build, and each way to its tokens."""
 
-    def __init__(self, folder: Path, size: int, tokenizer: Path):
+    def __init__(self, folder: Path, kind: str, size: int, tokenizer: Path):
         self._folder, self._tokenizer = folder, tokenizer
-        self.documents = make(folder / "raw", size)
-        PreprocessStage(str(folder / "raw"), str(folder / "checked"), "text").run()
+        rows = make(folder / "raw", {"documents": documents, "chats": chats}[kind](), size)
+        PreprocessStage(str(folder / "raw"), str(folder / "checked"), KINDS[kind]).run()
         FilterStage(str(folder / "checked"), str(folder / "clean")).run()
         SampleStage(str(folder / "clean"), str(folder / "sampled")).run()
         self._settings = Settings.load(str(tokenizer))
-        self._table = pyarrow.dataset.dataset(str(folder / "sampled" / "data")).to_table()
-        self._batches = self._table.combine_chunks().to_batches(BATCH_ROWS)
+        table = pyarrow.dataset.dataset(str(folder / "sampled" / "data")).to_table()
+        self._batches = table.combine_chunks().to_batches(BATCH_ROWS)
         self._backend = Tokenizer.from_str(self._settings.tokenizer_json)
+        self._chats = [row["messages"] for row in rows] if kind == "chats" else []
+        self._texts = self._apply_chat_template(tokenize=False) if self._chats else [row["text"] for row in rows]
+        self.rows = len(rows)
         self.tokens = 0
 
-    def alone(self) -> None:
-        """The floor: `tokenizers` on lists of strings, as many at a time as Spark gives build."""
+    def floor(self) -> None:
+        """`tokenizers` alone, and its ids as Python lists."""
         self.tokens = 0
-        for batch in self._batches:
-            for one in self._backend.encode_batch(batch.column("text").to_pylist(), add_special_tokens=False):
-                self.tokens += len(one.ids)
+        for start in range(0, self.rows, BATCH_ROWS):
+            texts = self._texts[start : start + BATCH_ROWS]
+            self.tokens += sum(len(e.ids) for e in self._backend.encode_batch(texts, add_special_tokens=False))
+
+    def transformers(self) -> None:
+        self._apply_chat_template(tokenize=True)
 
     def worker(self) -> None:
         """What a Spark task does, Arrow to Arrow."""
@@ -78,24 +106,41 @@ class Work:
     def stage(self) -> None:
         BuildStage(str(self._folder / "sampled"), str(self._folder / "built"), str(self._tokenizer), LENGTH).run(True)
 
+    def _apply_chat_template(self, tokenize: bool) -> list[Any]:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self._tokenizer)
+        done: list[Any] = []
+        for start in range(0, len(self._chats), BATCH_ROWS):
+            batch = self._chats[start : start + BATCH_ROWS]
+            done += tokenizer.apply_chat_template(batch, tokenize=tokenize, return_dict=False)
+        return done
+
+
+def measure(kind: str, folder: Path, size: int, tokenizer: Path) -> None:
+    works = [Work(folder / f"{kind}-{scale}x", kind, scale * size, tokenizer) for scale in SCALES]
+    ways: dict[str, Callable[[Work], None]] = {"tokenizers (floor)": Work.floor}
+    if kind == "chats":
+        ways["apply_chat_template"] = Work.transformers
+    ways |= {"build, Python worker": Work.worker, "build, whole stage": Work.stage}
+    for way in ways.values():
+        way(works[0])
+    rounds = [{n: [seconds(partial(way, work)) for work in works] for n, way in ways.items()} for _ in range(ROUNDS)]
+    times = {name: [min(taken) for taken in zip(*(one[name] for one in rounds))] for name in ways}
+    show(f"tokens, of {[work.rows for work in works]} {kind}: tokens", [work.tokens for work in works], times)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("--bytes", type=int, default=1_000_000, help="of text at 1x")
+    parser.add_argument("--bytes", type=int, default=1_000_000, help="of raw rows at 1x")
     args = parser.parse_args()
     pin()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     spark_session()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = real_tokenizer_folder(Path(folder, "tokenizer"), vision=False)
-        works = [Work(Path(folder, f"{scale}x"), scale * args.bytes, tokenizer) for scale in SCALES]
-        ways = {"tokenizers (floor)": Work.alone, "build, Python work": Work.worker, "build, whole stage": Work.stage}
-        for way in ways.values():
-            way(works[0])
-        rounds = [{name: [seconds(partial(way, work)) for work in works] for name, way in ways.items()} for _ in "12"]
-        times = {name: [min(pair) for pair in zip(*(one[name] for one in rounds))] for name in ways}
-    tokens = [work.tokens for work in works]
-    show(f"tokens, of {[work.documents for work in works]} documents: tokens", tokens, times)
+        for kind in KINDS:
+            measure(kind, Path(folder), args.bytes, tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pack stage: bytes that a task writes a second beside a plain copy of them, and the memory of a Python worker.
+"""The pack stage: bytes a second that a task writes, beside a plain copy of them; memory of a Python worker.
 
 A task reads images from the blobs, plans, and writes a shard, as it does in Spark; the copy reads and writes the same
 shard, 8 MiB at a time. Both go to the same file system, in turn, and end when their bytes are on disk (fsync).
@@ -43,22 +43,22 @@ class SmallBuckets(PackStage):
 
 @contextmanager
 def worker_memory() -> Iterator[dict[str, int]]:
-    """{"peak": bytes resident} of the largest Python worker of Spark below this process."""
-    found, ended = {"peak": 0}, threading.Event()
+    """Yield {"peak": bytes resident} of the largest Python worker of Spark below this process."""
+    memory, ended = {"peak": 0}, threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.05):
             for process in psutil.Process().children(recursive=True):
                 try:
                     if "pyspark.daemon" in process.cmdline():
-                        found["peak"] = max(found["peak"], process.memory_info().rss)
+                        memory["peak"] = max(memory["peak"], process.memory_info().rss)
                 except psutil.Error:
                     continue
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield found
+        yield memory
     finally:
         ended.set()
         thread.join()
@@ -72,7 +72,7 @@ class Cost:
 
 @contextmanager
 def measured(costs: list[Cost], file: list[Path]) -> Iterator[None]:
-    """Time a `with` block and the way of the file, named in it, to the disk."""
+    """Time a `with` block, and the fsync of the file that it adds to `file`."""
     started, used = time.perf_counter(), time.process_time()
     yield
     with file[-1].open("rb+") as stream:
@@ -81,7 +81,7 @@ def measured(costs: list[Cost], file: list[Path]) -> Iterator[None]:
 
 
 def task_and_copy(built: Path, folder: Path) -> tuple[int, list[Cost], list[Cost]]:
-    """(bytes of the shard, what the task and what the copy took), of one bucket with all samples."""
+    """Return (bytes of the shard, costs of the task, costs of the copy) of one bucket with all samples."""
     table = pa.concat_tables([pq.read_table(file) for file in sorted((built / "data").glob("*.parquet"))])
     batches = table.cast(arrow_schema(BUILT)).to_batches()
     TaskContext._getOrCreate()._partitionId = 0  # as a worker has it

@@ -1,6 +1,6 @@
-"""Planning of packs on one core: ours and three others, on the same lengths, and how time grows from 1x to 16x.
+"""Plan packs on one core: ours and three peers on the same lengths, and how time grows from 1x to 16x.
 
-Peers, as their frameworks call them; a missing one is named and left out:
+Peers, called as their frameworks call them; a missing one is named and skipped:
     pip install --no-deps --target /tmp/peers trl datasets dill multiprocess llamafactory binpacking
 - TRL: `_pack_bfd`, best fit decreasing over all samples. It takes a table of tokens; they are one byte each here.
 - ms-swift: `binpacking.to_constant_volume` on (sample, length) pairs, 1,000 at a time.
@@ -43,7 +43,7 @@ def distributions(count: int) -> dict[str, np.ndarray]:
 
 
 def _real(limit: int = 30_000_000) -> np.ndarray:
-    """Words and signs of each top-level piece of Python in the standard library: tokens, near enough. [pieces]"""
+    """Count words and signs of each top-level piece of the standard library, about its tokens. [pieces]"""
     lengths: list[int] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if "site-packages" not in path.parts and limit > 0:
@@ -58,23 +58,23 @@ def ours(lengths: np.ndarray) -> int:
 
 
 def peers(folder: str) -> dict[str, Planner]:
-    """Name -> planner, of those found in `folder`."""
+    """Return name -> planner of the peers installed in `folder`."""
     sys.path.append(folder)
-    found: dict[str, Planner] = {}
+    planners: dict[str, Planner] = {}
     for name, module, make in (
         ("TRL _pack_bfd", "trl/data_utils.py", _trl),
         ("binpacking, as ms-swift", "binpacking/__init__.py", _binpacking),
         ("LLaMA-Factory greedy_knapsack", "llamafactory/data/processor/processor_utils.py", _knapsack),
     ):
         try:
-            found[name] = make(_load(Path(folder, module)))
+            planners[name] = make(_load(Path(folder, module)))
         except (ImportError, OSError) as error:
             print(f"{name} is missing ({error}): see --help")
-    return found
+    return planners
 
 
 def _load(path: Path) -> ModuleType:
-    """One file of a package, without all that the package would import."""
+    """Import one file of a package without the package's own imports."""
     spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
     assert spec
     assert spec.loader
@@ -111,7 +111,7 @@ def _knapsack(module: ModuleType) -> Planner:
 
 
 def _timed(planner: Planner, lengths: np.ndarray) -> tuple[float, float]:
-    """(seconds of CPU, lower bound / packs)."""
+    """Return (CPU seconds, lower bound / packs)."""
     started = time.process_time()
     packs = planner(lengths)
     seconds = time.process_time() - started
@@ -134,7 +134,7 @@ def one_budget(planners: dict[str, Planner]) -> None:
 
 
 def two_budgets() -> None:
-    """Images of 64 to 1,280 tokens, four patches each, and text around them; and pictures of many sizes."""
+    """Plan images of 64 to 1,280 tokens, four patches each, with text around them; and pictures of many sizes."""
     print("\n| ours, two budgets | 1x: 10,000 | 4x | 16x | growth from 4x to 16x | us a sample ", end="")
     print("| bound / packs (to reach: 99.5 %) | useful patches (99.5 %) | bound / packs at 1.06 x mean demand |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
@@ -162,13 +162,13 @@ def two_budgets() -> None:
 
 
 def _two(tokens: np.ndarray, patches: np.ndarray, slack: float) -> tuple[float, float, float]:
-    """(seconds of CPU, lower bound / packs, useful share of the patches that the trainer pads packs to)."""
+    """Return (CPU seconds, lower bound / packs, useful share of the patches after padding to shape buckets)."""
     demand = mean_demand(int(tokens.sum()), int(patches.sum()), LENGTH)
     budget = max(int(slack * demand), int(patches.max()))
     started = time.process_time()
     assigned = pack(tokens, patches, np.arange(len(tokens)), LENGTH, budget)
-    seconds, found = time.process_time() - started, np.bincount(assigned, patches)
-    return seconds, lower_bound(tokens, patches, LENGTH, budget) / len(found), useful_patches(found)
+    seconds, filled = time.process_time() - started, np.bincount(assigned, patches)
+    return seconds, lower_bound(tokens, patches, LENGTH, budget) / len(filled), useful_patches(filled)
 
 
 def main() -> None:

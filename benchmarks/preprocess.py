@@ -3,7 +3,7 @@
 All run on the same JPEGs on one core (one_core.py). The Spark session is there before the clock starts; a stage's own
 fixed cost (plan, counts, report) is in its times, but in the last column.
 
-The peer needs a package that is not ours, and is left out without it:
+The peer needs packages that the project does not install, and is skipped without them:
     pip install --no-deps --target /tmp/peers datasets multiprocess dill
 
 usage: python -m benchmarks.preprocess [--peers DIR] [--images N]
@@ -31,7 +31,7 @@ Run = Callable[[Path], None]  # works on the raw folder
 
 
 def make(folder: Path, count: int) -> None:
-    """JPEGs of 300-1400 pixels a side, about 130 kB: smooth areas, edges and noise as in a photograph."""
+    """Write JPEGs of 300-1400 pixels a side, about 130 kB: smooth areas, edges and noise as in a photograph."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     rows = []
@@ -55,7 +55,7 @@ def names(raw: Path) -> list[str]:
 
 
 def bare(raw: Path) -> None:
-    """The floor: nothing but Pillow."""
+    """Decode with Pillow alone: the floor."""
     for name in names(raw):
         with Image.open(name) as image:
             image.convert("RGB").load()

@@ -1,148 +1,195 @@
-"""The formulas of docs/scale.md beside what Spark's own metrics say of the five stages at 1x, 4x and 16x.
+"""The five stages over generated rows: time, tasks, shuffle bytes and memory, beside the formulas of docs/scale.md.
 
-Rows are questions about 600 to 1,800 characters of Python's documentation, with one small image in the row (parquet).
-Shuffle bytes and tasks come from Spark's event log, a Python worker's memory from the system. The constants in
-`formulas` are those of 1x; that they hold at 16x is what is measured.
+Half of --rows are documents (ratio 0.7), half chats (ratio 1.4); --images are rows with a small picture (ratio 0.5).
+Each stage is its own command (python -m pipeline), so that its memory is its own: the highest resident size (VmHWM)
+of the driver's Python, of the JVM and of the largest Python worker. Tasks and shuffle bytes come from Spark's event
+log; tasks are those of the Spark stage with most. A figure more than 20 % above its formula is marked.
 
-usage: python -m benchmarks.scale
+usage: python -m benchmarks.scale --rows N --images N [--cores N] [FOLDER]     (needs 12 kB of disk a row)
 """
 
-import io
+import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import psutil
 import yaml
-from PIL import Image
 
-from benchmarks.made import write_built
-from benchmarks.pack_bytes import worker_memory
+from benchmarks.scale_data import write_raw
+from kanyun.manifest import Manifest
+from kanyun.storage import Folder
 from pipeline.reports.report import Report
-from pipeline.stages.build import BuildStage
-from pipeline.stages.filter import FilterStage
-from pipeline.stages.pack import PackStage
-from pipeline.stages.preprocess import PreprocessStage
-from pipeline.stages.sample import SampleStage
 from tests.support.qwen_assets import real_tokenizer_folder
 
-SCALES = {"1x": 1_000, "4x": 4_000, "16x": 16_000}
-CHARACTERS, RATIO = (600, 1_800), 0.5
-BUCKET_TOKENS = (1_000_000, 4_000_000, 16_000_000)
-
-
-def formulas(rows: int, sampled: int, row_bytes: float, tokens: int) -> dict[str, float]:
-    """Shuffle bytes of each stage. row_bytes: of a row of text as raw JSON; tokens: of all samples that are packed."""
-    return {
-        "preprocess": 0.0,  # but for its counts
-        "filter": (31.0 + 172.0) * rows,  # hash, place and count of each content; an image: four keys, place, digest
-        "sample": 0.875 * row_bytes * rows,  # whole rows, where a ratio is no whole number: text, raw and refs, lz4
-        "build": 0.0,
-        "pack": 2.25 * tokens + 120.0 * sampled,  # 4 + 1 bytes a token before lz4, and the refs
-    }
+LENGTH = 8192
+DATASETS = {"documents": "text", "chats": "messages", "pictures": "messages"}  # data path -> dataset class
+RATIOS = {"documents": 0.7, "chats": 1.4, "pictures": 0.5}
+COLUMNS = "stage | rows | s | tasks / formula | shuffle, MB / formula | driver, MB | JVM, MB | worker, MB / formula"
 
 
 @dataclass(frozen=True)
-class Metrics:
-    tasks: int
-    shuffle: int  # bytes written
-    execution: int  # bytes, the most that one task took of Spark's execution memory
+class Use:
+    """Resources of a stage, measured or by formula."""
+
+    tasks: float
+    shuffle: float  # bytes written
+    worker: float  # bytes resident of the largest Python worker, at most
+    driver: float = 0.0  # of the driver's Python
+    jvm: float = 0.0
+    seconds: float = 0.0  # of the whole command
 
 
-def metrics(lines: list[str]) -> Metrics:
-    ended = [e["Task Metrics"] for e in map(json.loads, lines) if e["Event"] == "SparkListenerTaskEnd"]
-    return Metrics(
-        tasks=len(ended),
-        shuffle=sum(m["Shuffle Write Metrics"]["Shuffle Bytes Written"] for m in ended),
-        execution=max(m["Peak Execution Memory"] for m in ended),
-    )
+def run_stage(arguments: Sequence[str], logs: Path, environment: dict[str, str]) -> Use:
+    """Run `python -m pipeline ARGUMENTS` and measure it. Raises SystemExit if it fails."""
+    known, started = set(logs.iterdir()), time.time()
+    peaks = {"driver": 0, "jvm": 0, "worker": 0}
+    with subprocess.Popen([sys.executable, "-m", "pipeline", *arguments], env=environment) as process:
+        while process.poll() is None:
+            for kind, size in resident(process.pid):
+                peaks[kind] = max(peaks[kind], size)
+            time.sleep(0.2)
+    if process.returncode:
+        raise SystemExit(f"pipeline {' '.join(arguments)} ended with {process.returncode}: see above")
+    seconds = time.time() - started
+    (log,) = set(logs.iterdir()) - known
+    return Use(*read_log(log), **peaks, seconds=seconds)
 
 
-def write_raw(folder: Path, rows: int) -> float:
-    """Conversations in parquet; the mean bytes of a row's text as JSON."""
-    rng = np.random.default_rng(rows)
-    corpus = "\n".join(topics.values())
-    folder.mkdir(parents=True)
-    size = 0
-    for start in range(0, rows, 1_000):
-        made = []
-        for number in range(start, start + 1_000):
-            place, length = int(rng.integers(len(corpus) - CHARACTERS[1])), int(rng.integers(*CHARACTERS))
-            text = f"<image> {number} {corpus[place : place + length]}"
-            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": f"answer {number}"}]
-            made.append({"messages": messages, "images": [_picture(rng)]})
-            size += len(json.dumps(messages))
-        pq.write_table(pa.Table.from_pylist(made), folder / f"part-{start:06}.parquet")
-    return size / rows
+def resident(driver: int) -> Iterator[tuple[str, int]]:
+    """Yield (driver | jvm | worker, highest resident bytes so far) of each process of a command."""
+    try:
+        processes = [psutil.Process(driver), *psutil.Process(driver).children(recursive=True)]
+    except psutil.Error:
+        return
+    for process in processes:
+        try:
+            kind = "driver" if process.pid == driver else "jvm" if process.name() == "java" else "worker"
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except (psutil.Error, OSError):
+            continue  # it has ended
+        yield from ((kind, int(line.split()[1]) << 10) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def _picture(rng: np.random.Generator) -> bytes:
-    """A JPEG of 64 x 64 pixels, 3 kB, unlike the others."""
-    encoded = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize((64, 64)).save(encoded, "JPEG")
-    return encoded.getvalue()
+def read_log(log: Path) -> tuple[int, int]:
+    """Return (tasks of the Spark stage with most, shuffle bytes written) of an event log."""
+    tasks: dict[int, int] = {}
+    shuffle = 0
+    with log.open() as stream:
+        for line in stream:
+            if line.startswith('{"Event":"SparkListenerTaskEnd"'):
+                event = json.loads(line)
+                tasks[event["Stage ID"]] = tasks.get(event["Stage ID"], 0) + 1
+                shuffle += event["Task Metrics"]["Shuffle Write Metrics"]["Shuffle Bytes Written"]
+    return max(tasks.values()), shuffle
 
 
-def main(folder: Path) -> None:
-    os.environ["SPARK_MASTER"] = "local[2]"
-    logs = folder / "events"
-    logs.mkdir()
-    settings = {"enabled": "true", "dir": logs.as_uri(), "compress": "false", "rolling.enabled": "false"}
-    options = [f"--conf spark.eventLog.{key}={value}" for key, value in settings.items()]
-    os.environ["PYSPARK_SUBMIT_ARGS"] = f"{' '.join(options)} pyspark-shell"
-    tokenizer = str(real_tokenizer_folder(folder / "tokenizer"))
-    (folder / "ratios.yaml").write_text(yaml.safe_dump({"made": RATIO}))
-    read = 0  # lines of the event log
-    print(
-        "| rows | stage | tasks | shuffle, measured | formula | measured / formula | execution memory | Python worker |"
-    )
-    print("|--:|---|--:|--:|--:|--:|--:|--:|")
-    for name, rows in SCALES.items():
-        at = {stage: str(folder / name / stage) for stage in ("raw", "preprocess", "filter", "sample", "build", "pack")}
-        row_bytes = write_raw(Path(at["raw"]), rows)
-        done: dict[str, tuple[Report, Metrics, int]] = {}
-        for stage in (
-            PreprocessStage(at["raw"], at["preprocess"], "messages"),
-            FilterStage(at["preprocess"], f"{at['filter']}/made"),
-            SampleStage(at["filter"], at["sample"], ratios=str(folder / "ratios.yaml")),
-            BuildStage(at["sample"], at["build"], tokenizer, 8192),
-            PackStage(at["build"], at["pack"], 8192),
-        ):
-            with worker_memory() as memory:
-                report = stage.run()
-            time.sleep(2)  # the log is a little behind
-            lines = next(logs.iterdir()).read_text().splitlines()
-            done[stage.name] = report, metrics(lines[read:]), memory["peak"]
-            read = len(lines)
-        packed = done["pack"][0]
-        wanted = formulas(rows, packed.counts.rows_out, row_bytes, packed.facts["tokens"])
-        for stage_name, (_, seen, peak) in done.items():
-            formula = wanted[stage_name]
-            ratio = f"{formula / 1e6:.2f} MB | {seen.shuffle / formula:.2f}" if formula else "counts only | "
-            print(
-                f"| {rows:,} | {stage_name} | {seen.tasks} | {seen.shuffle / 1e6:.3f} MB | {ratio} "
-                f"| {seen.execution / 1e6:.1f} MB | {peak / 1e6:,.0f} MB |",
-                flush=True,
-            )
+@dataclass(frozen=True)
+class Run:
+    """All stages over `datasets` (data path -> rows) below `folder`."""
 
-    print("\n| tokens of a bucket | Python worker, peak | more than the first, a token |\n|--:|--:|--:|")
-    peaks = []
-    for tokens in BUCKET_TOKENS:
-        built = folder / f"bucket-{tokens}"
-        write_built(built, tokens // 210, 8192, images=False)  # of 20 to 400 tokens
-        with worker_memory() as memory:
-            PackStage.below(str(built), str(folder / f"packed-{tokens}"), 8192).run()
-        peaks.append(memory["peak"])
-        each = f"{(peaks[-1] - peaks[0]) / (tokens - BUCKET_TOKENS[0]):.1f} B" if len(peaks) > 1 else ""
-        print(f"| {tokens:,} | {peaks[-1] / 1e6:,.0f} MB | {each} |", flush=True)
+    folder: Path
+    datasets: dict[str, int]
+    cores: int
+
+    def measure(self) -> None:
+        """Generate the rows, run the stages, and print a row of the table for each."""
+        folder, logs = self.folder, self.folder / "events"
+        logs.mkdir(parents=True)
+        tokenizer = real_tokenizer_folder(folder / "tokenizer")
+        (folder / "ratios.yaml").write_text(yaml.safe_dump({name: RATIOS[name] for name in self.datasets}))
+        row_bytes = {n: write_raw(folder / "raw" / n, n, rows, self.cores) for n, rows in self.datasets.items()}
+        print(f"{sum(row_bytes.values()) / 1e6:,.0f} MB of text as JSON: {row_bytes}\n\n| {COLUMNS} |")
+        print("|---" + "|--:" * COLUMNS.count("|") + "|", flush=True)
+        environment = os.environ | {
+            "SPARK_MASTER": f"local[{self.cores}]",
+            "PYSPARK_SUBMIT_ARGS": f"{_event_log(logs)} pyspark-shell",
+        }
+        for stage, name, options in self._commands(tokenizer):
+            source, output = (folder / part / name for part in (_BEFORE[stage], stage))
+            used = run_stage([stage, str(source), str(output), *options], logs, environment)
+            self._show(stage, name, used, self._formula(stage, name, row_bytes))
+
+    def _commands(self, tokenizer: Path) -> Iterator[tuple[str, str, list[str]]]:
+        """Yield (stage, data path or "", options)."""
+        for name in self.datasets:
+            yield "preprocess", name, ["--dataset", DATASETS[name]]
+            yield "filter", name, []
+        yield "sample", "", ["--ratios", str(self.folder / "ratios.yaml")]
+        yield "build", "", ["--tokenizer", str(tokenizer), "--length", str(LENGTH)]
+        yield "pack", "", ["--length", str(LENGTH)]
+
+    def _formula(self, stage: str, name: str, row_bytes: dict[str, int]) -> Use:
+        """What docs/scale.md says of a stage that has run."""
+        least = 4 * self.cores
+        if stage == "preprocess":
+            return Use(max(least, _bytes(self.folder / "raw" / name) / (64 << 20)), 0, 0.35e9)
+        if stage == "filter":
+            images = self.datasets[name] if name == "pictures" else 0
+            return Use(0, 31.0 * self.datasets[name] + 172.0 * images, 0)
+        if stage == "sample":
+            return Use(0, 0.875 * sum(row_bytes.values()), 0)
+        if stage == "build":
+            size = _bytes(self.folder / "sample" / "data")
+            return Use(max(min(least, size / (4 << 20)), size / (128 << 20)), 0, 0.36e9)
+        manifest = self._manifest()
+        sampled = self.datasets.get("pictures", 0) * RATIOS["pictures"]
+        shards = len(manifest.shards)
+        return Use(shards, 2.25 * manifest.tokens + 120 * sampled, 0.4e9 + 7 * manifest.tokens / shards)
+
+    def _show(self, stage: str, name: str, used: Use, formula: Use) -> None:
+        output = self._packed() if stage == "pack" else self.folder / stage / name
+        rows = Report.load(Folder(str(output)), stage).counts.rows_in
+        cells = [f"{stage} {name}".strip(), f"{rows:,}", f"{used.seconds:,.0f}"]
+        cells += [_beside(used.tasks, formula.tasks), _beside(used.shuffle / 1e6, formula.shuffle / 1e6)]
+        cells += [f"{used.driver / 1e6:,.0f}", f"{used.jvm / 1e6:,.0f}"]
+        print(f"| {' | '.join([*cells, _beside(used.worker / 1e6, formula.worker / 1e6)])} |", flush=True)
+
+    def _packed(self) -> Path:
+        (packed,) = (self.folder / "pack").glob("packed_*")
+        return packed
+
+    def _manifest(self) -> Manifest:
+        return Manifest.load(Folder(str(self._packed())))
+
+
+_BEFORE = {"preprocess": "raw", "filter": "preprocess", "sample": "filter", "build": "sample", "pack": "build"}
+
+
+def _beside(measured: float, formula: float) -> str:
+    """Write both, and mark what is over 20 % above the formula."""
+    if not formula:
+        return f"{measured:,.2f}" if measured % 1 else f"{measured:,.0f}"
+    return f"{measured:,.0f} / {formula:,.0f}{' **above**' if measured > 1.2 * formula else ''}"
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".jsonl", ".parquet"))
+
+
+def _event_log(folder: Path) -> str:
+    settings = {"enabled": "true", "dir": folder.as_uri(), "compress": "false", "rolling.enabled": "false"}
+    return " ".join(f"--conf spark.eventLog.{key}={value}" for key, value in settings.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--rows", type=int, default=20_000, help="of text")
+    parser.add_argument("--images", type=int, default=2_000, help="rows with a picture")
+    parser.add_argument("--cores", type=int, default=2, help="of Spark's local mode")
+    parser.add_argument("folder", nargs="?", help="a new folder; a temporary one if left out")
+    args = parser.parse_args()
+    rows = {"documents": args.rows // 2, "chats": args.rows - args.rows // 2, "pictures": args.images}
+    datasets = {name: count for name, count in rows.items() if count}
+    with tempfile.TemporaryDirectory() as temporary:
+        Run(Path(args.folder or temporary).absolute() / "scale", datasets, args.cores).measure()
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as temporary:
-        main(Path(temporary))
+    main()

@@ -33,11 +33,14 @@ BATCH_ROWS = 256
 # blocks are still given to it.
 RETRY_SECONDS = scaled(20)
 _UTF8 = {"LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}  # environment of Java and of Python's workers
+# Of a parquet row group, which is the least that a task reads. Spark's own are 128 MB: one task's work of minutes.
+ROW_GROUP_ROWS = 2_000
 _SETTINGS = {
     **{f"spark.executorEnv.{name}": value for name, value in _UTF8.items()},
     "spark.sql.execution.arrow.maxRecordsPerBatch": str(BATCH_ROWS),
     "spark.sql.inMemoryColumnarStorage.batchSize": str(BATCH_ROWS),
     "spark.sql.parquet.compression.codec": "zstd",
+    "spark.hadoop.parquet.block.row.count.limit": str(ROW_GROUP_ROWS),
     "spark.sql.session.timeZone": "UTC",
     "spark.ui.showConsoleProgress": "false",
     # Off, Hadoop's client gives up a NameNode that has been away for 10 s. On, it retries for minutes, and for half a

@@ -40,11 +40,18 @@ class Settings:
         processor = fingerprint(root).processor
         text = root.read("tokenizer.json").decode()
         config = _json(root, "tokenizer_config.json")
-        roles = _special_tokens(root, config)
-        _check(folder, text, {*_added_tokens(config), *roles.values()})
+        try:
+            roles, added = _special_tokens(root, config), set(_added_tokens(config))
+            template = _chat_template(root, config, processor is not None)
+        except (AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{root.path} has a chat template or special tokens that transformers would not write ({error!r}): "
+                "load the tokenizer with transformers and save it again (save_pretrained)"
+            ) from error
+        _check(root.path, text, added | set(roles.values()))
         return cls(
             tokenizer_json=text,
-            chat_template=_chat_template(root, config, processor is not None),
+            chat_template=template,
             template_variables=tuple(sorted(roles.items())),
             processor_json=json.dumps(processor, sort_keys=True),
         )
@@ -73,13 +80,14 @@ def _chat_template(root: Folder, config: dict[str, Any], is_processor: bool) -> 
 
     A processor's own comes before its tokenizer's: processor_config.json, chat_template.json, chat_template.jinja.
     """
-    found: list[Any] = []
+    candidates: list[Any] = []
     if is_processor:
-        found = [_json(root, name).get("chat_template") for name in ("processor_config.json", "chat_template.json")]
+        files = ("processor_config.json", "chat_template.json")
+        candidates = [_json(root, name).get("chat_template") for name in files]
     if root.exists("chat_template.jinja"):
-        found.append(root.read("chat_template.jinja").decode())
-    found.append(config.get("chat_template"))
-    template = next((template for template in found if template), None)
+        candidates.append(root.read("chat_template.jinja").decode())
+    candidates.append(config.get("chat_template"))
+    template = next((template for template in candidates if template), None)
     if isinstance(template, list):  # [{"name": "default", "template": ...}, ...]
         template = {named["name"]: named["template"] for named in template}
     return template.get("default") if isinstance(template, dict) else template

@@ -1,4 +1,4 @@
-"""build: rows to tokens, loss mask and image grids, as Qwen's processor would make them. See qwen.py."""
+"""build IN OUT --tokenizer HF: rows to tokens, loss mask and image grids, as the processor makes them (encoder.py)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, SparkSession
 
 from kanyun.errors import UserError
 from kanyun.fingerprint import TOKENIZER_FILES, copy_tokenizer
@@ -21,18 +21,21 @@ from pipeline.spark import map_rows
 from pipeline.stages.base import Attempt, Stage
 from pipeline.tokenizer_settings import Settings
 
-TOKENIZER = "tokenizer"  # folder in the output: the tokenizer's files as they came
-# What a task makes of a row: its columns in data/, and those in quarantine/ if it has a reason.
+TOKENIZER = "tokenizer"  # folder in the output: a copy of the tokenizer's files
+TASKS_A_CORE = 4  # at least: at the end, cores wait for a quarter of their work at most
+# A task's output columns: those of data/, and those of quarantine/, which are null unless the row has a reason.
 OUTCOME = pa.schema([*BUILT, *(field for field in QUARANTINE if field.name not in BUILT.names)])
-_KEPT = ("sample_id", "dataset", "file", "position", "copy", "images")
-_NOTHING = Encoded(np.empty(0, np.int32), np.empty(0, np.bool_), [])
-_ONLY_REJECTED = tuple(name for name in QUARANTINE.names if name not in (*_KEPT, "reason", "evidence"))
+_COPIED = ("sample_id", "dataset", "file", "position", "copy", "images")
+_EMPTY = Encoded(np.empty(0, np.int32), np.empty(0, np.bool_), [])
+_COPIED_IF_REJECTED = tuple(name for name in QUARANTINE.names if name not in (*_COPIED, "reason", "evidence"))
 
 
 @dataclass(frozen=True)
 class BuildStage(Stage):
-    """A sample of more than `length` tokens goes to quarantine (too_long): nothing is ever cut off. A text document may
-    be split into pieces of `length` instead (overflow="split"), a conversation not."""
+    """Quarantines samples of more than `length` tokens (too_long): nothing is truncated.
+
+    With overflow="split" a text document becomes pieces of `length` tokens instead; a conversation never does.
+    """
 
     name, after, schema, quarantines = "build", "sample", BUILT, True
     distributions = {"tokens a row": "tokens", "patches a row": "patches", "images a row": "size(images)"}  # noqa: RUF012
@@ -42,7 +45,7 @@ class BuildStage(Stage):
     overflow: str = "drop"  # of text documents: drop | split
 
     def settings(self) -> dict[str, Any]:
-        """The tokenizer counts by its files, wherever they lie; what `sample` decided is handed on to pack."""
+        """The tokenizer is identified by the digest of its files; sample's settings are passed on to pack."""
         if self.overflow not in ("drop", "split"):
             raise UserError(f"--overflow is {self.overflow!r}: give drop or split")
         if self.length < 1:
@@ -51,6 +54,14 @@ class BuildStage(Stage):
         files = {name: digest_of(folder.read(name)) for name in TOKENIZER_FILES if folder.exists(name)}
         sampling = Report.load(Folder(self.source), self.after).settings
         return {"tokenizer": digest_of(canonical(files)), "length": self.length, "overflow": self.overflow, **sampling}
+
+    def read(self, spark: SparkSession, attempt: Attempt) -> DataFrame:
+        """Read in tasks of equal bytes: 128 MB (spark.sql.files.maxPartitionBytes), less if that makes too few.
+
+        The least is 4 MB of parquet (spark.sql.files.openCostInBytes): 2,500 rows of 2.6 kB of JSON, about 4 s.
+        """
+        spark.conf.set("spark.sql.files.minPartitionNum", TASKS_A_CORE * spark.sparkContext.defaultParallelism)
+        return super().read(spark, attempt)
 
     def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
         settings = Settings.load(self.tokenizer)
@@ -63,7 +74,7 @@ class BuildStage(Stage):
 
 
 def build(batches: Iterator[pa.RecordBatch], settings: Settings, length: int, split: bool) -> Iterator[pa.RecordBatch]:
-    """Batches of SAMPLED rows to batches of OUTCOME rows, one for one; more where a document is split."""
+    """Encode batches of SAMPLED rows into batches of OUTCOME rows: one row for one, or the pieces of a document."""
     encoder = _encoder(settings)
     for batch in batches:
         encoded = encoder.encode(batch.select(["messages", "tools", "text", "images"]).to_pylist())
@@ -73,7 +84,7 @@ def build(batches: Iterator[pa.RecordBatch], settings: Settings, length: int, sp
 
 
 def fit(encoded: Encoded | Rejected, length: int, split: bool) -> list[Encoded] | Rejected:
-    """`encoded` as pieces of at most `length` tokens: one, several if it may be split, or rejected."""
+    """Return `encoded` as pieces of at most `length` tokens: one, or several if `split`; else reject it."""
     if isinstance(encoded, Rejected):
         return encoded
     tokens = len(encoded.input_ids)
@@ -86,13 +97,13 @@ def fit(encoded: Encoded | Rejected, length: int, split: bool) -> list[Encoded] 
 
 
 def _outcome_batch(batch: pa.RecordBatch, outcomes: list[list[Encoded] | Rejected]) -> pa.RecordBatch:
-    """The columns of OUTCOME. What comes from the input row is taken from `batch` without passing through Python."""
-    numbers: list[int] = []  # row of the batch that each row here comes from
+    """Build a batch of OUTCOME. Input columns are taken from `batch` by index, without becoming Python objects."""
+    numbers: list[int] = []  # input row of each output row
     pieces: list[int] = []
     encoded: list[Encoded] = []
     rejected: list[Rejected | None] = []
     for number, outcome in enumerate(outcomes):
-        parts = [_NOTHING] if isinstance(outcome, Rejected) else outcome
+        parts = [_EMPTY] if isinstance(outcome, Rejected) else outcome
         numbers += [number] * len(parts)
         pieces += range(len(parts))
         encoded += parts
@@ -102,14 +113,14 @@ def _outcome_batch(batch: pa.RecordBatch, outcomes: list[list[Encoded] | Rejecte
     source = pa.array(numbers, pa.int32())
     source_if_rejected = pa.array([n if r else None for n, r in zip(numbers, rejected)], pa.int32())
     columns = {
-        **{name: batch.column(name).take(source) for name in _KEPT},
-        **{name: batch.column(name).take(source_if_rejected) for name in _ONLY_REJECTED},
+        **{name: batch.column(name).take(source) for name in _COPIED},
+        **{name: batch.column(name).take(source_if_rejected) for name in _COPIED_IF_REJECTED},
         "piece": pa.array(pieces, pa.int32()),
         "input_ids": pa.ListArray.from_arrays(
-            offsets, np.concatenate([_NOTHING.input_ids, *(e.input_ids for e in encoded)])
+            offsets, np.concatenate([_EMPTY.input_ids, *(e.input_ids for e in encoded)])
         ),
         "loss_mask": pa.ListArray.from_arrays(
-            offsets, np.concatenate([_NOTHING.loss_mask, *(e.loss_mask for e in encoded)])
+            offsets, np.concatenate([_EMPTY.loss_mask, *(e.loss_mask for e in encoded)])
         ),
         "image_grid_thw": pa.array([e.image_grid_thw for e in encoded], pa.list_(pa.list_(pa.int32()))),
         "tokens": pa.array(lengths),
@@ -122,5 +133,5 @@ def _outcome_batch(batch: pa.RecordBatch, outcomes: list[list[Encoded] | Rejecte
 
 @lru_cache(maxsize=1)
 def _encoder(settings: Settings) -> Encoder:
-    """One a Python worker: Spark reuses it for task after task."""
+    """Return the encoder of this Python worker, which Spark reuses for many tasks."""
     return Encoder(settings)

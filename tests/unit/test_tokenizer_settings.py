@@ -87,11 +87,13 @@ def test_a_special_token_that_tokenizer_json_lacks_is_refused(folder: Path) -> N
     [
         ("tokenizer_config.json", "{", "is not JSON"),
         ("tokenizer_config.json", "[]", "is not a JSON object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "special tokens that transformers would not write"),
+        ("chat_template.jinja", b"\xff", "a chat template or special tokens that transformers would not write"),
         ("tokenizer.json", '{"model": {}}', "tokenizers cannot load"),
     ],
 )
-def test_a_damaged_folder_is_one_sentence(folder: Path, name: str, text: str, message: str) -> None:
-    (folder / name).write_text(text)
+def test_a_damaged_folder_is_one_sentence(folder: Path, name: str, text: str | bytes, message: str) -> None:
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         Settings.load(str(folder))
 
