@@ -39,7 +39,7 @@ class RawSample:
     def placed(self) -> "RawSample":
         """Return the sample with a part for each `<image>` and its images in the order of their places.
 
-        A marker is a place only where the row has images to place; in other rows `<image>` is text.
+        In rows without images `<image>` is text, see `parts.place`.
         """
         if self.messages is None:
             return self

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from pipeline.datasets.fields import need
 
 MARKER = "<image>"
 IMAGE_FIELDS = ("images", "image")  # of a row, in this order
+# Where people put a place for an image: first, last, or alone in a line. Within a sentence it is a word.
+_STANDS_APART = re.compile(rf"\A\s*{MARKER}|{MARKER}\s*\Z|^\s*{MARKER}\s*$", re.MULTILINE)
 _TEXT, _IMAGE, _VIDEO = ("text", "input_text"), ("image", "image_url", "input_image"), ("video", "video_url")
 
 Image = str | bytes  # a path relative to the raw file, or the encoded image
@@ -36,15 +39,18 @@ def content(value: Any) -> str | list[Part]:
 def place(messages: Sequence[Message], listed: Sequence[Image]) -> tuple[list[Message], tuple[Image, ...]]:
     """Return messages made of parts alone, and all images in the order of their places.
 
-    Places without an image take one of `listed` each, as long as there are any; what is left comes last.
+    Places without an image take one of `listed` each, as long as there are any; what is left comes last. In a row
+    without images a marker is text, unless it stands apart in a message that is not the assistant's: its image is lost.
     """
     waiting = deque(listed)
+    imageless = not listed and not any(isinstance(m["content"], list) and m["content"] for m in messages)
     ordered: list[Image] = []
     placed = []
     for message in messages:
         parts = message["content"]
         if isinstance(parts, str):
-            parts = _split(parts) if listed else [_text(parts)] if parts else []
+            lost = imageless and message["role"] != "assistant" and _STANDS_APART.search(parts)
+            parts = _split(parts) if listed or lost else [_text(parts)] if parts else []
         for part in parts or ():
             if part["type"] == "image" and (own := part.get("image")) is not None:
                 ordered.append(own)

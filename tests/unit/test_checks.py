@@ -107,7 +107,23 @@ def test_image_parts_and_images_must_agree() -> None:
         "2 image markers in the messages, 1 images in the row's images",
     )
     assert reason_of(On.CANDIDATE, candidate(two, images=3)) == "image_count_mismatch"
-    assert reason_of(On.CANDIDATE, candidate(two)) is None, "in a row without images a marker is text"
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "places"),
+    [
+        ("<image>\nWhat is it?", "A cat.", 1),
+        ("What is it?\n <image> \nTell me.", "A cat.", 1),
+        ("What is it? <image>", "A cat.", 1),
+        ("Write a Markdown picture.", "<image>\n![figure](<image>)\n<image>", 0),
+        ("What does <image> do in SVG, and <video> in HTML?", "It <image>s.", 0),
+    ],
+)
+def test_a_marker_in_a_row_without_images(question: str, answer: str, places: int) -> None:
+    """Its image is lost where the marker stands apart in a question; elsewhere it is text."""
+    found = verdict(On.CANDIDATE, candidate(chat(("user", question), ("assistant", answer))))
+    evidence = f"{places} image markers in the messages, 0 images in the row's images"
+    assert found == (("image_count_mismatch", evidence) if places else None)
 
 
 @pytest.mark.parametrize(
