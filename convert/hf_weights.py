@@ -86,7 +86,7 @@ class HFWeights:
             if not one.equals(other)
         ]
         if HEAD not in rows:
-            faults += self._tie_head()
+            self._tie_head()
         stored = {
             name if name in shapes else first.key: (first.shape, first.dtype)  # left over: as the file calls it
             for name, (first, *_) in self._stored.items()
@@ -102,18 +102,16 @@ class HFWeights:
     def __getitem__(self, name: str) -> Tensor:
         return self._stored[name][0].load()
 
-    def _tie_head(self) -> list[str]:
-        """Leave one of embedding and head; a fault if there are two that differ."""
+    def _tie_head(self) -> None:
+        """Keep one of embedding and head. Raises UserError if there are two that differ."""
         (embedding,), (head,) = EMBEDDING.hf, HEAD.hf
-        if head not in self._stored:
-            return []
-        stored = self._stored.pop(head)
-        if stored[0].equals(self._stored.setdefault(embedding, stored)[0]):
-            return []
-        return [
-            f"{head} differs from {embedding}, but config.json ties them: "
-            "set tie_word_embeddings to false to keep both, or delete the head"
-        ]
+        if head in self._stored:
+            stored = self._stored.pop(head)
+            if not stored[0].equals(self._stored.setdefault(embedding, stored)[0]):
+                raise UserError(
+                    f"{self._folder}: {head} differs from {embedding}, but config.json ties them: "
+                    "set tie_word_embeddings to false to keep both, or delete the head"
+                )
 
 
 def _files(folder: Path) -> list[str]:

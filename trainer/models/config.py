@@ -132,7 +132,7 @@ def read_decoder(
         "intermediate_size": text["intermediate_size"],
         "num_layers": text["num_hidden_layers"],
         "num_heads": text["num_attention_heads"],
-        "num_kv_heads": text.get("num_key_value_heads") or text["num_attention_heads"],
+        "num_kv_heads": text["num_key_value_heads"] or text["num_attention_heads"],
         "head_dim": head_dim,
         "max_positions": text["max_position_embeddings"],
         "norm_eps": text["rms_norm_eps"],
