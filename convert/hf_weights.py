@@ -14,7 +14,7 @@ from torch import Tensor
 from convert.checks import Shape, refuse, shape_faults
 from kanyun.errors import UserError
 from trainer.models.config import ModelConfig
-from trainer.models.names import EMBEDDING, HEAD, Row
+from trainer.models.names import Row
 from trainer.models.registry import family_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,7 +60,8 @@ class HFWeights:
     """
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        self._folder, canonical = folder, family_of(config).canonical
+        family = family_of(config)
+        self._folder, self._copies = folder, family.copies(config)
         base_model = _VL_BASE_MODEL if config.vision else _BASE_MODEL
         self._stored: dict[str, list[Stored]] = {}
         for name in _files(folder):
@@ -71,13 +72,13 @@ class HFWeights:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 prefix = "model." if key.startswith(base_model) else ""
                 if not _COMPUTED.search(key):
-                    self._stored.setdefault(canonical(prefix + key), []).append(Stored(key, folder / name, file))
+                    self._stored.setdefault(family.canonical(prefix + key), []).append(Stored(key, folder / name, file))
 
     def require(self, rows: Sequence[Row], shapes: Mapping[str, Shape]) -> None:
         """Raise one UserError with every fault, unless the folder has the tensors of `rows` in these shapes.
 
-        What transformers loads is accepted too: a tensor stored twice with equal values, and in a tied model (no HEAD
-        in `rows`) an output head that equals the embedding, or is there in its place.
+        What transformers loads is accepted too: a tensor stored twice with equal values, and in a tied model an output
+        head that equals the embedding, or is there in its place.
         """
         faults = [
             f"{one.key} in {one.path.name} and {other.key} in {other.path.name} differ"
@@ -85,8 +86,8 @@ class HFWeights:
             for other in others
             if not one.equals(other)
         ]
-        if HEAD not in rows:
-            self._tie_head()
+        for copy, original in self._copies.items():
+            self._tie(copy, original)
         stored = {
             name if name in shapes else first.key: (first.shape, first.dtype)  # left over: as the file calls it
             for name, (first, *_) in self._stored.items()
@@ -102,15 +103,14 @@ class HFWeights:
     def __getitem__(self, name: str) -> Tensor:
         return self._stored[name][0].load()
 
-    def _tie_head(self) -> None:
-        """Keep one of embedding and head. Raises UserError if there are two that differ."""
-        (embedding,), (head,) = EMBEDDING.hf, HEAD.hf
-        if head in self._stored:
-            stored = self._stored.pop(head)
-            if not stored[0].equals(self._stored.setdefault(embedding, stored)[0]):
+    def _tie(self, copy: str, original: str) -> None:
+        """Keep one of two tensors that config.json ties. Raises UserError if both are there and differ."""
+        if copy in self._stored:
+            stored = self._stored.pop(copy)
+            if not stored[0].equals(self._stored.setdefault(original, stored)[0]):
                 raise UserError(
-                    f"{self._folder}: {head} differs from {embedding}, but config.json ties them: "
-                    "set tie_word_embeddings to false to keep both, or delete the head"
+                    f"{self._folder}: {copy} differs from {original}, but config.json ties them: "
+                    "set tie_word_embeddings to false to keep both, or delete one"
                 )
 
 
