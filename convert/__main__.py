@@ -1,4 +1,4 @@
-"""python -m convert to-megatron | to-hf | verify: between Hugging Face folders and megatron checkpoints."""
+"""python -m convert to-megatron | to-hf | verify | resize-vocab: Hugging Face folders and megatron checkpoints."""
 
 import argparse
 import os
@@ -29,6 +29,15 @@ def _to_hf(args: argparse.Namespace) -> int:
     return 0
 
 
+def _resize_vocab(args: argparse.Namespace) -> int:
+    from convert.output import local_path
+    from convert.resize_vocab import resize_vocab
+
+    added = resize_vocab(local_path(args.source), local_path(args.out), args.overwrite)
+    print(f"{args.out} is the same model with {added} more embedding rows")
+    return 0
+
+
 def _verify(args: argparse.Namespace) -> int:
     from convert.output import local_path
     from convert.verify import compare, report
@@ -46,6 +55,7 @@ def main() -> int:
     for name, run, source, text in (
         ("to-megatron", _to_megatron, "Hugging Face folder", "make a checkpoint that the trainer takes as `init`"),
         ("to-hf", _to_hf, checkpoint, "make a Hugging Face folder of a checkpoint"),
+        ("resize-vocab", _resize_vocab, "Hugging Face folder", "add embedding rows for the tokenizer's added tokens"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("source", help=source)

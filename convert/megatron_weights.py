@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
 
+from convert.checks import Shape, refuse, shape_faults
 from kanyun.errors import UserError
 from trainer.checkpoint import _PlainMetadata
-from trainer.models.names import require_same
 
 PARTS = ("language.", "vision.")  # what else is in a checkpoint is the optimizer's
 
@@ -29,15 +29,19 @@ class MegatronWeights:
         self._step = step
         self._reader = _Reader(step)
         stored = self._reader.read_metadata().state_dict_metadata
-        self._stored: dict[str, Any] = {name: facts for name, facts in stored.items() if name.startswith(PARTS)}
+        self._stored: dict[str, Any] = {name: tensor for name, tensor in stored.items() if name.startswith(PARTS)}
 
-    def require(self, names: list[str]) -> None:
-        """UserError unless the checkpoint has exactly these tensors."""
-        require_same(self._stored, names, str(self._step))
+    def require(self, shapes: Mapping[str, Shape]) -> None:
+        """Raise one UserError with every fault, unless the checkpoint has exactly these tensors."""
+        stored = {name: (tuple(tensor.size), tensor.properties.dtype) for name, tensor in self._stored.items()}
+        refuse(self._step, shape_faults(stored, shapes))
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = self._stored[name].properties.dtype
+        return dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        facts = self._stored[name]
-        tensor = torch.empty(facts.size, dtype=facts.properties.dtype)
+        tensor = torch.empty(self._stored[name].size, dtype=self.dtype(name))
         try:
             checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
         except CheckpointException as error:  # whose text is a traceback

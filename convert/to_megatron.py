@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from convert.checks import Layout, require_finite
 from convert.hf_weights import HFWeights
 from convert.megatron_weights import WholeTensors
 from convert.output import new_folder
-from kanyun.errors import UserError
-from kanyun.fingerprint import fingerprint
+from kanyun.fingerprint import check_vocabulary, fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
 from trainer.models.config import ModelConfig
@@ -21,21 +21,18 @@ from trainer.models.names import Row
 from trainer.models.registry import family_of
 from trainer.runtime import Runtime
 
-TRAINED = (torch.float32, torch.bfloat16)
-
 
 def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
     """Write `out` like the output folder of a run, in the dtype of the source. Takes as much memory as the weights.
 
-    Raises UserError if no family knows the source's model_type, or its tensors are not exactly the family's, and as
-    `new_folder` does.
+    Every shape, dtype and name is checked before the first tensor is read. Raises UserError if the source is no model
+    of a known family, if a tensor is not what config.json says or not finite, and as `new_folder` does.
     """
     config, hf = ModelConfig.from_hf(str(source)), Folder(str(source))
     state = checkpoint.State(0, 0, 0, fingerprint(hf).digest, asdict(config), run={})
-    family = family_of(config)
-    rows, weights = family.table(config), HFWeights(source, family.canonical)
-    weights.drop_copies(family.copies(config))
-    weights.require([name for row in rows for name in row.hf])
+    check_vocabulary(hf)
+    rows, weights = family_of(config).table(config), HFWeights(source, config)
+    weights.require(rows, Layout.of(source, config, rows).hf)
     with new_folder(out, source, overwrite) as attempt:
         bar = tqdm(rows, "reading", unit=" tensors")
         tensors = WholeTensors({row.megatron: _converted(row, weights, config, source) for row in bar})
@@ -47,11 +44,7 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
 
 def _converted(row: Row, weights: HFWeights, config: ModelConfig, source: Path) -> Tensor:
     parts = [weights[name] for name in row.hf]
-    shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in zip(row.hf, parts))
-    if parts[0].dtype not in TRAINED:
-        raise UserError(f"{source}: {row.hf[0]} is {parts[0].dtype}: save the model as bfloat16 or float32 first")
-    try:
-        # A copy now, under the progress bar: megatron.core would make it later, of whatever is only a view of a file.
-        return row.transform.to_megatron(parts, config).clone(memory_format=torch.contiguous_format)
-    except RuntimeError as error:
-        raise UserError(f"{source}: {shapes} do not fit config.json ({error}): give an unchanged model") from error
+    for name, part in zip(row.hf, parts):
+        require_finite(source, name, part)
+    # A copy now, under the progress bar: megatron.core would make it later, of what is only a view of a file.
+    return row.transform.to_megatron(parts, config).clone(memory_format=torch.contiguous_format)

@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from convert.checks import Layout
+from convert.hf_weights import HFWeights
 from kanyun.errors import UserError
 from kanyun.schema import Pack
 from trainer import checkpoint
 from trainer.data.batch import BatchFormat, make_batch
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
+from trainer.models.registry import family_of
 from trainer.runtime import Runtime
 
 TEXT = (
@@ -119,11 +122,13 @@ def _logits(folder: Path, sample: Input) -> Tensor:
 
 @torch.no_grad()
 def transformers_logits(folder: Path, sample: Input) -> Tensor:
-    """[n, vocabulary] float32. UserError if transformers finds a tensor missing or left over."""
+    """Return [n, vocabulary] float32. Raises UserError for weights that `to_megatron` refuses too."""
     import transformers
 
-    vision = ModelConfig.from_hf(str(folder)).vision is not None
-    loader: Any = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    config = ModelConfig.from_hf(str(folder))
+    rows = family_of(config).table(config)
+    HFWeights(folder, config).require(rows, Layout.of(folder, config, rows).hf)
+    loader: Any = transformers.AutoModelForImageTextToText if config.vision else transformers.AutoModelForCausalLM
     model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[fault]:
@@ -136,7 +141,7 @@ def transformers_logits(folder: Path, sample: Input) -> Tensor:
 
 @torch.no_grad()
 def megatron_logits(folder: Path, sample: Input) -> Tensor:
-    """[n, vocabulary] float32, of our model on a pack with this one sample."""
+    """Return [n, vocabulary] float32, of the trainer's model on a pack with this one sample."""
     step = checkpoint.resolve(str(folder))
     config = ModelConfig.from_hf(str(hf_folder(folder)))
     length = len(sample.input_ids)

@@ -16,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import Tensor
 
 from kanyun.errors import UserError
-from kanyun.fingerprint import fingerprint
+from kanyun.fingerprint import Fingerprint, check_vocabulary, fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
 from trainer.checkpoint import State
@@ -57,6 +57,7 @@ class Run:
     def prepare(cls, config: TrainConfig, world: int, cuda: bool) -> Self:
         """Raises UserError for anything that does not fit together. Writes nothing; makes the output folder."""
         tokenizer = fingerprint(Folder(config.model))
+        check_vocabulary(Folder(config.model))
         model = ModelConfig.from_hf(config.model)
         data = PackedData(config.data, config.length, tokenizer)
         validation = PackedData(config.validation, config.length, tokenizer) if config.validation else None
@@ -65,12 +66,12 @@ class Run:
         start = State(0, 0, 0, tokenizer.digest, asdict(model), {"data digest": data.digest, **facts})
         resume = checkpoint.latest(output)
         if resume is not None:
-            found = checkpoint.read_state(resume)
+            found = _state(resume, tokenizer)
             found.require(start, resume.uri)
             start = found
         elif config.init != "random":
             init = checkpoint.resolve(config.init)
-            replace(checkpoint.read_state(init), run={}).require(start, init.uri)
+            replace(_state(init, tokenizer), run={}).require(start, init.uri)
         planner = LayoutPlanner(model, find_gpu(torch.cuda.get_device_name()) if cuda else None, world)
         layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume)
@@ -293,6 +294,12 @@ class Trainer:
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         found: list[float] = sums.tolist()
         return found
+
+
+def _state(step: Folder, tokenizer: Fingerprint) -> State:
+    """Return a checkpoint's state; a digest that `tokenizer` had by a former algorithm is replaced by today's."""
+    state = checkpoint.read_state(step)
+    return replace(state, fingerprint=tokenizer.digest) if tokenizer.is_of(state.fingerprint, step / "hf") else state
 
 
 def _output(path: str) -> Folder:

@@ -109,7 +109,7 @@ class PackedData:
                 f"{uri} is packed to length {manifest.length}, but the config has length: {self.length}: "
                 f"set length: {manifest.length}, or pack the data with --length {self.length}"
             )
-        if manifest.tokenizer != model.digest:
+        if not model.is_of(manifest.tokenizer, dataset.folder / "tokenizer"):
             raise DatasetError(
                 f"{uri} was built with tokenizer and processor {manifest.tokenizer}, but the model folder has "
                 f"{model.digest}: build and pack the data with the model folder as --tokenizer, or train its own model"

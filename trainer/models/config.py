@@ -94,25 +94,37 @@ class ModelConfig:
             raise UserError(f"{root.uri}/config.json is incomplete ({error!r}): download the model again") from error
 
 
-def read_decoder(values: dict[str, Any], folder: Folder, *, head_dim: int | None, **options: Any) -> ModelConfig:
+def read_decoder(
+    values: dict[str, Any], folder: Folder, *, head_dim: int | None, default_theta: float = 1e4, **options: Any
+) -> ModelConfig:
     """Return the part of a ModelConfig that every family's config.json spells alike; `options` are the other fields.
 
     transformers 5 nests a vision-language model's decoder in text_config, older versions wrote it flat. `head_dim`:
-    None for hidden_size / heads. Raises UserError for an option that the trainer does not have.
+    None for hidden_size / heads, and then config.json must not say otherwise. `default_theta`: transformers', where
+    config.json has none. Raises UserError for an option that the trainer does not have.
     """
     text = {**values, **values.get("text_config", {})}
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     scaling = rope.get("rope_type", rope.get("type", "default"))
-    sliding = any(kind != "full_attention" for kind in text.get("layer_types") or ())
+    usual_head_dim = text["hidden_size"] // text["num_attention_heads"]
+    other_head_dim = head_dim is None and text.get("head_dim") not in (None, usual_head_dim)
+    head_dim = head_dim or usual_head_dim
+    quantization = text.get("quantization_config") or {}
     refuse_options(
         folder,
         {
-            "use_sliding_window": bool(text.get("use_sliding_window")) or sliding,
+            "sliding-window attention": _slides(text),
+            f"head_dim {text.get('head_dim')}, not hidden_size / num_attention_heads = {head_dim}": other_head_dim,
+            f"weights quantized by {quantization.get('quant_method')!r}": bool(quantization),
             f"rope scaling {scaling!r}": scaling not in ("default", "mrope"),
             f"hidden_act {text.get('hidden_act')!r}": text.get("hidden_act", "silu") != "silu",
         },
     )
-    head_dim = head_dim or text["hidden_size"] // text["num_attention_heads"]
+    if sum(rope.get("mrope_section") or [head_dim // 2]) != head_dim // 2:
+        raise UserError(
+            f"{folder.uri}/config.json has mrope_section {rope['mrope_section']}, whose sum is not half of head_dim "
+            f"{head_dim}: download the model again"
+        )
     fields = {
         "model_type": values["model_type"],
         "vocab_size": text["vocab_size"],
@@ -120,11 +132,11 @@ def read_decoder(values: dict[str, Any], folder: Folder, *, head_dim: int | None
         "intermediate_size": text["intermediate_size"],
         "num_layers": text["num_hidden_layers"],
         "num_heads": text["num_attention_heads"],
-        "num_kv_heads": text["num_key_value_heads"],
+        "num_kv_heads": text["num_key_value_heads"] or text["num_attention_heads"],
         "head_dim": head_dim,
         "max_positions": text["max_position_embeddings"],
         "norm_eps": text["rms_norm_eps"],
-        "rope_theta": float(rope.get("rope_theta") or text["rope_theta"]),
+        "rope_theta": float(rope.get("rope_theta") or text.get("rope_theta") or default_theta),
         # A text token has three equal positions, so for a text model any section gives plain RoPE.
         "mrope_section": (head_dim // 2, 0, 0),
         # transformers 5 reads it from the root, older versions wrote it into text_config: either says yes.
@@ -140,7 +152,19 @@ def refuse_options(folder: Folder, options: dict[str, bool]) -> None:
     """Raise UserError for the first option of config.json that is set. `options`: its name -> whether it is set."""
     for option, is_set in options.items():
         if is_set:
-            raise UserError(f"{folder.uri}/config.json asks for {option}, which this trainer doesn't have: remove it")
+            raise UserError(
+                f"{folder.uri}/config.json has {option}, which this trainer does not implement; without it the weights "
+                "would compute something else: use a model that was trained without it"
+            )
+
+
+def _slides(text: dict[str, Any]) -> bool:
+    """Return whether some layer attends within a window shorter than the longest sequence."""
+    layers = text["num_hidden_layers"]
+    window = text.get("sliding_window", 4096) if text.get("use_sliding_window") else None
+    first = text.get("max_window_layers", 28)  # layers from this one on slide; the defaults are transformers'
+    kinds = text.get("layer_types") or ["sliding_attention" if window and n >= first else "" for n in range(layers)]
+    return "sliding_attention" in kinds and (not window or window < text["max_position_embeddings"])
 
 
 @dataclass(frozen=True)

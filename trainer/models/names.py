@@ -3,11 +3,9 @@
 A family's table is made of these rows. The vocabulary has the same rows on both sides.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kanyun.errors import UserError
 from trainer.models.config import ModelConfig
 from trainer.models.transforms import COPY, Transform
 
@@ -47,13 +45,3 @@ def decoder_table(config: ModelConfig, layer: Iterable[Row]) -> tuple[Row, ...]:
     """Return every tensor of a decoder whose layers have the rows of `layer`."""
     layers = (row.at(n) for n in range(config.num_layers) for row in layer)
     return (EMBEDDING, *layers, FINAL_NORM, *(() if config.tied else (HEAD,)))
-
-
-def require_same(names: Iterable[str], expected: Iterable[str], where: str) -> None:
-    """Raise UserError naming the tensors that are missing from `names`, left over, or there twice."""
-    have, want = Counter(list(names)), Counter(expected)
-    faults = {"is missing": want - have, "is left over": have - want}
-    for fault, tensors in faults.items():
-        if tensors:
-            listed = ", ".join(sorted(tensors)[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
-            raise UserError(f"{where}: {listed} {fault}, by its config.json: give a whole and unchanged model")

@@ -12,6 +12,7 @@ def read_config(values: dict[str, Any], folder: Folder) -> ModelConfig:
     """Return the configuration; see Family.read_config."""
     options: dict[str, Any] = {"qkv_bias": True, "qk_norm": False}
     if values["model_type"] == "qwen2_5_vl":
+        options["default_theta"] = 1e6
         text = {**values, **values.get("text_config", {})}
         time, height, width = (text.get("rope_parameters") or text["rope_scaling"])["mrope_section"]
         options["mrope_section"] = (time, height, width)

@@ -1,0 +1,107 @@
+"""What a model's tensors must be, by its config.json, and every way in which those of a folder differ from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kanyun.errors import UserError
+from trainer.models.config import ModelConfig
+from trainer.models.names import Row
+from trainer.models.registry import family_of
+
+Shape = tuple[int, ...]
+TRAINED = (torch.bfloat16, torch.float32)  # dtypes that the trainer reads and writes
+LISTED = 6  # faults, and names in one fault, that a message spells out
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of every tensor of one model, by its name on either side."""
+
+    hf: Mapping[str, Shape]
+    megatron: Mapping[str, Shape]
+
+    @classmethod
+    def of(cls, folder: Path, config: ModelConfig, rows: Sequence[Row]) -> "Layout":
+        """Return the layout of the model that transformers makes of the config.json in `folder`; no memory is used.
+
+        The megatron side follows from the table's transforms. Raises UserError if transformers refuses config.json, or
+        if its tensors are not those that the trainer's model has.
+        """
+        tensors = _meta_tensors(folder, config)
+        try:
+            hf = {name: tensors[name] for row in rows for name in row.hf}
+            megatron = {row.megatron: row.transform.to_megatron([hf[name] for name in row.hf], config) for row in rows}
+            for row in rows:
+                for name, part in zip(row.hf, row.transform.to_hf(megatron[row.megatron], config), strict=True):
+                    if part.shape != hf[name].shape:
+                        raise RuntimeError(f"{name} {list(hf[name].shape)} would come back as {list(part.shape)}")
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{folder}/config.json describes tensors that the trainer's model does not have ({error}): "
+                "give a model of one of the released architectures"
+            ) from error
+        return cls(*({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (hf, megatron)))
+
+
+def _meta_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Return transformers' model without weights: canonical name -> tensor on the meta device."""
+    import transformers
+
+    try:
+        settings = transformers.AutoConfig.from_pretrained(folder)
+        loader: Any = transformers.AutoModelForImageTextToText if config.vision else transformers.AutoModelForCausalLM
+        with torch.device("meta"):
+            model = loader.from_config(settings)
+    except Exception as error:  # whatever its validators raise is about config.json
+        raise UserError(f"transformers refuses {folder}/config.json ({_last_line(error)}): correct it") from error
+    canonical = family_of(config).canonical
+    return {canonical(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
+def shape_faults(stored: Mapping[str, tuple[Shape, Any]], expected: Mapping[str, Shape]) -> list[str]:
+    """List each difference between `stored` (name -> shape, dtype) and the shapes by config.json; [] if none."""
+    faults = [
+        f"{name} has shape {list(shape)}, by config.json {list(expected[name])}"
+        for name, (shape, _) in stored.items()
+        if name in expected and tuple(shape) != expected[name]
+    ]
+    others = {str(dtype) for name, (_, dtype) in stored.items() if name in expected and dtype not in TRAINED}
+    for other in sorted(others):
+        names = [name for name, (_, dtype) in stored.items() if str(dtype) == other]
+        faults.append(f"{_listed(names, ', ')} {_are(names)} {other}, not bfloat16 or float32")
+    missing, left_over = expected.keys() - stored.keys(), stored.keys() - expected.keys()
+    for what, names in (("missing", sorted(missing)), ("left over", sorted(left_over))):
+        if names:
+            faults.append(f"{_listed(names, ', ')} {_are(names)} {what}")
+    return faults
+
+
+def refuse(where: Path, faults: Sequence[str]) -> None:
+    """Raise UserError naming the faults of the model at `where`, if there are any."""
+    if faults:
+        raise UserError(f"{where}: {_listed(faults, '; ')}: give a whole and unchanged model")
+
+
+def require_finite(where: Path, name: str, tensor: Tensor) -> None:
+    """Raise UserError if the tensor holds a NaN or an infinite value, naming the first one."""
+    if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():  # one pass; a NaN comes through
+        at = next(iter((~torch.isfinite(tensor)).nonzero())).tolist()
+        value = tensor[tuple(at)].item()
+        raise UserError(f"{where}: {name} holds {value} at {at}: give a model whose weights are all finite")
+
+
+def _listed(items: Sequence[str], separator: str) -> str:
+    return separator.join(items[:LISTED]) + (f" and {len(items) - LISTED} more" if len(items) > LISTED else "")
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"

@@ -1,0 +1,158 @@
+"""Variants of a tiny Hugging Face folder, as fine-tunes and other tools leave them: how each is made."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+Weights = dict[str, Tensor]
+Edit = Callable[[Path], None]
+
+
+def weights(change: Callable[[Weights], Weights]) -> Edit:
+    """Return an edit of the tensors."""
+
+    def edit(folder: Path) -> None:
+        changed = change(load_file(folder / WEIGHTS))
+        copies = {name: tensor.contiguous().clone() for name, tensor in changed.items()}
+        save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return edit
+
+
+def tensor(name: str, change: Callable[[Tensor], Tensor]) -> Edit:
+    """Return an edit of one tensor."""
+    return weights(lambda old: old | {name: change(old[name])})
+
+
+def renamed(change: Callable[[str], str]) -> Edit:
+    return weights(lambda old: {change(name): tensor for name, tensor in old.items()})
+
+
+def config(*absent: str, **changes: Any) -> Edit:
+    """Return an edit of config.json."""
+
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        kept = {name: value for name, value in values.items() if name not in absent}
+        (folder / "config.json").write_text(json.dumps(kept | changes))
+
+    return edit
+
+
+def sharded(then: Callable[[Path, dict[str, Any]], None]) -> Edit:
+    """Return an edit that splits the weights over two files with an index, then edits folder and index."""
+
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        (folder / WEIGHTS).unlink()
+        where = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(tensors)}
+        for file in set(where.values()):
+            part = {name: tensors[name] for name in tensors if where[name] == file}
+            save_file(part, folder / file, metadata={"format": "pt"})
+        index: dict[str, Any] = {"metadata": {}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index))
+        then(folder, index)
+
+    return edit
+
+
+def index_text(change: Callable[[str], str]) -> Edit:
+    """Return an edit that leaves shards with a changed index."""
+    return sharded(lambda folder, index: (folder / INDEX).write_text(change(json.dumps(index))) and None)
+
+
+def single_file_beside_shards(folder: Path, index: dict[str, Any]) -> None:
+    tensors = {name: load_file(folder / file)[name] for name, file in index["weight_map"].items()}
+    save_file(tensors | {NORM: tensors[NORM] + 1}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def tensor_in_both_shards(difference: float) -> Callable[[Path, dict[str, Any]], None]:
+    def edit(folder: Path, index: dict[str, Any]) -> None:
+        home = index["weight_map"][NORM]
+        other = next(file for file in index["weight_map"].values() if file != home)
+        moved = load_file(folder / home)[NORM] + difference
+        save_file(load_file(folder / other) | {NORM: moved}, folder / other, metadata={"format": "pt"})
+
+    return edit
+
+
+def spoiled(value: float) -> Callable[[Tensor], Tensor]:
+    def spoil(tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        copy[3, 5] = value
+        return copy
+
+    return spoil
+
+
+def token_added(folder: Path) -> None:
+    """Add a token behind the last row of the embedding."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    number = json.loads((folder / "config.json").read_text())["vocab_size"]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"].append({"id": number, "content": "<new>", **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def _with_rotary_buffers(old: Weights) -> Weights:
+    return old | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 16}
+# name -> (edits of an untied text model? tied?, ...): each loads, with transformers' own logits.
+LOADED: dict[str, tuple[str, Edit]] = {
+    "a tied model that stores its head": ("tied", weights(lambda old: old | {HEAD: old[EMBEDDING].clone()})),
+    "a tied model that stores its head alone": ("tied", renamed(lambda name: HEAD if name == EMBEDDING else name)),
+    "rotary buffers of old versions": ("tied", weights(_with_rotary_buffers)),
+    "a base model without the prefix": ("tied", renamed(lambda name: name.removeprefix("model."))),
+    "norms in another dtype": ("tied", tensor(NORM, lambda old: old.bfloat16())),
+    "a single file beside other shards": ("untied", sharded(single_file_beside_shards)),
+    "a tensor in two files, equal": ("untied", sharded(tensor_in_both_shards(0.0))),
+    "a window that no layer uses": ("tied", config("layer_types", **WINDOW, max_window_layers=2)),
+    "no rope_theta": ("tied", config("rope_parameters")),
+    "one name in both layouts": (
+        "vision",
+        weights(lambda old: old | {"model.language_model.norm.weight": old[NORM].clone()}),
+    ),
+    "a vision-language base model": (
+        "vision",
+        renamed(lambda name: name.replace("model.", "language_model.", 1) if name.startswith("model.") else name),
+    ),
+}
+
+_Q, _UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
+# name -> (model, edit, what the one sentence must say)
+REFUSED: dict[str, tuple[str, Edit, str]] = {
+    "head differs": ("tied", weights(lambda old: old | {HEAD: old[EMBEDDING] + 1}), "lm_head.weight differs from"),
+    "embedding short": ("tied", tensor(EMBEDDING, lambda old: old[:600]), f"{EMBEDDING} has shape [600, 64]"),
+    "embedding long": ("tied", tensor(EMBEDDING, lambda old: torch.cat([old, old])), f"{EMBEDDING} has shape"),
+    "head short": ("untied", tensor(HEAD, lambda old: old[:600]), "lm_head.weight has shape [600, 64]"),
+    "norm short": ("tied", tensor(NORM, lambda old: old[:60]), f"{NORM} has shape [60], by config.json [64]"),
+    "up short": ("tied", tensor(_UP, lambda old: old[:90]), f"{_UP} has shape [90, 64], by config.json [128, 64]"),
+    "vision norm": ("vision", tensor("visual.merger.ln_q.weight", lambda old: old[:31]), "visual.merger.ln_q.weight"),
+    "last part fp16": ("tied", tensor(_UP, lambda old: old.half()), f"{_UP} is torch.float16"),
+    "first part bf16": ("tied", tensor(_Q, lambda old: old.bfloat16()), "must have one dtype"),
+    "NaN": ("tied", tensor(_Q, spoiled(float("nan"))), f"{_Q} holds nan at [3, 5]"),
+    "infinite": ("vision", tensor("visual.blocks.1.attn.proj.weight", spoiled(float("inf"))), "holds inf at [3, 5]"),
+    "adapter": ("tied", weights(lambda old: old | {_Q + ".lora_A": old[NORM]}), f"{_Q}.lora_A is left over"),
+    "two values": ("untied", sharded(tensor_in_both_shards(1.0)), f"{NORM} in model-0000"),
+    "index cut": ("tied", index_text(lambda text: text[:200]), f"{INDEX} is damaged (Unterminated string"),
+    "index without map": ("tied", index_text(lambda text: '{"metadata": {}}'), f"{INDEX} is damaged (no 'weight_map')"),
+    "index empty map": ("tied", index_text(lambda text: '{"weight_map": {}}'), "its weight_map is empty"),
+    "index is a list": ("tied", index_text(lambda text: "[]"), f"{INDEX} is damaged"),
+    "pickle": ("tied", lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin") and None, "is a pickle"),
+    "yarn": ("tied", config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "has rope scaling 'yarn'"),
+    "window": ("tied", config("layer_types", **WINDOW, max_window_layers=1), "has sliding-window attention"),
+    "layer_types": ("tied", config(layer_types=["sliding_attention"] * 2), "has sliding-window attention"),
+    "head_dim": ("tied", config(head_dim=32), "has head_dim 32, not hidden_size / num_attention_heads = 16"),
+    "quantized": ("tied", config(quantization_config={"quant_method": "awq"}), "has weights quantized by 'awq'"),
+    "fewer layers": ("tied", config(num_hidden_layers=1), "transformers refuses"),
+    "token beyond": ("tied", token_added, "token '<new>' has id"),
+}
