@@ -124,7 +124,9 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
     seconds, flops, useful = [], 0, 0
-    with PackStream(data, BatchFormat.of(model_config), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
+    with PackStream(
+        data, BatchFormat.of(model_config), seed=0, global_batch=args.global_batch, micro_batch=1
+    ) as stream:
         for batches in islice(stream.batches(0), args.peer_steps + 1):
             begun, flops, useful = time.perf_counter(), 0, 0
             for batch in batches:

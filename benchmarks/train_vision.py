@@ -164,7 +164,9 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
 
     seconds, flops, loss = [], [], 0.0
-    with PackStream(data, BatchFormat.of(model_config), seed=0, global_batch=args.global_batch, micro_batch=1) as stream:
+    with PackStream(
+        data, BatchFormat.of(model_config), seed=0, global_batch=args.global_batch, micro_batch=1
+    ) as stream:
         begun = time.perf_counter()
         for batches in islice(stream.batches(0), args.peer_steps + 1):
             flops.append(sum(TRAINING * costs_of(model_config).forward_flops(batch) for batch in batches))
