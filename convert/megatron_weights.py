@@ -16,7 +16,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
 
 from kanyun.errors import UserError
-from trainer.checkpoint import _PlainMetadata
+from trainer.checkpoint.metadata import _PlainMetadata
 from trainer.models.names import require_same
 
 PARTS = ("language.", "vision.")  # what else is in a checkpoint is the optimizer's
