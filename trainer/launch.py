@@ -41,6 +41,8 @@ class Launcher:
             except ChildFailedError as error:
                 _, failure = error.get_first_failure()
                 code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+                if self._told and code == 128 + signal.SIGUSR1:  # told before it could listen
+                    code = PREEMPTED
                 again = restarts > 0 and not self._told and code != WRONG_INPUT
                 print(f"error: {_sentence(failure)}{'; starting again' if again else ''}", file=sys.stderr, flush=True)
                 if not again:

@@ -11,6 +11,7 @@ from typing import Self
 import psutil
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
@@ -191,6 +192,10 @@ class Trainer:
         set_rates(self.optimizer, self.config, lr)
         norm = take_step(self.optimizer, self.config.clip_grad)
         loss_sum, flops_sum, stop = self._reduce(self.loss_sum, self._zero() + flops, self._zero() + self._stop())
+        if self.runtime.tensor_parallel > 1:  # each tensor-parallel rank has asked a different data-parallel group
+            stops = self._zero() + stop
+            dist.all_reduce(stops, group=parallel_state.get_tensor_model_parallel_group())
+            stop = stops.item()
         tokens = self.trained.item()
         return StepResult(loss_sum / max(tokens, 1), round(tokens), flops_sum, norm, stop > 0)
 
@@ -292,8 +297,8 @@ class Trainer:
         return torch.zeros((), dtype=torch.float32, device=self.runtime.device)
 
     def _reduce(self, *values: Tensor) -> list[float]:
-        """Return sums over the data-parallel ranks. Exchanged by all ranks, so that all learn of a `stop` at once."""
+        """Return sums over the data-parallel ranks."""
         sums = torch.stack(values).double()
-        dist.all_reduce(sums)
-        totals: list[float] = (sums / self.runtime.tensor_parallel).tolist()
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        totals: list[float] = sums.tolist()
         return totals

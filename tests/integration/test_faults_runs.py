@@ -115,7 +115,7 @@ def test_a_rank_that_hangs_is_named(job: dict[str, Any]) -> None:
         _, err = process.communicate(timeout=200)
     assert process.returncode == HUNG, err
     assert f"no progress for 8 s (hang_after): waited for rank 1 (process {stopped.pid} on " in err.splitlines()[-1]
-    assert time.monotonic() - began < 90  # torchrun gives the stopped one 30 s
+    assert time.monotonic() - began < 150  # torchrun gives the stopped one 30 s
 
 
 def test_a_second_run_on_one_output_is_refused_and_names_the_first(job: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ def require_digests(step: Folder, names: Iterable[str] | None = None, where: str
     return True
 
 
-def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str, way_out: str = "use another checkpoint") -> None:
     """Raises UserError naming the first tensor that has a NaN or an infinite value."""
     named = list(tensors)
     flags = [torch.isfinite(tensor.detach()).all() for _, tensor in named]
@@ -78,8 +78,7 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
         if not finite:
             bad = int((~torch.isfinite(tensor.detach())).sum())
             raise UserError(
-                f"{where}: {name} has {bad:,} of {tensor.numel():,} values that are NaN or infinite: "
-                "use another checkpoint"
+                f"{where}: {name} has {bad:,} of {tensor.numel():,} values that are NaN or infinite: {way_out}"
             )
 
 

@@ -7,6 +7,7 @@ learns the outcome. A save that fails leaves the checkpoint before as it was, an
 
 import shutil
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,7 +25,15 @@ from kanyun.storage import Folder
 from trainer.checkpoint.metadata import FORMAT, METADATA, Record, encode_metadata
 from trainer.checkpoint.parts import HostBuffer, Part, Saved, buffer_size, host_room, parts_of
 from trainer.checkpoint.state import STATE, FileDigest, Marker, State
-from trainer.checkpoint.store import attempt_folder, begin_attempt, checkpoints_of, is_local, publish, step_name
+from trainer.checkpoint.store import (
+    attempt_folder,
+    begin_attempt,
+    checkpoints_of,
+    is_local,
+    publish,
+    require_whole,
+    step_name,
+)
 from trainer.checkpoint.writer import write_bytes, write_parts
 
 MOST_FAILURES = 3  # saves that fail in a row end the run
@@ -100,6 +109,8 @@ class Saver:
         parts = self._parts(model, optimizer)
         if self._buffer is not None:
             parts = self._buffer.copy(parts)
+        elif torch.cuda.is_available():
+            torch.cuda.synchronize()  # the writing threads read the originals on another stream
         self._thread = threading.Thread(target=self._run, args=(Save(state, parts),), name="checkpoint", daemon=True)
         self._thread.start()
         if self._buffer is None:
@@ -205,6 +216,7 @@ class Saver:
         if self._owns is not None and not self._owns():
             raise UserError(f"another run took this one for dead and writes {self._output.path}: end one of them")
         attempt.write(STATE, Marker(save.state, files).encode())
+        _wait_until_whole(attempt)
         publish(self._output, attempt, save.name, self._keep_last)
 
     def _gather(self, value: Any) -> list[Any]:
@@ -219,6 +231,15 @@ class Saver:
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         error: str | None = outcome[0]
         return error
+
+
+def _wait_until_whole(attempt: Folder) -> None:
+    """Raises UserError if a file is missing or short for 30 s: that long, NFS may not show what other nodes wrote."""
+    for _ in range(10):
+        with suppress(UserError):
+            return require_whole(attempt)
+        time.sleep(3)
+    require_whole(attempt)
 
 
 def _attempted(action: Any) -> tuple[Any, str | None]:
