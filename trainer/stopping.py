@@ -80,7 +80,7 @@ class Watch:
 
     def __init__(self, rank: int, world: int, hang_after: float) -> None:
         self._rank, self._world, self._hang_after = rank, world, hang_after
-        self._count, self._phase, self._since = 0, "starting", time.monotonic()
+        self._count, self._phase, self._since = 0, "", time.monotonic()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         if world > 1:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Self
 
 import psutil
@@ -110,6 +109,7 @@ class Trainer:
             Folder(config.model),
             keep_last=config.keep_last,
             local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            last=run.resume.name if run.resume else None,
             owns=owns,
         )
         self._open.callback(self.saver.close)
@@ -167,7 +167,7 @@ class Trainer:
             self._say(note)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step. Every rank returns the same.
+        """Take one optimizer step. Every rank returns the same.
 
         The gradient is that of the loss summed over all trained tokens of the global batch, divided by their number,
         however they are spread over ranks and micro-batches. A mean of means would weigh short answers more.
@@ -208,7 +208,7 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_loss(self) -> float | None:
-        """Mean over the trained tokens of all validation packs; None if there are none."""
+        """Return the mean over the trained tokens of all validation packs; None if there are none."""
         if self.held_out is None:
             return None
         total, tokens = self._zero(), self._zero()
@@ -238,9 +238,7 @@ class Trainer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _due(self, every: int) -> bool:

@@ -63,9 +63,11 @@ class Saver:
         *,
         keep_last: int = 1,
         local_ranks: int = 1,
+        last: str | None = None,
         owns: Callable[[], bool] | None = None,
     ) -> None:
-        """`hf`: the folder whose config.json, tokenizer and processor settings are copied. `owns`: on rank 0, whether
+        """`hf`: the folder whose config.json, tokenizer and processor settings are copied. `last`: what the run
+        resumed. `owns`: on rank 0, whether
         the output is still this run's.
         """
         self._owns = owns
@@ -79,7 +81,7 @@ class Saver:
         self._fatal: BaseException | None = None
         self.beside = True  # False: host memory has no room, so that training waits for the disk
         self.failures = 0  # in a row
-        self.last: str | None = None  # name of the last one that was published
+        self.last = last  # name of the newest one that is whole
 
     def prepare(self, model: Saved, optimizer: ChainedOptimizer | None, device: torch.device) -> list[str]:
         """Take the host buffer that saves need. Return sentences for people: what there is no room for."""
@@ -235,11 +237,15 @@ class Saver:
 
 def _wait_until_whole(attempt: Folder) -> None:
     """Raises UserError if a file is missing or short for 30 s: that long, NFS may not show what other nodes wrote."""
-    for _ in range(10):
-        with suppress(UserError):
-            return require_whole(attempt)
+    end = time.monotonic() + 30
+    while True:
+        try:
+            require_whole(attempt)
+            return
+        except UserError:
+            if time.monotonic() > end:
+                raise
         time.sleep(3)
-    require_whole(attempt)
 
 
 def _attempted(action: Any) -> tuple[Any, str | None]:
