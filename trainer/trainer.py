@@ -59,7 +59,6 @@ class Trainer:
         config, layout = run.config, run.layout
         self.run, self.config, self.runtime, self._stop = run, config, runtime, stop
         self.step, self.skipped = run.start.step, run.start.skipped
-
         self.costs = costs_of(run.model)
         self._open = ExitStack()
         run.require_agreement()

@@ -66,9 +66,8 @@ class Saver:
         last: str | None = None,
         owns: Callable[[], bool] | None = None,
     ) -> None:
-        """`hf`: the folder whose config.json, tokenizer and processor settings are copied. `last`: what the run
-        resumed. `owns`: on rank 0, whether
-        the output is still this run's.
+        """`hf`: the folder whose config.json, tokenizer and processor settings are copied. `last`: name of what the run
+        resumed. `owns`: on rank 0, whether the output is still this run's.
         """
         self._owns = owns
         self._output, self._hf, self._keep_last, self._local_ranks = output, hf, keep_last, local_ranks
