@@ -4,10 +4,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import pytest
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
@@ -15,7 +14,8 @@ from kanyun.storage import Folder
 from tests.support.model_golden import Example, batch_of
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
-from trainer.checkpoint import State
+from trainer.checkpoint import State, saver
+from trainer.checkpoint.parts import Part, parts_of
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
@@ -45,14 +45,21 @@ def test_every_split_reads_what_another_wrote(tmp_path: Path) -> None:
 LR = 1e-3
 
 
-def test_a_cpu_takes_the_master_weights_of_a_gpu_not_its_rounded_ones(tmp_path: Path) -> None:
+def test_a_cpu_takes_the_master_weights_of_a_gpu_not_its_rounded_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a CPU they share memory with the model, whose weights are in the checkpoint too, in bfloat16."""
     tiny_text_folder(tmp_path / "hf", tied=False)
     output = Folder(str(tmp_path / "out"))
     with Runtime.start(seed=7) as runtime:
         model, optimizer = one_step(tmp_path, runtime)
         state = State(1, 1, 0, "", {}, {})
-        step = checkpoint.save(output, state, Rounded(model), optimizer, Folder(str(tmp_path / "hf")))
+        parts = [
+            part if part.key.startswith("optimizer.") else rounded(part)
+            for part in parts_of(model, optimizer, check=True)
+        ]
+        monkeypatch.setattr(saver, "parts_of", lambda *args, check: parts)
+        step = checkpoint.save(output, state, model, optimizer, Folder(str(tmp_path / "hf")))
         masters = [parameter.detach().clone() for parameter in model.parameters()]
         for parameter in model.parameters():
             parameter.data.fill_(9)
@@ -62,18 +69,9 @@ def test_a_cpu_takes_the_master_weights_of_a_gpu_not_its_rounded_ones(tmp_path: 
             assert not torch.equal(master, master.bfloat16().float())
 
 
-class Rounded:
-    """A model whose weights a checkpoint has in bfloat16, as a GPU writes them."""
-
-    def __init__(self, model: LanguageModel):
-        self.model = model
-
-    def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
-        weights, rounded = self.model.sharded_state_dict(metadata=metadata), {}
-        for name, entry in weights.items():
-            dtype = {} if isinstance(entry, ShardedTensorFactory) else {"dtype": torch.bfloat16}
-            rounded[name] = replace(entry, data=entry.data.detach().bfloat16(), **dtype)
-        return rounded
+def rounded(part: Part) -> Part:
+    """As a GPU writes a weight."""
+    return replace(part, dtype=torch.bfloat16, sources=(part.sources[0].detach().bfloat16(),))
 
 
 def work(folder: Path, action: str) -> None:
