@@ -56,7 +56,7 @@ class Metrics:
         self.notes = _set_aside(output, start)
         self._open = ExitStack()
         self._local = Path(output.path)
-        if not output.uri.startswith("file:"):
+        if not output.is_local:
             self._local = Path(self._open.enter_context(TemporaryDirectory(prefix="kanyun-metrics-")))
             self._local.joinpath(METRICS).write_bytes(output.read(METRICS) if output.exists(METRICS) else b"")
         self._file = self._open.enter_context(self._local.joinpath(METRICS).open("a", encoding="utf-8"))
@@ -87,7 +87,7 @@ class Metrics:
 
     def publish(self) -> None:
         """Copy the files to an output that is no local disk."""
-        if self._local != Path(self._output.path):
+        if not self._output.is_local:
             self._board.flush()
             for file in self._local.rglob("*"):
                 if file.is_file():

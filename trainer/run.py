@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+import torch
 import torch.distributed as dist
 
 from kanyun.errors import UserError
@@ -14,7 +15,8 @@ from trainer.config import TrainConfig
 from trainer.data.source import PackedData
 from trainer.models.config import ModelConfig
 from trainer.optim.optimizer import learning_rate
-from trainer.planning.planner import Layout, card, decide
+from trainer.planning.gpus import find_gpu
+from trainer.planning.planner import Layout, LayoutPlanner
 
 RUN = "run.json"  # in the output folder: the config; marks it as a run's
 _SCHEDULE = ("lr", "min_lr", "warmup_steps")
@@ -61,8 +63,8 @@ class Run:
         elif config.init != "random":
             weights = checkpoint.resolve(config.init)
             replace(checkpoint.read_state(weights), run={}).require(start, weights.uri)
-        device = card() if cuda else None
-        layout = decide(model, world, device, config.length, config.global_batch, data.vision_budget)
+        planner = LayoutPlanner(model, find_gpu(torch.cuda.get_device_name()) if cuda else None, world)
+        layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume, weights, notes)
 
     def require_agreement(self) -> None:

@@ -114,8 +114,8 @@ class Trainer:
         self._open.callback(self.saver.close)
         manifests = [dataset.manifest for dataset in run.data.datasets]
         self.tokens_per_pack = sum(m.tokens for m in manifests) / sum(m.packs for m in manifests)  # useful ones
-        known = runtime.cuda and config.trainable == "all"
-        self.peak = find_gpu(torch.cuda.get_device_name()).flops if known else None
+        gpu = find_gpu(torch.cuda.get_device_name()) if runtime.cuda and config.trainable == "all" else None
+        self.peak = gpu.flops if gpu else None
         self.metrics: Metrics | None = None
 
     def train(self) -> bool:
@@ -231,14 +231,11 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.publish()
 
-    def close(self) -> None:
-        self._open.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._open.close()
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.steps

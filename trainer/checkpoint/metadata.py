@@ -51,7 +51,7 @@ def encode_metadata(records: Iterable[Record]) -> bytes:
     places: dict[MetadataIndex, _StorageInfo] = {}
     for record in records:
         place = _StorageInfo(record.file, record.offset, record.size)
-        if record.shape is None:
+        if record.shape is None or record.dtype is None:
             tensors[record.key] = BytesStorageMetadata()
             places[MetadataIndex(record.key)] = place
             continue

@@ -22,7 +22,7 @@ from kanyun.transfer import copy_folder
 from trainer.checkpoint.metadata import refuse_code
 from trainer.checkpoint.parts import weights_of
 from trainer.checkpoint.state import Marker
-from trainer.checkpoint.store import is_local, require_whole
+from trainer.checkpoint.store import require_whole
 from trainer.models.language import LanguageModel
 from trainer.optim.state import OptimizerState
 
@@ -85,7 +85,7 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str, way_out: s
 @contextmanager
 def _on_local_disk(step: Folder) -> Iterator[Folder]:
     """Yield the checkpoint on a local disk. From elsewhere one rank a node fetches it, in parallel, for the block."""
-    if is_local(step):
+    if step.is_local:
         yield step
         return
     job = os.environ.get("TORCHELASTIC_RUN_ID", str(os.getpid()))

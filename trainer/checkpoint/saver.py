@@ -29,7 +29,6 @@ from trainer.checkpoint.store import (
     attempt_folder,
     begin_attempt,
     checkpoints_of,
-    is_local,
     publish,
     require_whole,
     step_name,
@@ -152,7 +151,7 @@ class Saver:
         return parts
 
     def _short_of_disk(self, total: int) -> list[str]:
-        if self._rank != 0 or not is_local(self._output):
+        if self._rank != 0 or not self._output.is_local:
             return []
         kept = sum(size for _, size in checkpoints_of(self._output).files())
         room, needed = shutil.disk_usage(self._output.path).free + kept, (self._keep_last + 1) * total
@@ -195,7 +194,7 @@ class Saver:
 
     def _begin(self, save: Save, size: int) -> None:
         begin_attempt(self._output, save.name)
-        if is_local(self._output) and (free := shutil.disk_usage(self._output.path).free) < size:
+        if self._output.is_local and (free := shutil.disk_usage(self._output.path).free) < size:
             raise UserError(
                 f"{self._output.path} has {free / _GB:.3f} GB free, {size / _GB:.3f} GB are needed: make room there"
             )

@@ -15,8 +15,6 @@ import re
 import time
 from dataclasses import dataclass
 
-from fsspec.implementations.local import LocalFileSystem
-
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from trainer.checkpoint.metadata import read_metadata
@@ -176,13 +174,9 @@ def remove_leftovers(output: Folder) -> None:
             root.delete(name)
 
 
-def is_local(folder: Folder) -> bool:
-    return isinstance(folder.fs, LocalFileSystem)
-
-
 def sync(folder: Folder, *, files: bool = True) -> None:
     """Flush a local folder, and the files in it, to the disk. HDFS has done so when a file is closed."""
-    if not is_local(folder):
+    if not folder.is_local:
         return
     for path, _, names in os.walk(folder.path):
         for each in [path, *(os.path.join(path, name) for name in names if files)]:

@@ -11,11 +11,11 @@ import xxhash
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from kanyun.storage.retries import retried
+from kanyun.storage.retries import call_with_retry
 from trainer.checkpoint.metadata import COMMON, Record
 from trainer.checkpoint.parts import Part
 from trainer.checkpoint.state import FileDigest
-from trainer.checkpoint.store import is_local, sync_file
+from trainer.checkpoint.store import sync_file
 
 FILES = 4  # of a rank, each written by a thread
 
@@ -85,8 +85,8 @@ def _groups(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 def _write_file(folder: Folder, name: str, parts: Sequence[Part], *, common: bool) -> tuple[list[Record], FileDigest]:
-    records, digest = retried(lambda: _write_once(folder, name, parts, common=common))
-    if is_local(folder):
+    records, digest = call_with_retry(lambda: _write_once(folder, name, parts, common=common))
+    if folder.is_local:
         sync_file(posixpath.join(folder.path, name))
     elif (stored := folder.digest(name)) != digest.xxh3:
         raise UserError(f"{folder.uri}/{name} reads back as {stored}, written was {digest.xxh3}")

@@ -65,7 +65,7 @@ class OptimizerState:
                 whole = sources[0]
                 if len(sources) > 1:
                     whole = torch.empty(sources[0].shape, dtype=torch.float32)
-                    self._joins.append((*sources, whole))
+                    self._joins.append((sources[0], sources[1], whole))
                 for index, part in enumerate(_rectangles(place, start, whole.view(-1))):
                     key = f"optimizer.state.{name}.{part.key}"
                     tensors[f"{key} {index}"] = replace(part, key=key)
