@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 
 from convert.checks import Shape, refuse, shape_faults
 from kanyun.errors import UserError
-from trainer.checkpoint import _PlainMetadata
+from trainer.checkpoint.metadata import _PlainMetadata
 
 PARTS = ("language.", "vision.")  # what else is in a checkpoint is the optimizer's
 

@@ -101,6 +101,10 @@ def token_added(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
+def named_as_a_pickle(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
 def _with_rotary_buffers(old: Weights) -> Weights:
     return old | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
 
@@ -147,7 +151,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "index without map": ("tied", index_text(lambda text: '{"metadata": {}}'), f"{INDEX} is damaged (no 'weight_map')"),
     "index empty map": ("tied", index_text(lambda text: '{"weight_map": {}}'), "its weight_map is empty"),
     "index is a list": ("tied", index_text(lambda text: "[]"), f"{INDEX} is damaged"),
-    "pickle": ("tied", lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin") and None, "is a pickle"),
+    "pickle": ("tied", named_as_a_pickle, "is a pickle"),
     "yarn": ("tied", config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "has rope scaling 'yarn'"),
     "window": ("tied", config("layer_types", **WINDOW, max_window_layers=1), "has sliding-window attention"),
     "layer_types": ("tied", config(layer_types=["sliding_attention"] * 2), "has sliding-window attention"),
