@@ -17,14 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing 
 # JVMs live for a minute here: with C1 alone a run of the pipeline takes 37 s of CPU time, with C2 behind it 58.
 os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
 
-# What needs the daemons of one cluster, then what needs a Spark session alone: the longest groups first.
+# What needs the daemons of one cluster, and what needs a Spark session alone.
 _GROUPS = ("cluster", "spark")
 
 
 def _group(item: pytest.Function) -> str:
     """Tests of one group run in one process of pytest-xdist: they share the cluster, the session, or a module."""
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    needs = {*item.fixturenames, "cluster" if "hdfs" in parameters else ""}
+    on_hdfs = any(isinstance(value, str) and value == "hdfs" for value in parameters)  # takes the cluster when it runs
+    needs = {*item.fixturenames, "cluster" if on_hdfs else ""}
     return next((group for group in _GROUPS if group in needs), item.path.stem)
 
 
@@ -33,8 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     functions = [item for item in items if isinstance(item, pytest.Function)]
     for item in functions:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
-    rank = {group: number for number, group in enumerate(_GROUPS)}
-    items.sort(key=lambda item: rank.get(_group(item), len(rank)) if isinstance(item, pytest.Function) else len(rank))
+    items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> int:
+    """Sort key: the longest groups first, tests of milliseconds last, so that both processes end together."""
+    group = _group(item) if isinstance(item, pytest.Function) else ""
+    if group in _GROUPS:
+        return _GROUPS.index(group)
+    return len(_GROUPS) + ("unit" in item.path.parts)
 
 
 @pytest.fixture(scope="session")

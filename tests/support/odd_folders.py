@@ -12,7 +12,7 @@ from torch import Tensor
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 Weights = dict[str, Tensor]
-Edit = Callable[[Path], None]
+Edit = Callable[[Path], object]
 
 
 def weights(change: Callable[[Weights], Weights]) -> Edit:
