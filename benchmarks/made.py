@@ -12,7 +12,7 @@ import xxhash
 from kanyun.storage import Folder
 from pipeline.images.blobs import short_digest
 from pipeline.reports.report import Report, RowCounts
-from pipeline.schema import BUILT
+from pipeline.schema import BUILT, VERSIONS
 from tests.support.qwen_assets import tiny_vl_folder
 
 IMAGE_BYTES = 130_000  # a JPEG of about 800 x 600 pixels
@@ -40,7 +40,8 @@ def write_built(folder: Path, samples: int, length: int, images: bool = True) ->
         pq.write_table(pa.Table.from_pylist(rows, BUILT), folder / "data" / f"part-{first}.parquet", compression="zstd")
     tiny_vl_folder(folder / "tokenizer")
     counts = RowCounts(samples, samples)
-    settings = {"tokenizer": "", "length": length, "overflow": "drop", "epoch": 0, "seed": 0, "ratios": {".": "1"}}
+    settings = {"tokenizer": "", "length": length, "overflow": "drop", "version": VERSIONS["build"]}
+    settings |= {"epoch": 0, "seed": 0, "ratios": {".": "1"}}
     Report("build", settings, "", str(samples), counts, counts, 0.0).save(Folder(str(folder)))
 
 

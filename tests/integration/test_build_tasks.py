@@ -10,7 +10,7 @@ from pyspark.sql import SparkSession
 
 from kanyun.storage import Folder
 from pipeline.reports.report import Report, RowCounts
-from pipeline.schema import SAMPLED
+from pipeline.schema import SAMPLED, VERSIONS
 from pipeline.spark import ROW_GROUP_ROWS
 from pipeline.stages.build import TASKS_A_CORE, BuildStage
 from tests.support.qwen_assets import tiny_tokenizer_folder
@@ -30,7 +30,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, SAMPLED), folder / "data" / "one.parquet", row_group_size=ROW_GROUP_ROWS)
     counts = RowCounts(ROWS, ROWS)
-    settings = {"epoch": 0, "seed": 0, "ratios": {".": "1"}}
+    settings = {"version": VERSIONS["sample"], "epoch": 0, "seed": 0, "ratios": {".": "1"}}
     Report("sample", settings, "", "made", counts, counts, 0.0).save(Folder(str(folder)))
     return folder
 
