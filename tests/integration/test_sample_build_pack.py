@@ -25,7 +25,7 @@ from kanyun.storage import Folder
 from kanyun.verify import verify
 from pipeline.images.blobs import short_digest
 from pipeline.reports.report import Report, RowCounts
-from pipeline.schema import SAMPLE
+from pipeline.schema import SAMPLE, VERSIONS
 from pipeline.stages.build import BuildStage
 from pipeline.stages.pack import PackStage
 from pipeline.stages.sample import SampleStage, copies_before
@@ -93,7 +93,9 @@ def save_filtered(root: Path, rows: list[dict[str, Any]], files: int = 3) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows[n::files], SAMPLE), path)
     counts = RowCounts(len(rows), len(rows))
-    Report("filter", {}, "none", f"{len(rows)}", counts, counts, 0.0).save(Folder(str(root)))
+    Report("filter", {"version": VERSIONS["filter"]}, "none", f"{len(rows)}", counts, counts, 0.0).save(
+        Folder(str(root))
+    )
 
 
 def read(folder: Path, name: str = "data") -> list[dict[str, Any]]:
@@ -337,7 +339,9 @@ def test_long_documents_split_or_go_to_quarantine(spark: SparkSession, tmp_path:
     bad = {row["sample_id"]: row for row in read(tmp_path / "built", "quarantine")}
     assert {i: row["reason"] for i, row in bad.items()} == {0: "too_long", 2: "too_long"}
     assert bad[0]["raw"] == "raw 0"
-    assert bad[2]["messages"] == rows[2]["messages"]
+    assert [(m["role"], m["content"]) for m in bad[2]["messages"]] == [
+        (m["role"], m["content"]) for m in rows[2]["messages"]
+    ]
     assert "tokens, the length is 64" in bad[0]["evidence"]
     whole = AutoProcessor.from_pretrained(tmp_path / "hf")("import " * 200)["input_ids"]
 
