@@ -28,8 +28,12 @@ class MegatronWeights:
     def __init__(self, step: Path) -> None:
         self._step = step
         self._reader = _Reader(step)
-        stored = self._reader.read_metadata().state_dict_metadata
-        self._stored: dict[str, Any] = {name: tensor for name, tensor in stored.items() if name.startswith(PARTS)}
+        metadata = self._reader.read_metadata()
+        self._stored: dict[str, Any] = {
+            name: tensor for name, tensor in metadata.state_dict_metadata.items() if name.startswith(PARTS)
+        }
+        places = (metadata.storage_data or {}).items()
+        self.files = sorted({place.relative_path for index, place in places if index.fqn in self._stored})
 
     def require(self, shapes: Mapping[str, Shape]) -> None:
         """Raise one UserError with every fault, unless the checkpoint has exactly these tensors."""

@@ -22,7 +22,7 @@ def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
 
     Weights of a trained model are rounded (to nearest) to the dtype that config.json names; those of a converted,
     never trained one keep theirs, so that there and back is bit for bit the same. Raises UserError if a tensor is
-    missing, left over, of another shape or not finite, and as `resolve` and `new_folder` do.
+    missing, left over, of another shape or not finite, if a file is not as it was written, and as `resolve` and `new_folder` do.
     """
     step = checkpoint.resolve(source)
     folder = Path(step.path)
@@ -30,6 +30,7 @@ def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
     rows, weights = family_of(config).table(config), MegatronWeights(folder)
     layout = Layout.of(folder / "hf", config, rows)
     weights.require(layout.megatron)
+    checkpoint.require_digests(step, weights.files)  # not the optimizer's files, six times as large
     dtype = _dtype(folder / "hf" / "config.json") if checkpoint.read_state(step).step else None
     planned = [Planned(name, layout.hf[name], dtype or weights.dtype(row.megatron)) for row in rows for name in row.hf]
     with new_folder(out, folder, overwrite) as attempt:

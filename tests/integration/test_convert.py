@@ -254,10 +254,18 @@ def test_an_output_is_replaced_only_when_told_to(tmp_path: Path) -> None:
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     to_megatron(hf_model(tmp_path / "hf", vision=False), tmp_path / "megatron")
     step = tmp_path / "megatron/checkpoints/step_00000000"
-    for name, sentence in (("__0_0.distcp", "is damaged, language"), (".metadata", "is no checkpoint")):
-        (step / name).write_bytes((step / name).read_bytes()[:5000])
-        with pytest.raises(UserError, match=sentence):
+    whole = (step / "__0_0.distcp").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    (step / "__0_0.distcp").write_bytes(flipped)
+    with pytest.raises(UserError, match=r"__0_0\.distcp is damaged \(its digest is"):
+        to_hf(str(step), tmp_path / "back")
+    for name in ("__0_0.distcp", ".metadata"):
+        kept = (step / name).read_bytes()
+        (step / name).write_bytes(kept[:500])
+        with pytest.raises(UserError, match=rf"{name} has 500 bytes instead of"):
             to_hf(str(step), tmp_path / "back")
+        (step / name).write_bytes(kept)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 

@@ -16,7 +16,7 @@ from convert.to_hf import to_hf
 from convert.to_megatron import to_megatron
 from convert.verify import compare
 from kanyun.errors import UserError
-from tests.support.odd_folders import EMBEDDING, HEAD, LOADED, REFUSED, WEIGHTS, token_added
+from tests.support.odd_folders import EMBEDDING, HEAD, LOADED, REFUSED, WEIGHTS, tokens_added
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -79,10 +79,7 @@ def test_new_embedding_rows_are_the_mean_of_the_old_ones(tmp_path: Path, kind: s
     rows = config.get("text_config", config)["vocab_size"]
     with pytest.raises(UserError, match="enough for its last token"):
         resize_vocab(source, out)
-    (source / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
-    token_added(source)
-    (source / "config.json").write_text(json.dumps(config))
-
+    tokens_added(source)
     assert resize_vocab(source, out) == -(-(rows + 1) // 128) * 128 - rows
     old, new = load_file(source / WEIGHTS), load_file(out / WEIGHTS)
     assert old.keys() == new.keys()
@@ -96,7 +93,7 @@ def test_new_embedding_rows_are_the_mean_of_the_old_ones(tmp_path: Path, kind: s
     loader = transformers.AutoModelForImageTextToText if kind == "vision" else transformers.AutoModelForCausalLM
     _, info = loader.from_pretrained(out, output_loading_info=True)
     assert not any(info[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert transformers.AutoTokenizer.from_pretrained(out)("<new>")["input_ids"] == [rows]
+    assert transformers.AutoTokenizer.from_pretrained(out)(f"<new {rows}>")["input_ids"] == [rows]
     to_megatron(out, tmp_path / "megatron")
 
 

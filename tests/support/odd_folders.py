@@ -92,17 +92,19 @@ def spoiled(value: float) -> Callable[[Tensor], Tensor]:
     return spoil
 
 
-def token_added(folder: Path) -> None:
-    """Add a token behind the last row of the embedding."""
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    number = json.loads((folder / "config.json").read_text())["vocab_size"]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    tokenizer["added_tokens"].append({"id": number, "content": "<new>", **flags})
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-
-
-def named_as_a_pickle(folder: Path) -> None:
+def pickled(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def tokens_added(folder: Path) -> None:
+    """Add tokens with transformers, up to the first that the embedding has no row for, and resize no model."""
+    import transformers
+
+    values = json.loads((folder / "config.json").read_text())
+    rows = values.get("text_config", values)["vocab_size"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<new {n}>" for n in range(len(tokenizer), rows + 1)])
+    tokenizer.save_pretrained(folder)
 
 
 def _with_rotary_buffers(old: Weights) -> Weights:
@@ -110,7 +112,7 @@ def _with_rotary_buffers(old: Weights) -> Weights:
 
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 16}
-# name -> (edits of an untied text model? tied?, ...): each loads, with transformers' own logits.
+# name -> (model: tied | untied | vision, edit): each loads, with transformers' own logits
 LOADED: dict[str, tuple[str, Edit]] = {
     "a tied model that stores its head": ("tied", weights(lambda old: old | {HEAD: old[EMBEDDING].clone()})),
     "a tied model that stores its head alone": ("tied", renamed(lambda name: HEAD if name == EMBEDDING else name)),
@@ -151,12 +153,12 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "index without map": ("tied", index_text(lambda text: '{"metadata": {}}'), f"{INDEX} is damaged (no 'weight_map')"),
     "index empty map": ("tied", index_text(lambda text: '{"weight_map": {}}'), "its weight_map is empty"),
     "index is a list": ("tied", index_text(lambda text: "[]"), f"{INDEX} is damaged"),
-    "pickle": ("tied", named_as_a_pickle, "is a pickle"),
+    "pickle": ("tied", pickled, "is a pickle"),
     "yarn": ("tied", config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "has rope scaling 'yarn'"),
     "window": ("tied", config("layer_types", **WINDOW, max_window_layers=1), "has sliding-window attention"),
     "layer_types": ("tied", config(layer_types=["sliding_attention"] * 2), "has sliding-window attention"),
     "head_dim": ("tied", config(head_dim=32), "has head_dim 32, not hidden_size / num_attention_heads = 16"),
     "quantized": ("tied", config(quantization_config={"quant_method": "awq"}), "has weights quantized by 'awq'"),
     "fewer layers": ("tied", config(num_hidden_layers=1), "transformers refuses"),
-    "token beyond": ("tied", token_added, "token '<new>' has id"),
+    "token beyond": ("tied", tokens_added, "has id 632, but config.json has vocab_size 632"),
 }
