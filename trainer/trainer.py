@@ -20,12 +20,12 @@ from trainer import checkpoint
 from trainer.data.batch import Batch, BatchFormat
 from trainer.data.shapes import static_shape
 from trainer.data.stream import PackStream, ValidationStream
-from trainer.data_parallel import OverlappedDataParallel
 from trainer.graph import Graphed
 from trainer.metrics import Metrics, StepMetrics, peak_memory_gb
 from trainer.models.costs import TRAINING
 from trainer.models.initialize import build_model
 from trainer.models.registry import costs_of
+from trainer.optim.data_parallel import OverlappedDataParallel
 from trainer.optim.optimizer import build_optimizer, learning_rate, set_rates, take_step
 from trainer.planning.gpus import find_gpu
 from trainer.run import RUN, Run

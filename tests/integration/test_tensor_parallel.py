@@ -15,9 +15,9 @@ from tests.support.model_golden import Example, batch_of
 from tests.support.qwen3_assets import tiny_qwen3_folder
 from tests.support.qwen_assets import tiny_text_folder
 from tests.support.two_processes import assert_two_train_as_one
-from trainer.data_parallel import OverlappedDataParallel
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
+from trainer.optim.data_parallel import OverlappedDataParallel
 from trainer.runtime import Runtime
 
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.support.training_job import ROOT, metrics_of, train, write_job
 from trainer.config import TrainConfig
-from trainer.data_parallel import OverlappedDataParallel
+from trainer.optim.data_parallel import OverlappedDataParallel
 from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
 
@@ -57,7 +57,7 @@ def _launch(values: dict[str, Any], *arguments: str) -> None:
 
 
 def set_exchange(ddp: OverlappedDataParallel, exchange: str) -> None:
-    """"in turns": neither starts before the other is done. "late": every all-gather waits some 20 ms first."""
+    """ "in turns": neither starts before the other is done. "late": every all-gather waits some 20 ms first."""
     if exchange == "in turns":
         for name in ("finish_grad_sync", "_start_bucket_group_param_sync"):
             setattr(ddp, name, settled(getattr(ddp, name)))
