@@ -20,7 +20,7 @@ ATTENTION = 170e12  # of such segments: a third of what long ones reach
 TOWER, TOWER_FP8 = 440e12, 510e12  # all of the vision tower
 ELEMENTWISE, NORMS, CASTS = 3.0e12, 2.0e12, 2.5e12
 # Bytes/s of NCCL's rings ("bus bandwidth"): in a node; for each GPU of a node that takes part in a ring between nodes,
-# by its own 400 Gb/s network card; and the most that a node reaches, of 8 x 50 GB/s. The last two are not measured here.
+# by its own 400 Gb/s network card; and the most that a node reaches, of 8 x 50 GB/s. The last two: not measured.
 NVLINK, NETWORK, NETWORK_NODE = 300e9, 45e9, 350e9
 NODE = 8
 # What an exchange beside compute costs nonetheless, of its time alone: NCCL's kernels hold multiprocessors that matrix
