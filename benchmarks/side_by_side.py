@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -66,15 +67,16 @@ def main(parser: argparse.ArgumentParser, what: str, default: list[str], ours: R
 
 
 def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
-    """Ours: whole steps, as Trainer does them, and what they took; the first two are not counted."""
+    """Ours: whole steps, as Trainer does them, and what they took, a GPU; the first two are not counted."""
     from trainer.optim.optimizer import learning_rate
     from trainer.runtime import Runtime
     from trainer.trainer import Run, Trainer
 
     started = time.perf_counter()
     planner.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
-    run = Run.prepare(config, 1, torch.cuda.is_available())
-    with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    run = Run.prepare(config, world, torch.cuda.is_available())
+    with Runtime.start(tensor_parallel=run.layout.tensor_parallel) as runtime, Trainer(run, runtime) as trainer:
         seconds, flops, losses, waits, first, real, slots = [], [], [], [], 0.0, 0, 0
         begun, waited = time.perf_counter(), 0.0
         for step, batches in enumerate(islice(trainer.stream.batches(0), args.steps + 2)):
@@ -92,9 +94,9 @@ def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
             print_profile(run, lambda: trainer.train_step(batches, 1e-4), batches)
         counted, compute, micro_batch = sum(seconds[2:]), run.layout.compute, run.layout.micro_batch
         manifests = [dataset.manifest for dataset in run.data.datasets]
-        packs, rate = sum(m.packs for m in manifests), sum(flops[2:]) / counted
+        packs, rate = sum(m.packs for m in manifests), sum(flops[2:]) / counted / world
         found = {
-            "tokens/s": config.global_batch * trainer.tokens_per_pack * args.steps / counted,
+            "tokens/s": config.global_batch * trainer.tokens_per_pack * args.steps / counted / world,
             "TFLOP/s": rate / 1e12,
             "MFU": rate / trainer.peak if trainer.peak else 0,
             "memory GB": torch.cuda.max_memory_reserved() / 1e9,

@@ -33,6 +33,7 @@ def main() -> int:
         tokens=round(share * args.length),
         patches=round(share * patches),
         compute=layout.compute,
+        micro_batches=round(share / layout.micro_batch),
     )
     rate = packs * args.length / seconds
     for name, value in {

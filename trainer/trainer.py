@@ -11,7 +11,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from kanyun.errors import UserError
@@ -25,6 +25,7 @@ from trainer.metrics import Metrics, StepMetrics, peak_memory_gb
 from trainer.models.costs import TRAINING
 from trainer.models.initialize import build_model
 from trainer.models.registry import costs_of
+from trainer.optim.data_parallel import OverlappedDataParallel
 from trainer.optim.optimizer import build_optimizer, learning_rate, set_rates, take_step
 from trainer.planning.gpus import find_gpu
 from trainer.run import RUN, Run
@@ -84,13 +85,7 @@ class Trainer:
         self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
         if run.weights is not None and not config.continue_from:
             checkpoint.load(run.weights, self.model)
-        ddp_config = DistributedDataParallelConfig(
-            # Not overlapped: gradients are reduced once a step, after many micro-batches of a replayed graph.
-            use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-        )
-        self.ddp = DistributedDataParallel(self.model.config, ddp_config, self.model)
+        self.ddp = OverlappedDataParallel(self.model.config, self.model)
         self.guard = FiniteGuard(self.model, config.lr)
         self.loss_sum, self.trained = self._zero(), self._zero()  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
@@ -227,6 +222,7 @@ class Trainer:
         self.watch.begin("")  # a slow disk is no hang
         consumed, schedule = self.step * self.config.global_batch, self.run.schedule(self.steps)
         state = replace(self.run.start, step=self.step, consumed=consumed, skipped=self.skipped, schedule=schedule)
+        self.ddp.wait_for_weights()
         self.saver.start(state, self.model, self.optimizer)
         if self.metrics is not None:
             self.metrics.publish()

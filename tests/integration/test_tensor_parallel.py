@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 
 from tests.support.model_golden import Example, batch_of
 from tests.support.qwen3_assets import tiny_qwen3_folder
@@ -17,6 +17,7 @@ from tests.support.qwen_assets import tiny_text_folder
 from tests.support.two_processes import assert_two_train_as_one
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
+from trainer.optim.data_parallel import OverlappedDataParallel
 from trainer.runtime import Runtime
 
 
@@ -42,7 +43,7 @@ def report(folder: Path, tensor_parallel: int) -> None:
     with Runtime.start(tensor_parallel=tensor_parallel, seed=7) as runtime:
         config = ModelConfig.from_hf(str(folder))
         model = build_model(config, runtime)
-        ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+        ddp = OverlappedDataParallel(model.config, model)
         ids = torch.randint(0, config.vocab_size, (250,), generator=torch.Generator().manual_seed(0))
         batch = batch_of(config, [[Example(ids[:150], ids[:150] > 9), Example(ids[150:], ids[150:] > 9)]], length=256)
         numbers: dict[str, Any] = {"logits": model.logits(batch).square().sum().item()}

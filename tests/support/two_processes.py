@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from tests.support.training_job import ROOT, metrics_of, train, write_job
 from trainer.config import TrainConfig
+from trainer.optim.data_parallel import OverlappedDataParallel
 from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
 
@@ -21,10 +23,7 @@ def assert_two_train_as_one(folder: Path, *, tensor_parallel: int, tolerance: fl
     one = write_job(folder, images=True)
     two = one | {"output": str(folder / "two")}
     train(one)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = ["-m", "tests.support.two_processes", json.dumps(two), str(tensor_parallel)]
-    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    _launch(two, str(tensor_parallel), "as it is")
     for values in (one, two):
         train(values | {"steps": one["steps"] + 2})
     for expected, found in zip(metrics_of(one), metrics_of(two), strict=True):
@@ -35,13 +34,63 @@ def assert_two_train_as_one(folder: Path, *, tensor_parallel: int, tolerance: fl
     assert metrics_of(two)[-1]["validation_loss"] == pytest.approx(held_out, rel=tolerance)
 
 
-def work(values: dict[str, Any], tensor_parallel: int) -> None:
+def assert_overlap_changes_nothing(folder: Path) -> None:
+    """Two ranks whose exchange runs beside compute have, to the last bit, the losses of two that take turns with it.
+
+    Sums over two ranks have one order. All-gathers are delayed by more than a step takes: a layer that does not wait
+    for its weights trains on old ones. Gradients that are reduced too early miss what the backward pass adds later.
+    """
+    values = write_job(folder, images=True)
+    curves = {}
+    for exchange in ("in turns", "late"):
+        job = values | {"output": str(folder / exchange)}
+        _launch(job, "1", exchange)
+        curves[exchange] = [(line["loss"], line["grad_norm"], line["validation_loss"]) for line in metrics_of(job)]
+    assert curves["late"] == curves["in turns"]
+
+
+def _launch(values: dict[str, Any], *arguments: str) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    worker = ["-m", "tests.support.two_processes", json.dumps(values), *arguments]
+    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def set_exchange(ddp: OverlappedDataParallel, exchange: str) -> None:
+    """ "in turns": neither starts before the other is done. "late": every all-gather waits some 20 ms first."""
+    if exchange == "in turns":
+        for name in ("finish_grad_sync", "_start_bucket_group_param_sync"):
+            setattr(ddp, name, settled(getattr(ddp, name)))
+    if exchange == "late":
+        for bucket in ddp.bucket_groups:
+            bucket.start_param_sync = delayed(bucket.start_param_sync)
+
+
+def settled(function: Callable[..., None]) -> Callable[..., None]:
+    def call(*args: Any, **kwargs: Any) -> None:
+        torch.cuda.synchronize()
+        function(*args, **kwargs)
+        torch.cuda.synchronize()
+
+    return call
+
+
+def delayed(function: Callable[..., None]) -> Callable[..., None]:
+    def call(*args: Any, **kwargs: Any) -> None:
+        torch.cuda._sleep(40_000_000)  # cycles, on the current stream
+        function(*args, **kwargs)
+
+    return call
+
+
+def work(values: dict[str, Any], tensor_parallel: int, exchange: str) -> None:
     run = Run.prepare(TrainConfig(**values), 2, torch.cuda.is_available())
     run = replace(run, layout=replace(run.layout, tensor_parallel=tensor_parallel))
     seed = run.config.seed
     with Runtime.start(tensor_parallel=tensor_parallel, seed=seed) as runtime, Trainer(run, runtime) as trainer:
+        set_exchange(trainer.ddp, exchange)
         trainer.train()
 
 
 if __name__ == "__main__":
-    work(json.loads(sys.argv[1]), int(sys.argv[2]))
+    work(json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -109,6 +109,39 @@ def test_speed_is_what_was_measured(
     assert packs * 8192 / seconds == pytest.approx(measured, rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("size", "tensor_parallel", "packs", "micro_batches", "measured"),
+    [
+        ("Qwen2.5-1.5B", 1, 2, 1, 56_656),
+        ("Qwen2.5-1.5B", 1, 8, 2, 64_436),
+        ("Qwen2.5-3B", 1, 2, 2, 31_417),
+        ("Qwen2.5-3B", 1, 8, 8, 34_866),
+        ("Qwen2.5-7B", 2, 8, 8, 15_015),
+    ],
+)
+def test_speed_of_two_gpus_is_what_was_measured(
+    size: str, tensor_parallel: int, packs: int, micro_batches: int, measured: int
+) -> None:
+    """Tokens a second of a GPU, fp8, `packs` a rank and step, see benchmarks/README.md."""
+    seconds = SpeedModel(SIZES[size], GPUS["H100"]).step_seconds(
+        gpus=2,
+        tensor_parallel=tensor_parallel,
+        tokens=packs * 8192,
+        patches=0,
+        compute=Compute(fp8=True),
+        micro_batches=micro_batches,
+    )
+    assert packs * 8192 / seconds / tensor_parallel == pytest.approx(measured, rel=0.08)
+
+
+def test_a_ring_between_nodes_uses_the_network_cards_of_all_gpus_that_take_part() -> None:
+    """7B's gradients and weights, 4 + 2 bytes a parameter: 45.7 GB over a node's 350 GB/s, or one card's 45."""
+    speed = SpeedModel(SIZES["Qwen2.5-7B"], GPUS["H100"])
+    whole, split = (sum(speed._update(64 // size, size, 64)[:2]) for size in (1, 8))
+    assert whole == pytest.approx(7.616e9 * 6 * 63 / 64 / 350e9, rel=0.01)
+    assert split == pytest.approx(7.616e9 / 8 * 6 * 7 / 8 / 45e9, rel=0.01)
+
+
 def test_micro_batch_is_the_largest_that_fits_and_divides() -> None:
     chosen = [plan(SIZES["Qwen2.5-0.5B"], gpus, "H100", 8192, batch) for gpus, batch in ((1, 32), (1, 12), (8, 8))]
     assert [layout.micro_batch for layout in chosen] == [8, 4, 1]

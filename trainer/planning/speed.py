@@ -19,8 +19,13 @@ PRODUCTS, PRODUCTS_FP8 = 720e12, 1345e12
 ATTENTION = 170e12  # of such segments: a third of what long ones reach
 TOWER, TOWER_FP8 = 440e12, 510e12  # all of the vision tower
 ELEMENTWISE, NORMS, CASTS = 3.0e12, 2.0e12, 2.5e12
-NVLINK, NETWORK = 300e9, 45e9  # of a GPU, in a node and between nodes
+# Bytes/s of NCCL's rings ("bus bandwidth"): in a node; for each GPU of a node that takes part in a ring between nodes,
+# by its own 400 Gb/s network card; and the most that a node reaches, of 8 x 50 GB/s. The last two: not measured.
+NVLINK, NETWORK, NETWORK_NODE = 300e9, 45e9, 350e9
 NODE = 8
+# What an exchange beside compute costs nonetheless, of its time alone: NCCL's kernels hold multiprocessors that matrix
+# products wait for. 1.5B on two H100s: 11 of 15 ms; a reduce-scatter of a 7B layer 0.98 of 1.67, a gather 0.88 of 0.98.
+BESIDE = 0.6
 # Bytes of a parameter: Adam reads and writes 20; setting gradients to 0, scaling them, their norm and clipping 24.
 UPDATE = 44
 # Gaps between kernels, clipping, reductions of bias gradients, copies.
@@ -73,10 +78,12 @@ class SpeedModel:
             tower=tower_passes * costs.patch_flops,
         )
 
-    def step_seconds(self, *, gpus: int, tensor_parallel: int, tokens: int, patches: int, compute: Compute) -> float:
+    def step_seconds(
+        self, *, gpus: int, tensor_parallel: int, tokens: int, patches: int, compute: Compute, micro_batches: int = 1
+    ) -> float:
         """Return the seconds of a step on `gpus`.
 
-        `tokens` and `patches`: what each tensor-parallel group works on in it.
+        `tokens` and `patches`: what each tensor-parallel group works on in it, in `micro_batches`.
         """
         token = self.work(compute)
         computed = token.products / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS)
@@ -87,11 +94,21 @@ class SpeedModel:
         tower = token.tower / (TOWER_FP8 if compute.fp8 else TOWER)
         seconds = tokens / tensor_parallel * (computed / self._faster + moved / self._wider + exchanged)
         seconds += patches * tower / self._faster
-        return seconds * REST + self._update(gpus // tensor_parallel, tensor_parallel, gpus)
+        seconds *= REST
+        reduce, gather, adam = self._update(gpus // tensor_parallel, tensor_parallel, gpus)
+        # The last backward pass hides the reduce-scatter of gradients, the first forward pass the gather of weights.
+        backward, forward = 2 / 3 * seconds / micro_batches, 1 / 3 * seconds / micro_batches
+        return seconds + adam + _exposed(reduce, backward) + _exposed(gather, forward)
 
-    def _update(self, data_parallel: int, tensor_parallel: int, gpus: int) -> float:
-        """Return the seconds of the optimizer's step and of its communication, which is not overlapped."""
+    def _update(self, data_parallel: int, tensor_parallel: int, gpus: int) -> tuple[float, float, float]:
+        """Return the seconds of the gradients' reduce-scatter, of the weights' all-gather and of the optimizer."""
         parameters = self._costs.parameters / tensor_parallel
         adam = UPDATE * parameters / data_parallel / (ELEMENTWISE * self._wider)
-        link = NVLINK if gpus <= NODE else NETWORK
-        return adam + (4 + 2) * parameters * (data_parallel - 1) / data_parallel / link  # gradients and weights
+        link = NVLINK if gpus <= NODE else min(NETWORK * (NODE // tensor_parallel), NETWORK_NODE)
+        sent = parameters * (data_parallel - 1) / data_parallel / link
+        return 4 * sent, 2 * sent, adam
+
+
+def _exposed(exchange: float, compute: float) -> float:
+    """Return the seconds that an exchange adds to the compute it runs beside."""
+    return max(exchange - compute, 0.0) + BESIDE * min(exchange, compute)
