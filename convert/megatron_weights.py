@@ -17,7 +17,9 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 
 from convert.checks import Shape, refuse, shape_faults
 from kanyun.errors import UserError
-from trainer.checkpoint import _PlainMetadata
+from kanyun.storage import Folder
+from trainer.checkpoint import require_digests, require_finite
+from trainer.checkpoint.metadata import _PlainMetadata
 
 PARTS = ("language.", "vision.")  # what else is in a checkpoint is the optimizer's
 
@@ -28,7 +30,10 @@ class MegatronWeights:
     def __init__(self, step: Path) -> None:
         self._step = step
         self._reader = _Reader(step)
-        stored = self._reader.read_metadata().state_dict_metadata
+        metadata = self._reader.read_metadata()
+        files = {place.relative_path for at, place in metadata.storage_data.items() if at.fqn.startswith(PARTS)}
+        require_digests(Folder(str(step)), files)
+        stored = metadata.state_dict_metadata
         self._stored: dict[str, Any] = {name: tensor for name, tensor in stored.items() if name.startswith(PARTS)}
 
     def require(self, shapes: Mapping[str, Shape]) -> None:
@@ -46,6 +51,7 @@ class MegatronWeights:
             checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
         except CheckpointException as error:  # whose text is a traceback
             raise UserError(f"{self._step} is damaged, {name} cannot be read: use another checkpoint") from error
+        require_finite([(name, tensor)], str(self._step))
         return tensor
 
 

@@ -28,11 +28,13 @@ spark_stage() {
 }
 
 # train CONFIG [key=value ...]: one process a GPU, or one on the CPU; NPROC says otherwise. On several nodes set NNODES,
-# NODE_RANK and MASTER_ADDR as your scheduler gives them.
+# NODE_RANK and MASTER_ADDR as your scheduler gives them. SIGTERM or SIGUSR1 ends the run after its step, saved, with exit
+# code 85: give the same command again, or let the scheduler (Slurm: sbatch --signal=B:USR1@300, and scontrol requeue on 85).
+# Ranks that die are started again from the last checkpoint, up to RESTARTS times (3).
 train() {
   local processes=1 nodes=(--standalone)
   ! nvidia-smi -L >/dev/null 2>&1 || processes=gpu
   [[ ${NNODES:-1} == 1 ]] ||
     nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
-  exec "$python" -m torch.distributed.run "${nodes[@]}" --nproc-per-node "${NPROC:-$processes}" "$root/trainer/main.py" "$@"
+  exec "$python" "$root/trainer/launch.py" "${nodes[@]}" --nproc-per-node "${NPROC:-$processes}" -- "$@"
 }

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
@@ -42,7 +43,7 @@ class Claim:
         Raises FileNotFoundError if the folder is removed at the same time by a process that looks for dead claims.
         """
         since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "namespace": _pid_namespace()}
         self.folder.write(self.name, json.dumps(owner).encode())
         ended = threading.Event()
         thread = threading.Thread(target=self._refresh, args=(ended,), name="claim", daemon=True)
@@ -61,6 +62,19 @@ class Claim:
 
     def delete(self) -> None:
         self.folder.delete(self.name)
+
+    def is_surely_dead(self) -> bool:
+        """Return whether its process ran where this one does, and is gone: nobody need watch it."""
+        try:
+            owner = json.loads(self.folder.read(self.name))
+            if not owner["namespace"] or owner["namespace"] != _pid_namespace():
+                return False
+            os.kill(owner["pid"], 0)
+        except ProcessLookupError:
+            return True
+        except (FileNotFoundError, ValueError, KeyError, TypeError, PermissionError):
+            return False
+        return False
 
     def owner(self) -> str:
         """Name the process that made the claim, for messages."""
@@ -89,7 +103,8 @@ class Claim:
 
 def refuse_living(claims: Sequence[Claim], output: str) -> None:
     """Watch `claims` for DEAD_AFTER seconds. Raises UserError once one is refreshed: its process writes `output`."""
-    first = {claim: refreshed for claim in claims if (refreshed := claim.refreshed())}
+    watched = [claim for claim in claims if not claim.is_surely_dead()]
+    first = {claim: refreshed for claim in watched if (refreshed := claim.refreshed())}
     if not first:
         return
     owners = "; ".join(claim.owner() for claim in first)
@@ -116,3 +131,12 @@ def only_writer(folder: Folder) -> Iterator[Claim]:
         for other in others:
             other.delete()
         yield claim
+
+
+def _pid_namespace() -> str:
+    """Name the set of processes that this one's pid counts in: a boot of a machine, or a container of it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return ""

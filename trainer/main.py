@@ -1,11 +1,14 @@
 """Train: torchrun trainer/main.py CONFIG.yaml [key=value ...]
 
-A run that has a checkpoint in its output folder goes on from there. Without torchrun, one process is the whole job.
+A run that has a checkpoint in its output folder resumes from there. Without torchrun, one process is the whole job.
+Exit codes: 0 finished; 2 wrong input; 85 told to stop (SIGTERM, SIGUSR1) and saved: the same command goes on; 86 a rank
+hung.
 """
 
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # torchrun puts trainer/ there, not the folder it is a package of
@@ -13,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # torchrun puts trainer/ the
 from kanyun.errors import UserError, run_cli
 
 
-def main() -> None:
+def main() -> int:
     """Raises UserError."""
     if len(sys.argv) < 2:
         raise UserError("no config given: torchrun trainer/main.py CONFIG.yaml [key=value ...]")
@@ -23,24 +26,33 @@ def main() -> None:
 
     import torch
 
+    from kanyun.claim import only_writer
+    from trainer.run import Run, open_output
     from trainer.runtime import Runtime
-    from trainer.trainer import Run, Trainer
+    from trainer.stopping import PREEMPTED, StopSignals
+    from trainer.trainer import Trainer
 
-    run = Run.prepare(config, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
-    with (
-        Runtime.start(tensor_parallel=run.layout.tensor_parallel, seed=config.seed) as runtime,
-        Trainer(run, runtime) as trainer,
-    ):
-        trainer.train()
+    stop = StopSignals()
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with only_writer(open_output(config.output)) if rank == 0 else nullcontext() as claim:
+        run = Run.prepare(config, world, torch.cuda.is_available())
+        with (
+            Runtime.start(tensor_parallel=run.layout.tensor_parallel, seed=config.seed) as runtime,
+            Trainer(run, runtime, stop=stop, owns=claim.is_there if claim else None) as trainer,
+        ):
+            return 0 if trainer.train() else PREEMPTED
 
 
-def once() -> None:
-    """`main`, where of many processes with the same error one says so: torchrun ends the others as soon as one ends."""
+def once() -> int:
+    """`main`, where of many ranks with the same error one says so: torchrun ends the others as soon as one ends."""
     try:
-        main()
-    except UserError:
+        return main()
+    except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(10)  # still here after that: the error is of this process alone
+            time.sleep(10)  # still here after that: the error is of this rank alone
+        from trainer.stopping import report_failure
+
+        report_failure(str(error))
         raise
 
 

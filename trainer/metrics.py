@@ -1,21 +1,24 @@
-"""What people see of a run: one live line, OUTPUT/metrics.jsonl (a JSON object a step), OUTPUT/tensorboard/."""
+"""What people see of a run: one live line, OUTPUT/metrics.jsonl (a JSON object per step), OUTPUT/tensorboard/."""
 
 import json
 import math
 import resource
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from kanyun.storage import Folder
 
 METRICS = "metrics.jsonl"
+ASIDE = "metrics.aside.jsonl"
 _LINE_EVERY = 5.0  # seconds, where the output is not a terminal
 
 
@@ -32,7 +35,7 @@ class StepMetrics:
     tokens_per_second: float  # useful token slots: all but padding
     mfu: float | None  # share of the GPUs' peak; None where that is not known
     data_wait: float  # share of the time that the model waited for data
-    imbalance: float  # cost of the packs of the rank that has most, over the ranks' mean; 1 = all alike
+    imbalance: float  # cost of the packs of the rank that has most, over the ranks' mean; 1 = all equal
     seconds: float
     memory_gb: float  # peak of rank 0's device; on a CPU, of its process
     validation_loss: float | None
@@ -41,20 +44,28 @@ class StepMetrics:
 class Metrics:
     """Writes what rank 0 reports. A context manager.
 
-    Lines of steps after `start` are dropped: they are of a run that was killed after its last checkpoint.
+    A run that resumes at step `start` appends to its metrics.jsonl. Lines of later steps, which are done again, and
+    damaged lines are moved to metrics.aside.jsonl; `notes` says so. For an output that is no local disk, files are
+    written to a temporary folder and copied by `publish`.
     """
 
     def __init__(self, output: Folder, start: int, steps: int):
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: other ranks need not
 
-        self._steps = steps
-        kept = [line for line in _lines(output) if line["step"] <= start]
-        output.write(METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = Path(output.path, METRICS).open("a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._board = SummaryWriter(str(Path(output.path, "tensorboard")), purge_step=start + 1)
+        self._steps, self._output = steps, output
+        self.notes = _set_aside(output, start)
+        self._open = ExitStack()
+        self._local = Path(output.path)
+        if not output.is_local:
+            self._local = Path(self._open.enter_context(TemporaryDirectory(prefix="kanyun-metrics-")))
+            self._local.joinpath(METRICS).write_bytes(output.read(METRICS) if output.exists(METRICS) else b"")
+        self._file = self._open.enter_context(self._local.joinpath(METRICS).open("a", encoding="utf-8"))
+        self._board = SummaryWriter(str(self._local / "tensorboard"), purge_step=start + 1)
+        self._open.callback(self._board.close)
         self._terminal = sys.stdout.isatty()
         self._shown = 0.0
         self._seconds: float | None = None  # of a step, smoothed: for the ETA
+        self._unsaved = ""  # on the live line while saves fail
 
     def report(self, metrics: StepMetrics) -> None:
         values = asdict(metrics)
@@ -66,9 +77,26 @@ class Metrics:
                 self._board.add_scalar(name, value, metrics.step)
         self._show(metrics)
 
+    def tell_failed_save(self, sentence: str, last: str | None) -> None:
+        """Print why a checkpoint was not written, and keep saying on the live line which one is the last."""
+        self._unsaved = f"save failed, last is {last or 'none'}"
+        print(("\n" if self._terminal else "") + sentence, flush=True)
+
+    def tell_saved(self) -> None:
+        self._unsaved = ""
+
+    def publish(self) -> None:
+        """Copy the files to an output that is no local disk."""
+        if not self._output.is_local:
+            self._board.flush()
+            for file in self._local.rglob("*"):
+                if file.is_file():
+                    self._output.write(str(file.relative_to(self._local)), file.read_bytes())
+
     def close(self) -> None:
-        self._board.close()
-        self._file.close()
+        self._file.flush()
+        self.publish()
+        self._open.close()
 
     def __enter__(self) -> Self:
         return self
@@ -104,20 +132,42 @@ class Metrics:
             f"ranks max/mean {metrics.imbalance:.2f}",
             f"{metrics.memory_gb:.1f} GB",
             f"ETA {left}",
+            self._unsaved,
         ]
         return "  ".join(part for part in parts if part)
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory used so far: of the GPU, or of this process."""
+    """Return the peak of memory used: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts KiB
 
 
-def _lines(output: Folder) -> list[dict[str, Any]]:
-    """Of an existing metrics.jsonl; a last line that a kill cut short is left out."""
+def _set_aside(output: Folder, start: int) -> str:
+    """Keep the lines of steps up to `start` in metrics.jsonl, move the others. Return a sentence, or ""."""
     if not output.exists(METRICS):
-        return []
-    *whole, _ = output.read(METRICS).decode().split("\n")
-    return [json.loads(line) for line in whole]
+        return ""
+    lines = output.read(METRICS).splitlines(keepends=True)
+    steps = [_step(line) for line in lines]
+    kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= start]
+    moved = [line for line, step in zip(lines, steps, strict=True) if step is None or step > start]
+    if not moved:
+        return ""
+    before = output.read(ASIDE) if output.exists(ASIDE) else b""
+    output.write(ASIDE, before + b"".join(line.rstrip(b"\n") + b"\n" for line in moved))
+    output.write(METRICS, b"".join(kept))
+    damaged = steps.count(None)
+    later = len(moved) - damaged
+    what = [f"{later} line(s) of steps after {start}"] if later else []
+    what += [f"{damaged} damaged line(s)"] if damaged else []
+    return f"{' and '.join(what)} moved from {METRICS} to {ASIDE}"
+
+
+def _step(line: bytes) -> int | None:
+    """Return the step of a line of metrics.jsonl; None if it is damaged or was cut short."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None

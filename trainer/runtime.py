@@ -5,7 +5,6 @@ only place where anything is emulated.
 """
 
 import os
-import queue
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,7 +13,6 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
 
 from kanyun.errors import UserError
@@ -49,10 +47,6 @@ class Runtime:
                 "docker/Dockerfile.trainer has it; with CUDA_VISIBLE_DEVICES= the CPU trains"
             )
         with ExitStack() as stack:
-            # Checkpoints are written in this process. megatron.core starts another one to pass it the writer's results,
-            # which takes 4 s and outlives a kill -9.
-            stack.callback(setattr, filesystem_async, "_results_queue", filesystem_async._results_queue)
-            filesystem_async._results_queue = queue.SimpleQueue()
             if cuda:
                 device = torch.device("cuda", local_rank)
                 torch.cuda.set_device(device)

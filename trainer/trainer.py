@@ -1,11 +1,10 @@
-"""The training loop: what a run is made of, one step, held-out loss, going on after a stop."""
+"""The training loop: one step, held-out loss, saves, and when it ends."""
 
-import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from types import TracebackType
+from dataclasses import dataclass, replace
 from typing import Self
 
 import psutil
@@ -16,87 +15,55 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import Tensor
 
 from kanyun.errors import UserError
-from kanyun.fingerprint import Fingerprint, check_vocabulary, fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
-from trainer.checkpoint import State
-from trainer.config import TrainConfig
 from trainer.data.batch import Batch, BatchFormat
 from trainer.data.shapes import static_shape
-from trainer.data.source import PackedData
 from trainer.data.stream import PackStream, ValidationStream
 from trainer.graph import Graphed
 from trainer.metrics import Metrics, StepMetrics, peak_memory_gb
-from trainer.models.config import ModelConfig
 from trainer.models.costs import TRAINING
 from trainer.models.initialize import build_model
 from trainer.models.registry import costs_of
 from trainer.optim.optimizer import build_optimizer, learning_rate, set_rates, take_step
 from trainer.planning.gpus import find_gpu
-from trainer.planning.planner import Layout, LayoutPlanner
+from trainer.run import RUN, Run
 from trainer.runtime import Runtime
+from trainer.stopping import BAD_STEPS, FiniteGuard, Watch
 
-RUN = "run.json"  # in the output folder: the config; marks it as a run's
-BAD_STEPS = 5  # so many gradients in a row that are not finite end the run
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that a run is made of, read and checked, before any process group or model."""
-
-    config: TrainConfig
-    output: Folder
-    model: ModelConfig
-    data: PackedData
-    validation: PackedData | None
-    layout: Layout
-    start: State  # step 0, or what the latest checkpoint says
-    resume: Folder | None  # the latest checkpoint
-
-    @classmethod
-    def prepare(cls, config: TrainConfig, world: int, cuda: bool) -> Self:
-        """Raises UserError for anything that does not fit together. Writes nothing; makes the output folder."""
-        tokenizer = fingerprint(Folder(config.model))
-        check_vocabulary(Folder(config.model))
-        model = ModelConfig.from_hf(config.model)
-        data = PackedData(config.data, config.length, tokenizer)
-        validation = PackedData(config.validation, config.length, tokenizer) if config.validation else None
-        output = _output(config.output)
-        facts = {name: getattr(config, name) for name in ("length", "global_batch", "seed", "trainable")}
-        start = State(0, 0, 0, tokenizer.digest, asdict(model), {"data digest": data.digest, **facts})
-        resume = checkpoint.latest(output)
-        if resume is not None:
-            found = _state(resume, tokenizer)
-            found.require(start, resume.uri)
-            start = found
-        elif config.init != "random":
-            init = checkpoint.resolve(config.init)
-            replace(_state(init, tokenizer), run={}).require(start, init.uri)
-        planner = LayoutPlanner(model, find_gpu(torch.cuda.get_device_name()) if cuda else None, world)
-        layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
-        return cls(config, output, model, data, validation, layout, start, resume)
+__all__ = ["BAD_STEPS", "Run", "StepResult", "Trainer"]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one step's global batch."""
+    """What one step made of its global batch."""
 
     loss: float  # mean over its trained tokens
     trained_tokens: int
     flops: float
     grad_norm: float  # before clipping; not finite: the weights are unchanged
+    stop: bool = False  # some rank was told to stop
 
 
 class Trainer:
     """Trains one run on this process's device. A context manager."""
 
-    def __init__(self, run: Run, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        run: Run,
+        runtime: Runtime,
+        *,
+        stop: Callable[[], bool] = lambda: False,  # whether this rank was told to stop
+        owns: Callable[[], bool] | None = None,  # whether the output is still this run's
+    ) -> None:
         config, layout = run.config, run.layout
-        self.run, self.config, self.runtime = run, config, runtime
-        self.step, self.skipped, self.bad_in_a_row = run.start.step, run.start.skipped, 0
-
+        self.run, self.config, self.runtime, self._stop = run, config, runtime, stop
+        self.step, self.skipped = run.start.step, run.start.skipped
         self.costs = costs_of(run.model)
         self._open = ExitStack()
+        run.require_agreement()
+        self.watch = Watch(runtime.rank, runtime.world, config.hang_after)
+        self._open.callback(self.watch.close)
         form = BatchFormat.of(run.model, pinned=runtime.cuda)
         self.static = static_shape(run.data.all, layout.micro_batch, form.geometry)
         place = {"micro_batch": layout.micro_batch, "rank": runtime.data_rank, "world": runtime.data_world}
@@ -115,8 +82,8 @@ class Trainer:
         self.steps = config.steps or self.stream.steps(config.epochs or 0)
 
         self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
-        if run.resume is None and config.init != "random":
-            checkpoint.load(checkpoint.resolve(config.init), self.model)
+        if run.weights is not None and not config.continue_from:
+            checkpoint.load(run.weights, self.model)
         ddp_config = DistributedDataParallelConfig(
             # Not overlapped: gradients are reduced once a step, after many micro-batches of a replayed graph.
             use_distributed_optimizer=True,
@@ -124,6 +91,7 @@ class Trainer:
             overlap_grad_reduce=False,
         )
         self.ddp = DistributedDataParallel(self.model.config, ddp_config, self.model)
+        self.guard = FiniteGuard(self.model, config.lr)
         self.loss_sum, self.trained = self._zero(), self._zero()  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
         if self.graph:
@@ -132,42 +100,73 @@ class Trainer:
             self._open.callback(self.graph.close)
             accumulate_in_place(self.model)
         self.optimizer = build_optimizer(config, self.ddp, runtime)
-        if run.resume is not None:
-            checkpoint.load(run.resume, self.model, self.optimizer)
+        stored = run.resume or (run.weights if config.continue_from else None)
+        if stored is not None:
+            checkpoint.load(stored, self.model, self.optimizer)
+        self.saver = checkpoint.Saver(
+            run.output,
+            Folder(config.model),
+            keep_last=config.keep_last,
+            local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            last=run.resume.name if run.resume else None,
+            owns=owns,
+        )
+        self._open.callback(self.saver.close)
         manifests = [dataset.manifest for dataset in run.data.datasets]
         self.tokens_per_pack = sum(m.tokens for m in manifests) / sum(m.packs for m in manifests)  # useful ones
-        known = runtime.cuda and config.trainable == "all"
-        self.peak = find_gpu(torch.cuda.get_device_name()).flops if known else None
+        gpu = find_gpu(torch.cuda.get_device_name()) if runtime.cuda and config.trainable == "all" else None
+        self.peak = gpu.flops if gpu else None
         self.metrics: Metrics | None = None
 
-    def train(self) -> None:
-        """To the last step. Raises UserError if gradients stay infinite, or the data is damaged."""
+    def train(self) -> bool:
+        """Train to the last step. Return False if the run was told to stop before: it has saved.
+
+        Raises UserError if gradients stay infinite, the data is damaged, or no checkpoint can be written.
+        """
         self._say(self._introduction())
-        if self.runtime.rank == 0:
-            checkpoint.remove_leftovers(self.run.output)
         if self.step >= self.steps:
-            return
-        if self.runtime.rank == 0:
-            self.run.output.write(RUN, (self.config.model_dump_json(indent=2) + "\n").encode())
-            self.metrics = self._open.enter_context(Metrics(self.run.output, self.step, self.steps))
-        batches = self.stream.batches(self.step * self.config.global_batch)
-        while self.step < self.steps:
+            return True
+        self._begin()
+        batches, stop = self.stream.batches(self.step * self.config.global_batch), False
+        while self.step < self.steps and not stop:
             started, waited = time.perf_counter(), self.stream.wait_seconds
             lr = learning_rate(self.config, self.step, self.steps)
+            self.watch.begin(f"reading the data of step {self.step + 1}")
             result = self.train_step(next(batches), lr)
             if self.step == self.run.start.step:
                 age = time.time() - psutil.Process().create_time()
                 self._say(f"first step done {age:.0f} s after this process was started")
-            self.step += 1
+            self.step, stop = self.step + 1, result.stop
             seconds, waited = time.perf_counter() - started, self.stream.wait_seconds - waited
-            self._count_bad(result.grad_norm)
+            self.skipped += self.guard.check_gradient(result.grad_norm, self.step)
             held_out = self.held_out_loss() if self._due(self.config.validate_every) else None
             self._report(result, lr, seconds, waited, held_out)
-            if self._due(self.config.save_every):
+            if self.step == self.steps:
+                self.guard.check_losses(result.loss, held_out, self.step)
+            if self._due(self.config.save_every) or stop:
                 self.save()
+        self.watch.begin("")
+        self.saver.finish()
+        if failed := self.saver.news():
+            raise UserError(failed)
+        if self.step < self.steps:
+            self._say(f"told to stop: saved step {self.step} of {self.steps}; the same command goes on from there")
+        return self.step >= self.steps
+
+    def _begin(self) -> None:
+        """Ready the output folder for the first step."""
+        notes = self.saver.prepare(self.model, self.optimizer, self.runtime.device)
+        if self.runtime.rank == 0:
+            checkpoint.remove_leftovers(self.run.output)
+            notes.append(checkpoint.set_aside(self.run.output, self.step))
+            self.run.output.write(RUN, (self.config.model_dump_json(indent=2) + "\n").encode())
+            self.metrics = self._open.enter_context(Metrics(self.run.output, self.step, self.steps))
+            notes.append(self.metrics.notes)
+        for note in filter(None, notes):
+            self._say(note)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step. Every rank returns the same.
+        """Take one optimizer step. Every rank returns the same.
 
         The gradient is that of the loss summed over all trained tokens of the global batch, divided by their number,
         however they are spread over ranks and micro-batches. A mean of means would weigh short answers more.
@@ -179,19 +178,25 @@ class Trainer:
         self.loss_sum.zero_()
         self.trained.zero_()
         flops = 0
+        self.watch.begin(f"computing step {self.step + 1}")
         for batch in micro_batches:
             if self.graph:
                 self.graph(batch)
             else:
                 self._forward_backward(batch)
             flops += TRAINING * self.costs.forward_flops(batch)
+        self.watch.begin(f"the exchange of gradients of step {self.step + 1}")
         # Reduces the gradients and `trained` over the ranks, and divides the ones by the other.
         finalize_model_grads([self.ddp], self.trained)
         set_rates(self.optimizer, self.config, lr)
         norm = take_step(self.optimizer, self.config.clip_grad)
-        loss_sum, flops_sum = self._reduce(self.loss_sum, self._zero() + flops)
+        loss_sum, flops_sum, stop = self._reduce(self.loss_sum, self._zero() + flops, self._zero() + self._stop())
+        if self.runtime.tensor_parallel > 1:  # each tensor-parallel rank has asked a different data-parallel group
+            stops = self._zero() + stop
+            dist.all_reduce(stops, group=parallel_state.get_tensor_model_parallel_group())
+            stop = stops.item()
         tokens = self.trained.item()
-        return StepResult(loss_sum / max(tokens, 1), round(tokens), flops_sum, norm)
+        return StepResult(loss_sum / max(tokens, 1), round(tokens), flops_sum, norm, stop > 0)
 
     def _forward_backward(self, batch: Batch) -> None:
         """Add a micro-batch on the device to the gradients and sums. No host sync: it is captured in a CUDA graph."""
@@ -202,11 +207,12 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_loss(self) -> float | None:
-        """Mean over the trained tokens of all validation packs; None if there are none."""
+        """Return the mean over the trained tokens of all validation packs; None if there are none."""
         if self.held_out is None:
             return None
         total, tokens = self._zero(), self._zero()
-        for batch in self.held_out.batches():
+        for number, batch in enumerate(self.held_out.batches()):
+            self.watch.begin(f"held-out micro-batch {number} after step {self.step}")
             batch = batch.to(self.runtime.device)
             total += self.model(batch)
             tokens += batch.loss_mask.sum()
@@ -214,22 +220,22 @@ class Trainer:
         return loss_sum / max(count, 1)
 
     def save(self) -> None:
-        state = replace(
-            self.run.start, step=self.step, consumed=self.step * self.config.global_batch, skipped=self.skipped
-        )
-        hf = Folder(self.config.model)
-        checkpoint.save(self.run.output, state, self.model, self.optimizer, hf, self.config.keep_last)
+        """Copy what a checkpoint needs; it is written beside the next steps. Waits for the save before.
 
-    def close(self) -> None:
-        self._open.close()
+        Raises UserError after three failed saves in a row.
+        """
+        self.watch.begin("")  # a slow disk is no hang
+        consumed, schedule = self.step * self.config.global_batch, self.run.schedule(self.steps)
+        state = replace(self.run.start, step=self.step, consumed=consumed, skipped=self.skipped, schedule=schedule)
+        self.saver.start(state, self.model, self.optimizer)
+        if self.metrics is not None:
+            self.metrics.publish()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.steps
@@ -237,6 +243,10 @@ class Trainer:
     def _report(self, result: StepResult, lr: float, seconds: float, waited: float, held_out: float | None) -> None:
         if self.metrics is None:  # only rank 0 has them
             return
+        if failed := self.saver.news():
+            self.metrics.tell_failed_save(failed, self.saver.last)
+        elif not self.saver.failures:
+            self.metrics.tell_saved()
         peak = self.peak * self.runtime.world * seconds if self.peak else None
         self.metrics.report(
             StepMetrics(
@@ -256,30 +266,22 @@ class Trainer:
             )
         )
 
-    def _count_bad(self, norm: float) -> None:
-        """Every rank has the same norm, so all of them stop together."""
-        good = math.isfinite(norm)
-        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
-        self.skipped += not good
-        if self.bad_in_a_row == BAD_STEPS:
-            raise UserError(
-                f"the gradient was {norm} in {BAD_STEPS} steps in a row, up to step {self.step}: lower lr "
-                f"{self.config.lr}, or look at the data; the same command goes on from the last checkpoint"
-            )
-
     def _introduction(self) -> str:
-        output, packs = self.run.output.path, sum(dataset.manifest.packs for dataset in self.run.data.datasets)
+        output = self.run.output.path
         if self.step >= self.steps:
             return f"{output} is finished: {self.step} steps; for more, set steps or epochs higher"
+        packs = sum(dataset.manifest.packs for dataset in self.run.data.datasets)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.model.parameters())
-        return "\n".join(
-            [
-                f"{trained:,} of {whole:,} parameters train on {packs:,} packs, {self.steps:,} steps",
-                f"layout: {self.run.layout.reason}",
-                f"going on from {self.run.resume.path}" if self.run.resume else f"starting at step 0 in {output}",
-            ]
-        )
+        resume = self.run.resume
+        lines = [
+            f"{trained:,} of {whole:,} parameters train on {packs:,} packs, {self.steps:,} steps",
+            f"layout: {self.run.layout.reason}",
+            *self.run.notes,
+            f"going on from {resume.path}" if resume else f"starting at step 0 in {output}",
+            self.run.schedule_change(self.steps),
+        ]
+        return "\n".join(line for line in lines if line)
 
     def _say(self, text: str) -> None:
         if self.runtime.rank == 0:
@@ -289,26 +291,8 @@ class Trainer:
         return torch.zeros((), dtype=torch.float32, device=self.runtime.device)
 
     def _reduce(self, *values: Tensor) -> list[float]:
-        """Sums over the data-parallel ranks."""
+        """Return sums over the data-parallel ranks."""
         sums = torch.stack(values).double()
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        found: list[float] = sums.tolist()
-        return found
-
-
-def _state(step: Folder, tokenizer: Fingerprint) -> State:
-    """Return a checkpoint's state; a digest that `tokenizer` had by a former algorithm is replaced by today's."""
-    state = checkpoint.read_state(step)
-    return replace(state, fingerprint=tokenizer.digest) if tokenizer.is_of(state.fingerprint, step / "hf") else state
-
-
-def _output(path: str) -> Folder:
-    """The output folder: a new or empty one, or a run's. Raises UserError if it holds something else."""
-    output = Folder(path)
-    if not output.uri.startswith("file:"):
-        raise UserError(f"output {path} is not a local path: checkpoints are written to a local or a shared disk")
-    found = [name for name in output.names() if not name.startswith(".")]
-    if found and RUN not in found:
-        raise UserError(f"{output.path} holds something else ({found[0]}): choose an empty or new output folder")
-    output.make()
-    return output
+        totals: list[float] = sums.tolist()
+        return totals

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tests.support.training_job import train, write_job
+from trainer.checkpoint.parts import parts_of
 from trainer.config import TrainConfig
-from trainer.optim.state import OptimizerState
 from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
 
@@ -46,9 +46,8 @@ def train_on_cpu(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 def optimizer_state(trainer: Trainer) -> dict[str, Tensor]:
     """As it is saved."""
-    weights = trainer.model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-    tensors = OptimizerState(trainer.optimizer, weights).tensors
-    return {name: part.data.detach().cpu().clone() for name, part in tensors.items()}
+    parts = parts_of(trainer.model, trainer.optimizer, check=False)
+    return {f"{part.key} {part.at}": part.values().clone() for part in parts if part.key.startswith("optimizer.")}
 
 
 def test_trainer_follows_the_cpu(tmp_path: Any) -> None:

@@ -1,14 +1,12 @@
 """Optimizer state that data-parallel ranks wrote, each its part, is read by ranks that split the model, and by one."""
 
-import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
@@ -16,7 +14,8 @@ from kanyun.storage import Folder
 from tests.support.model_golden import Example, batch_of
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
-from trainer.checkpoint import State
+from trainer.checkpoint import State, saver
+from trainer.checkpoint.parts import Part, parts_of
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
@@ -46,20 +45,21 @@ def test_every_split_reads_what_another_wrote(tmp_path: Path) -> None:
 LR = 1e-3
 
 
-def test_a_cpu_takes_the_master_weights_of_a_gpu_not_its_rounded_ones(tmp_path: Path) -> None:
+def test_a_cpu_takes_the_master_weights_of_a_gpu_not_its_rounded_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a CPU they share memory with the model, whose weights are in the checkpoint too, in bfloat16."""
     tiny_text_folder(tmp_path / "hf", tied=False)
-    step = Folder(str(tmp_path / "step"))
-    step.make()
+    output = Folder(str(tmp_path / "out"))
     with Runtime.start(seed=7) as runtime:
         model, optimizer = one_step(tmp_path, runtime)
-        weights = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-        state, rounded = OptimizerState(optimizer, weights).tensors, {}
-        for name, entry in weights.items():
-            dtype = {} if isinstance(entry, ShardedTensorFactory) else {"dtype": torch.bfloat16}
-            rounded[name] = replace(entry, data=entry.data.detach().bfloat16(), **dtype)
-        dist_checkpointing.save({"model": rounded, "optimizer": state}, step.path)
-        step.write("state.json", json.dumps(asdict(State(1, 1, 0, "", {}, {}))).encode())
+        state = State(1, 1, 0, "", {}, {})
+        parts = [
+            part if part.key.startswith("optimizer.") else rounded(part)
+            for part in parts_of(model, optimizer, check=True)
+        ]
+        monkeypatch.setattr(saver, "parts_of", lambda *args, check: parts)
+        step = checkpoint.save(output, state, model, optimizer, Folder(str(tmp_path / "hf")))
         masters = [parameter.detach().clone() for parameter in model.parameters()]
         for parameter in model.parameters():
             parameter.data.fill_(9)
@@ -67,6 +67,11 @@ def test_a_cpu_takes_the_master_weights_of_a_gpu_not_its_rounded_ones(tmp_path: 
         for parameter, master in zip(model.parameters(), masters, strict=True):
             assert torch.equal(parameter, master)
             assert not torch.equal(master, master.bfloat16().float())
+
+
+def rounded(part: Part) -> Part:
+    """As a GPU writes a weight."""
+    return replace(part, dtype=torch.bfloat16, sources=(part.sources[0].detach().bfloat16(),))
 
 
 def work(folder: Path, action: str) -> None:
@@ -93,7 +98,12 @@ def one_step(folder: Path, runtime: Runtime) -> tuple[LanguageModel, ChainedOpti
     """A model whose moments are not 0, after the same two packs however many processes there are."""
     config = ModelConfig.from_hf(str(folder / "hf"))
     model = build_model(config, runtime)
-    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    # Overlapping is what megatron.core makes several buckets for.
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, overlap_grad_reduce=runtime.data_world > 1, bucket_size=20_000
+    )
+    ddp = DistributedDataParallel(model.config, ddp_config, model)
+    assert (len(ddp.buffers[0].buckets) > 2) == (runtime.data_world > 1)
     facts = {"model": "", "data": "", "output": "", "length": 256, "global_batch": 2, "steps": 1, "lr": LR}
     optimizer = build_optimizer(TrainConfig.model_validate(facts), ddp, runtime)
     trained = torch.zeros(())
@@ -109,7 +119,7 @@ def one_step(folder: Path, runtime: Runtime) -> tuple[LanguageModel, ChainedOpti
 
 def state_of(model: LanguageModel, optimizer: ChainedOptimizer) -> dict[str, torch.Tensor]:
     weights = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-    return {name: part.data for name, part in OptimizerState(optimizer, weights).tensors.items()}
+    return {name: part.data for name, part in OptimizerState(optimizer, weights).to_load().items()}
 
 
 def dump(file: Path, model: LanguageModel, optimizer: ChainedOptimizer) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,26 +63,57 @@ def train(values: dict[str, Any]) -> list[dict[str, Any]]:
     return metrics_of(values)
 
 
-def command(values: dict[str, Any], processes: int | None = None) -> list[str]:
-    """Of the command line; `processes`: under torchrun."""
-    config = Path(values["output"]).with_suffix(".yaml")
+def command(
+    values: dict[str, Any], *changes: str, processes: int | None = None, main: str = "trainer/main.py"
+) -> list[str]:
+    """The command line; `processes`: as jobs/ start them; `main`: another worker than the trainer's, under torchrun."""
+    remote = values["output"].startswith("hdfs://")
+    config = Path(values["data"]).parent / "run.yaml" if remote else Path(values["output"]).with_suffix(".yaml")
     config.write_text(json.dumps(values))  # JSON is YAML
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    return [sys.executable, *torchrun, "trainer/main.py", str(config)]
+    arguments = [str(config), *changes]
+    if processes is None:
+        return [sys.executable, main, *arguments]
+    options = ["--standalone", "--nproc-per-node", str(processes)]
+    if main == "trainer/main.py":
+        return [sys.executable, "trainer/launch.py", *options, "--", *arguments]
+    return [sys.executable, "-m", "torch.distributed.run", *options, main, *arguments]
 
 
-def launch(values: dict[str, Any], *changes: str, processes: int | None = None) -> "subprocess.CompletedProcess[str]":
+def environment(**added: str) -> dict[str, str]:
+    """Of a run: processes that die are not started again, unless a test says so."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"RESTARTS": "0"} | added
+
+
+def launch(
+    values: dict[str, Any], *changes: str, processes: int | None = None, main: str = "trainer/main.py"
+) -> "subprocess.CompletedProcess[str]":
     """The command line, to its end."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [*command(values, processes), *changes],
+        command(values, *changes, processes=processes, main=main),
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def start(values: dict[str, Any], *changes: str, processes: int | None = None) -> "subprocess.Popen[str]":
+    """The command line, running, its output in pipes."""
+    line = command(values, *changes, processes=processes)
+    return subprocess.Popen(
+        line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path: Path, process: "subprocess.Popen[Any]") -> None:
+    """Wait until a run has made a file."""
+    end = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, "the run ended before"
+        assert time.monotonic() < end
+        time.sleep(0.002)
 
 
 def metrics_of(values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from kanyun.storage import Folder
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State
+from trainer.checkpoint.metadata import refuse_code
+from trainer.checkpoint.verify import faults, list_steps
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
 from trainer.models.language import LanguageModel
@@ -85,43 +87,118 @@ def test_resolve_takes_a_run_its_checkpoints_or_a_step(output: Folder, model: La
     assert checkpoint.resolve(f"{root}/step_00000003").name == "step_00000003"
 
 
-def test_keeps_the_last_ones_and_no_later_one_of_an_abandoned_attempt(
-    output: Folder, model: LanguageModel, hf: Path
-) -> None:
-    checkpoint.save(output, state(model, 90), model, None, Folder(str(hf)))  # killed before it could move `latest`
-    for step in (1, 2, 3):
+def test_keeps_the_last_ones_and_deletes_nothing_newer(output: Folder, model: LanguageModel, hf: Path) -> None:
+    for step in (90, 1, 2, 3):
         checkpoint.save(output, state(model, step), model, None, Folder(str(hf)), keep_last=2)
-    assert names(output) == ["latest", "step_00000002", "step_00000003"]
-    checkpoint.save(output, state(model, 3), model, None, Folder(str(hf)), keep_last=1)  # again: replaced
-    assert names(output) == ["latest", "step_00000003"]
+    assert names(output) == ["latest", "step_00000002", "step_00000003", "step_00000090"]
+    checkpoint.save(output, state(model, 3), model, None, Folder(str(hf)), keep_last=1)  # a second time: replaced
+    assert names(output) == ["latest", "step_00000003", "step_00000090"]
+    assert "step_00000090: newer than step 3, moved to" in checkpoint.set_aside(output, 3)
+    assert checkpoint.resolve(output.path).name == "step_00000003"
+    (aside,) = [name for name in names(output) if name.startswith("aside-")]
+    assert checkpoint.resolve(f"{output.path}/checkpoints/{aside}/step_00000090").name == "step_00000090"
+    assert checkpoint.set_aside(output, 3) == ""
 
 
-@pytest.mark.parametrize("at", ["copy_tokenizer", "state.json", "move_to", "latest"])
+@pytest.mark.parametrize("at", ["__0_0.distcp", ".metadata", "state.json", "move_to", "latest"])
 def test_a_crash_at_any_point_leaves_the_one_before(
     at: str, output: Folder, model: LanguageModel, hf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save(output, state(model, 1), model, None, Folder(str(hf)))
-    original_write = Folder.write
-
-    def crash(*args: Any) -> None:
-        raise KeyboardInterrupt(at)
-
-    def write(folder: Folder, name: str, data: bytes) -> None:
-        return crash() if name == at else original_write(folder, name, data)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "write", write)
-        if at == "copy_tokenizer":
-            patch.setattr(checkpoint, at, crash)
-        if at == "move_to":
-            patch.setattr(Folder, at, crash)
+        crash_at(at, patch)
         with pytest.raises(KeyboardInterrupt, match=at):
             checkpoint.save(output, state(model, 2), model, None, Folder(str(hf)))
-    assert checkpoint.resolve(output.path).name == "step_00000001"
+    last = "step_00000002" if at == "latest" else "step_00000001"  # found by looking
+    assert checkpoint.resolve(output.path).name == last
     checkpoint.load(checkpoint.resolve(output.path), model)
 
     checkpoint.save(output, state(model, 3), model, None, Folder(str(hf)))
     assert names(output) == ["latest", "step_00000003"]  # nothing is left of the attempt
+
+
+def crash_at(at: str, patch: pytest.MonkeyPatch) -> None:
+    """Let the process die, as far as its writing thread can, where a file is created or a folder renamed."""
+    create, write = Folder.create, Folder.write
+
+    def crash(*args: Any) -> Any:
+        raise KeyboardInterrupt(at)
+
+    patch.setattr(Folder, "create", lambda folder, name: crash() if name == at else create(folder, name))
+    patch.setattr(Folder, "write", lambda folder, name, data: crash() if name == at else write(folder, name, data))
+    if at == "move_to":
+        patch.setattr(Folder, at, crash)
+
+
+def test_whole_ones_are_found_by_looking(output: Folder, model: LanguageModel, hf: Path) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint.save(output, state(model, step), model, None, Folder(str(hf)), keep_last=4)
+    root = Path(output.path, "checkpoints")
+    assert checkpoint.find(output).sentences == []
+    for hint, problem in ((None, "is missing"), ("", "names ''"), ("step_00000009", "names 'step_00000009'")):
+        (root / "latest").unlink() if hint is None else (root / "latest").write_text(hint)
+        search = checkpoint.find(output)
+        assert search.newest is not None
+        assert search.newest.name == "step_00000004"
+        assert [problem in sentence for sentence in search.sentences] == [True], hint
+    (root / "step_00000004" / "state.json").unlink()
+    short = root / "step_00000003" / "__0_2.distcp"
+    short.write_bytes(short.read_bytes()[:-7])
+    (root / "step_00000002" / ".metadata").unlink()
+    search = checkpoint.find(output)
+    assert search.newest is not None
+    assert search.newest.name == "step_00000001"
+    for sentence, fault in zip(
+        search.passed_over, ("has no state.json", "bytes instead of", "is missing"), strict=True
+    ):
+        assert sentence.startswith("passed over step_0000000")
+        assert fault in sentence
+
+
+def test_a_flipped_byte_of_any_file_is_named(output: Folder, model: LanguageModel, hf: Path) -> None:
+    written = checkpoint.save(output, state(model, 5), model, None, Folder(str(hf)))
+    assert faults(written) == []
+    for name, size in written.files():
+        path = Path(written.path, name)
+        data = path.read_bytes()
+        path.write_bytes(data[: size // 2] + bytes([data[size // 2] ^ 4]) + data[size // 2 + 1 :])
+        with pytest.raises(UserError, match=rf"step_00000005/{name} is damaged"):
+            checkpoint.load(written, model)
+        (fault,) = faults(written)
+        assert f"step_00000005/{name} is damaged" in fault
+        path.write_bytes(data)
+    checkpoint.load(written, model)
+
+
+def test_one_without_digests_loads_and_says_so(
+    output: Folder, model: LanguageModel, hf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they were written before: state.json without files and digest."""
+    written = checkpoint.save(output, state(model, 5), model, None, Folder(str(hf)))
+    values = json.loads(written.read("state.json"))
+    old = ("step", "consumed", "skipped", "fingerprint", "model", "run")
+    written.write("state.json", json.dumps({name: values[name] for name in old}).encode())
+    assert checkpoint.resolve(output.path).name == written.name
+    checkpoint.load(written, model)
+    assert "no digest recorded" in capsys.readouterr().out
+    assert [listed.line().split("GB  ")[1] for listed in list_steps(output.path)] == ["whole, no digest recorded"]
+    path = Path(written.path, "__0_0.distcp")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="instead of"):
+        checkpoint.resolve(output.path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(
+    value: float, output: Folder, model: LanguageModel, hf: Path, runtime: Runtime
+) -> None:
+    bad = build_model(model.model_config, runtime)
+    bad.get_parameter(EMBEDDING).data[3, 1] = value
+    written = checkpoint.save(output, state(model, 5), bad, None, Folder(str(hf)))
+    with pytest.raises(UserError, match=rf"{EMBEDDING} has 1 of .* NaN or infinite"):
+        checkpoint.load(written, bad)
+    (fault,) = faults(written)
+    assert EMBEDDING in fault
 
 
 def test_going_on_as_another_training_is_refused(model: LanguageModel) -> None:
@@ -166,11 +243,12 @@ def test_a_checkpoint_cannot_run_code(output: Folder, model: LanguageModel, hf: 
     original = metadata.read_bytes()
     metadata.write_bytes(pickle.dumps(Evil(tmp_path / "run by metadata")))
     with pytest.raises(UserError, match=r"no checkpoint of plain data .*mkdir"):
-        checkpoint.load(written, model)
+        refuse_code(written)
 
     evil = io.BytesIO()
     torch.save([Evil(tmp_path / "run by values")], evil)
-    plain = checkpoint._PlainMetadata(io.BytesIO(original)).load()
+    metadata.write_bytes(original)
+    plain = checkpoint.read_metadata(written)
     (index,) = [index for index in plain.storage_data if index.fqn.startswith("common_state")]
     plain.storage_data[index] = replace(
         plain.storage_data[index], relative_path="evil.distcp", offset=0, length=len(evil.getvalue())
@@ -178,12 +256,12 @@ def test_a_checkpoint_cannot_run_code(output: Folder, model: LanguageModel, hf: 
     Path(written.path, "evil.distcp").write_bytes(evil.getvalue())
     metadata.write_bytes(pickle.dumps(plain))
     with pytest.raises(UserError, match="no checkpoint of plain data"):
-        checkpoint.load(written, model)
+        refuse_code(written)
     assert not list(tmp_path.glob("run by*"))
 
 
 def test_a_damaged_state_is_said_so(output: Folder, model: LanguageModel, hf: Path) -> None:
     written = checkpoint.save(output, state(model), model, None, Folder(str(hf)))
     Path(written.path, "state.json").write_text(json.dumps({"step": 3}))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"state\.json is damaged"):
         checkpoint.read_state(written)

@@ -67,9 +67,11 @@ class PackStream(_Stream):
             )
         for packs in data.epochs:
             if len(packs) < global_batch:
+                most = len(packs) // (world * micro_batch) * world * micro_batch
+                remedy = f"set global_batch to at most {most}, or pack more data" if most else "pack more data"
                 raise DatasetError(
                     f"{data.parent} has {len(packs)} packs in epoch {packs.epoch}, less than one global_batch of "
-                    f"{global_batch}: set global_batch to at most {len(packs)}, or pack more data"
+                    f"{global_batch}: {remedy}"
                 )
         super().__init__(data, batch_format, micro_batch)
         self._seed, self._global_batch = seed, global_batch

@@ -19,37 +19,61 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+type Place = ShardedTensor | ShardedTensorFactory  # a parameter's, in a checkpoint
+
+type Sources = tuple[Tensor, ...]  # the values; or a master weight's bfloat16 upper half and int16 remainder
 
 
 class OptimizerState:
-    """This rank's part, as `tensors` to save, or to load into.
+    """This rank's part of master weights and moments, to save, or to load into.
 
-    They are the optimizer's own, so loading changes it at once; but master weights that are stored in two parts, on a
-    GPU, are joined to float32 copies: whatever the device, a checkpoint has them whole. On the CPU, where they go
-    anyway: a GPU that trains has no room for copies.
+    The tensors are the optimizer's own, so loading changes it at once. Master weights that are stored in two parts, on
+    a GPU, are float32 in a checkpoint, whatever the device: the writer joins them, and loading goes by way of joined
+    copies on the CPU, because a GPU that trains has no room for them.
     """
 
     def __init__(self, optimizer: ChainedOptimizer, model_state: dict[str, Any]) -> None:
         """model_state: what the model's sharded_state_dict returned."""
         (sharded,) = optimizer.chained_optimizers  # a second one would be of experts
         self._adam = sharded.optimizer
-        self._in_two_parts: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, remainder, their join
-        self.tensors: dict[str, ShardedTensor] = {}
+        self._joins: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, remainder, their join
+        self._shards: list[tuple[Place, int, dict[str, Sources]]] = []  # parameter, first element, values by name
         places = {entry.data: entry for entry in nested_values(model_state)}
         for parameter, start, shard in _shards(sharded):
             state, master = self._adam.state[shard], shard.detach()
-            if "master_param" in state:
-                weight, remainder = master, state["master_param"]
-                master = joined(weight.cpu(), remainder.cpu())
-                self._in_two_parts.append((weight, remainder, master))
-            for name, values in {"param": master, **{moment: state[moment] for moment in MOMENTS}}.items():
-                for index, part in enumerate(_rectangles(places[parameter], start, values.view(-1))):
+            moments = {name: (state[name],) for name in MOMENTS}
+            param = (master, state["master_param"]) if "master_param" in state else (master,)
+            self._shards.append((places[parameter], start, {"param": param, **moments}))
+
+    def to_save(self) -> list[tuple[ShardedTensor, Sources]]:
+        """Return each rectangle with views of its values."""
+        found = []
+        for place, start, values in self._shards:
+            for name, sources in values.items():
+                by_source = [list(_rectangles(place, start, source.view(-1))) for source in sources]
+                for same in zip(*by_source, strict=True):
+                    key = f"optimizer.state.{name}.{same[0].key}"
+                    dtype = torch.float32 if len(same) > 1 else same[0].dtype
+                    found.append((replace(same[0], key=key, data=None, dtype=dtype), tuple(r.data for r in same)))
+        return found
+
+    def to_load(self) -> dict[str, ShardedTensor]:
+        """Return rectangles to load into; call `loaded` after that."""
+        tensors: dict[str, ShardedTensor] = {}
+        for place, start, values in self._shards:
+            for name, sources in values.items():
+                whole = sources[0]
+                if len(sources) > 1:
+                    whole = torch.empty(sources[0].shape, dtype=torch.float32)
+                    self._joins.append((sources[0], sources[1], whole))
+                for index, part in enumerate(_rectangles(place, start, whole.view(-1))):
                     key = f"optimizer.state.{name}.{part.key}"
-                    self.tensors[f"{key} {index}"] = replace(part, key=key)
+                    tensors[f"{key} {index}"] = replace(part, key=key)
+        return tensors
 
     def loaded(self, steps: int) -> None:
-        """Call it when `tensors` were loaded; steps: that Adam has done."""
-        for weight, remainder, master in self._in_two_parts:
+        """Take what was loaded; `steps`: that Adam has done."""
+        for weight, remainder, master in self._joins:
             for target, source in zip((weight, remainder), split(master), strict=True):
                 target.copy_(source)
         for group in self._adam.param_groups:
@@ -60,9 +84,9 @@ class OptimizerState:
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 -> the nearest bfloat16 weight, and int16 what it lacks: as integers of the bits, the sum is the master.
+    """Split float32 into the nearest bfloat16 weight and the int16 remainder: added as integers, they are the master.
 
-    Transformer Engine's FusedAdam has them so (store_param_remainders).
+    Transformer Engine's FusedAdam stores them so (store_param_remainders).
     """
     bits = master.view(torch.int32)
     upper = (bits + 0x8000) >> 16
@@ -70,12 +94,12 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def joined(weight: Tensor, remainder: Tensor) -> Tensor:
-    """The inverse of `split`."""
+    """Join what `split` split."""
     return ((weight.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
 
 
 def _shards(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Parameter, first element that is this rank's, and the tensor of those elements, on which Adam steps."""
+    """Yield each parameter, its first element on this rank, and the tensor of those elements, which Adam updates."""
     for buffer in optimizer.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
@@ -84,8 +108,8 @@ def _shards(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, int, Tens
                     yield parameter, ranges["param"].start, optimizer.optimizer.param_groups[group]["params"][index]
 
 
-def _rectangles(place: ShardedTensor | ShardedTensorFactory, start: int, values: Tensor) -> Iterator[ShardedTensor]:
-    """values: elements from `start` on of the parameter at `place`; views of them."""
+def _rectangles(place: Place, start: int, values: Tensor) -> Iterator[ShardedTensor]:
+    """Cut `values`, the parameter's elements from `start` on, into rectangles: views of them."""
     # A factory makes several of one parameter, one below the other: gate and up.
     blocks = list(nested_values(place.build())) if isinstance(place, ShardedTensorFactory) else [place]
     replica = (*place.replica_id[:2], 0)  # no other data-parallel rank has these elements
@@ -111,7 +135,7 @@ def _rectangles(place: ShardedTensor | ShardedTensorFactory, start: int, values:
 
 
 def cut(first: int, last: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """Elements first .. last - 1 of a matrix of that width as (row, column, height, width) of rectangles."""
+    """Yield (row, column, height, width) of the rectangles of elements first .. last - 1 of a matrix of that width."""
     while first < last:
         row, column = divmod(first, width)
         high = (last - first) // width if column == 0 else 0

@@ -1,0 +1,53 @@
+"""metrics.jsonl over several starts: appended to, or moved aside, never lost."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from kanyun.errors import UserError
+from kanyun.storage import Folder
+from trainer.metrics import ASIDE, METRICS, Metrics
+from trainer.stopping import BAD_STEPS, FiniteGuard
+
+
+def line(step: int) -> str:
+    return json.dumps({"step": step, "loss": 1.0}) + "\n"
+
+
+def start(folder: Path, step: int) -> str:
+    with Metrics(Folder(str(folder)), step, 10) as metrics:
+        return metrics.notes
+
+
+def test_lines_of_steps_that_are_done_again_and_damaged_ones_move_aside(tmp_path: Path) -> None:
+    damaged = ['{"step": 2, "lo\n', '{"no": 1}\n', "[3]\n", '{"step": "4"}\n', "\x00\x00\n"]
+    (tmp_path / METRICS).write_text(line(1) + "".join(damaged) + line(2) + line(3) + line(4) + '{"step": 5, "loss"')
+    assert start(tmp_path, 2) == f"2 line(s) of steps after 2 and 6 damaged line(s) moved from {METRICS} to {ASIDE}"
+    assert (tmp_path / METRICS).read_text() == line(1) + line(2)
+    assert (tmp_path / ASIDE).read_text() == "".join(damaged) + line(3) + line(4) + '{"step": 5, "loss"\n'
+    assert start(tmp_path, 2) == ""
+    assert start(tmp_path, 0).startswith("2 line(s)")  # a run whose checkpoints were all lost
+    assert (tmp_path / ASIDE).read_text().endswith('{"step": 5, "loss"\n' + line(1) + line(2))
+
+
+def test_numbers_that_are_not_finite_end_the_run_and_name_a_weight() -> None:
+    model = nn.Linear(2, 2)
+    guard = FiniteGuard(model, lr=0.1)
+    assert [guard.check_gradient(norm, 1) for norm in (math.inf, 1.0, *[math.nan] * (BAD_STEPS - 1))] == [
+        True,
+        False,
+        *[True] * (BAD_STEPS - 1),
+    ]
+    with pytest.raises(
+        UserError, match=f"nan in {BAD_STEPS} steps in a row, up to step 9, with finite weights: lower lr"
+    ):
+        guard.check_gradient(math.nan, 9)
+    guard.check_losses(1.0, None, 9)
+    with pytest.raises(UserError, match="held-out loss of the last step, 9, is nan"):
+        guard.check_losses(1.0, math.nan, 9)
+    model.weight.data[1, 0] = math.nan
+    with pytest.raises(UserError, match=r"^the model at step 9: weight has 1 of 4 values that are NaN or infinite"):
+        guard.check_losses(math.nan, None, 9)

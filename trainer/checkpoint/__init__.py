@@ -1,0 +1,38 @@
+"""Checkpoints: megatron.core's distributed format, asynchronous, digested, whole or not there at all."""
+
+from trainer.checkpoint.metadata import read_metadata
+from trainer.checkpoint.reader import load, require_digests, require_finite
+from trainer.checkpoint.saver import Saver, save
+from trainer.checkpoint.state import State
+from trainer.checkpoint.store import (
+    checkpoints_of,
+    find,
+    latest,
+    read_state,
+    remove_leftovers,
+    require_whole,
+    resolve,
+    set_aside,
+    step_name,
+    sync_file,
+)
+
+__all__ = [
+    "Saver",
+    "State",
+    "checkpoints_of",
+    "find",
+    "latest",
+    "load",
+    "read_metadata",
+    "read_state",
+    "remove_leftovers",
+    "require_digests",
+    "require_finite",
+    "require_whole",
+    "resolve",
+    "save",
+    "set_aside",
+    "step_name",
+    "sync_file",
+]

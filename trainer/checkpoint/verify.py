@@ -1,0 +1,93 @@
+"""What a run's checkpoints hold: their list, and a check of every byte without a model or a process group."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from kanyun.errors import UserError
+from kanyun.storage import Folder
+from trainer.checkpoint.metadata import read_metadata, refuse_code
+from trainer.checkpoint.state import Marker
+from trainer.checkpoint.store import checkpoints_of, require_whole, steps_of
+
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A step folder, whole or not."""
+
+    name: str
+    size: int  # bytes
+    fault: str  # "" = whole
+    digests: bool
+
+    def line(self) -> str:
+        digests = "digests" if self.digests else "no digest recorded"
+        return f"{self.name}  {self.size / 1e9:9.3f} GB  " + (self.fault or f"whole, {digests}")
+
+
+def list_steps(run: str) -> Iterator[Listed]:
+    """Yield the checkpoints of a run folder, oldest first. Sizes are checked, digests are not."""
+    for step in steps_below(run):
+        fault, digests = "", False
+        try:
+            require_whole(step)
+            digests = Marker.read(step).files is not None
+        except UserError as error:
+            fault = str(error)
+        yield Listed(step.name, sum(size for _, size in step.files()), fault, digests)
+
+
+def steps_below(path: str) -> list[Folder]:
+    """Return the step folders of a run folder or a checkpoints folder, or the step itself.
+
+    Raises UserError if there is none.
+    """
+    folder = Folder(path)
+    run = folder.parent if folder.name == "checkpoints" else folder
+    steps = [checkpoints_of(run) / name for name in steps_of(run)]
+    if not steps and folder.name.startswith("step_") and folder.exists():
+        steps = [folder]
+    if not steps:
+        raise UserError(f"{path} has no checkpoints: give a run's output folder, or one step_... folder of it")
+    return steps
+
+
+def faults(step: Folder) -> list[str]:
+    """Return a sentence for each thing that is wrong with a checkpoint: files, then values. Memory: one tensor."""
+    try:
+        require_whole(step)
+        recorded = Marker.read(step).files or {}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digests = dict(zip(recorded, pool.map(step.digest, recorded), strict=True))
+        found = [
+            f"{step.uri}/{name} is damaged: its digest is {digests[name]}, recorded is {file.xxh3}"
+            for name, file in recorded.items()
+            if digests[name] != file.xxh3
+        ]
+        if not found:
+            refuse_code(step)
+            found = list(_not_finite(step))
+    except UserError as error:
+        return [str(error)]
+    return found
+
+
+def _not_finite(step: Folder) -> Iterator[str]:
+    metadata = read_metadata(step)
+    for index, stored in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            continue
+        try:
+            data = step.read(stored.relative_path, stored.offset, stored.length)
+            tensor = torch.load(BytesIO(data), weights_only=True)
+        except Exception as error:
+            yield f"{step.uri}: {index.fqn} cannot be read ({str(error).splitlines()[0]})"
+            continue
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            yield f"{step.uri}: {index.fqn} has {bad:,} values that are NaN or infinite"

@@ -1,0 +1,77 @@
+"""torchrun for trainer/main.py: python trainer/launch.py [torchrun's options] -- CONFIG.yaml [key=value ...]
+
+What it adds: SIGTERM and SIGUSR1 reach the ranks as SIGUSR1 (torchrun itself would kill them after 30 s, in the middle
+of a save); the exit code is that of the rank that failed first, and its sentence is the last thing printed; ranks that
+were stopped one by one, or died, are started again, up to RESTARTS times (3).
+"""
+
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import psutil
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.run import parse_args, run
+
+from trainer.stopping import HUNG, PREEMPTED
+
+WRONG_INPUT = 2
+
+
+class Launcher:
+    """Runs the ranks of this node until they finish, fail for good, or the node is told to stop."""
+
+    def __init__(self, options: list[str], arguments: list[str]) -> None:
+        main = str(Path(__file__).with_name("main.py"))
+        # SIGTERM is ours.
+        self._args = ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *options, main, *arguments]
+        self._told = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._forward)
+
+    def run(self, restarts: int) -> int:
+        """Return the exit code."""
+        while True:
+            try:
+                run(parse_args(self._args))
+            except ChildFailedError as error:
+                _, failure = error.get_first_failure()
+                code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+                if self._told and code == 128 + signal.SIGUSR1:  # told before it could listen
+                    code = PREEMPTED
+                again = restarts > 0 and not self._told and code != WRONG_INPUT
+                print(f"error: {_sentence(failure)}{'; starting again' if again else ''}", file=sys.stderr, flush=True)
+                if not again:
+                    return code
+                restarts -= 1
+                continue
+            return 0
+
+    def _forward(self, number: int, frame: types.FrameType | None) -> None:
+        self._told = True
+        for rank in psutil.Process().children():
+            rank.send_signal(signal.SIGUSR1)
+
+
+def _sentence(failure: ProcessFailure) -> str:
+    if failure.exitcode == PREEMPTED:
+        return "stopped as told, and saved: the same command goes on"
+    message = failure.message
+    if isinstance(message, dict):
+        return str(message["message"])
+    if failure.exitcode < 0:
+        return f"rank of process {failure.pid} was ended by {failure.signal_name()}"
+    return f"a rank hung (exit code {HUNG})" if failure.exitcode == HUNG else f"exit code {failure.exitcode}, see above"
+
+
+def main() -> None:
+    at = sys.argv.index("--")
+    sys.exit(Launcher(sys.argv[1:at], sys.argv[at + 1 :]).run(int(os.environ.get("RESTARTS", "3"))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What a run is made of, read and checked before any process group or model: data, layout, where it starts."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from kanyun.errors import UserError
+from kanyun.fingerprint import Fingerprint, check_vocabulary, fingerprint
+from kanyun.storage import Folder
+from trainer import checkpoint
+from trainer.checkpoint import State
+from trainer.config import TrainConfig
+from trainer.data.source import PackedData
+from trainer.models.config import ModelConfig
+from trainer.optim.optimizer import learning_rate
+from trainer.planning.gpus import find_gpu
+from trainer.planning.planner import Layout, LayoutPlanner
+
+RUN = "run.json"  # in the output folder: the config; marks it as a run's
+_SCHEDULE = ("lr", "min_lr", "warmup_steps")
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run is made of."""
+
+    config: TrainConfig
+    output: Folder
+    model: ModelConfig
+    data: PackedData
+    validation: PackedData | None
+    layout: Layout
+    start: State  # step 0, or what the checkpoint says that is resumed
+    resume: Folder | None  # that checkpoint
+    weights: Folder | None  # at step 0: the checkpoint to take the first weights from
+    notes: tuple[str, ...] = ()  # sentences about how the start was chosen
+
+    @classmethod
+    def prepare(cls, config: TrainConfig, world: int, cuda: bool) -> Self:
+        """Raises UserError for anything that does not fit together. Writes nothing; makes the output folder."""
+        tokenizer = fingerprint(Folder(config.model))
+        check_vocabulary(Folder(config.model))
+        model = ModelConfig.from_hf(config.model)
+        data = PackedData(config.data, config.length, tokenizer)
+        validation = PackedData(config.validation, config.length, tokenizer) if config.validation else None
+        output = open_output(config.output)
+        fixed = {name: getattr(config, name) for name in ("length", "global_batch", "seed", "trainable")}
+        run = {"data digest": data.digest, **fixed}
+        start = State(0, 0, 0, tokenizer.digest, asdict(model), run, resume=_name(config.resume))
+        resume, notes = _resumed(config, output)
+        weights = None
+        if resume is not None:
+            state = _state(resume, tokenizer)
+            state.require(start, resume.uri)
+            start = replace(state, resume=start.resume)
+        elif config.continue_from:
+            weights, start = _continued(config.continue_from, start, tokenizer)
+            notes += (
+                f"continuing {weights.path}: its weights and optimizer are kept; the position in the data starts anew "
+                "at the first pack, the schedule at step 0",
+            )
+        elif config.init != "random":
+            weights = checkpoint.resolve(config.init)
+            replace(_state(weights, tokenizer), run={}).require(start, weights.uri)
+        planner = LayoutPlanner(model, find_gpu(torch.cuda.get_device_name()) if cuda else None, world)
+        layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
+        return cls(config, output, model, data, validation, layout, start, resume, weights, notes)
+
+    def require_agreement(self) -> None:
+        """Raises UserError if ranks found different checkpoints. Every rank calls it."""
+        found = [""] * dist.get_world_size()
+        dist.all_gather_object(found, self.resume.name if self.resume else "no checkpoint")
+        if len(set(found)) > 1:
+            raise UserError(
+                f"ranks found different checkpoints in {self.output.path} ({', '.join(sorted(set(found)))}): give an "
+                "output on a disk that all nodes share, or on hdfs://"
+            )
+
+    def schedule(self, steps: int) -> dict[str, Any]:
+        """Return what decides the learning rate of each step."""
+        return {"steps": steps, **{name: getattr(self.config, name) for name in _SCHEDULE}}
+
+    def schedule_change(self, steps: int) -> str:
+        """Return a sentence if the learning rate does not go on as it would have in the run that was stopped."""
+        before, now, step = self.start.schedule, self.schedule(steps), self.start.step
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in before if before[name] != now.get(name)]
+        if not changed or step >= steps:
+            return ""
+        old = self.config.model_copy(update={name: before[name] for name in _SCHEDULE})
+        last = learning_rate(old, step - 1, before["steps"])
+        return (
+            f"the schedule changed ({', '.join(changed)}): the learning rate goes from {last:.3e} in step {step} to "
+            f"{learning_rate(self.config, step, steps):.3e} in step {step + 1}"
+        )
+
+
+def open_output(path: str) -> Folder:
+    """Return the output folder: a new or empty one, or a run's. Raises UserError if it holds something else."""
+    output = Folder(path)
+    names = [name for name in output.names() if not name.startswith((".", "_writer-"))]
+    if names and RUN not in names:
+        raise UserError(f"{output.path} holds something else ({names[0]}): choose an empty or new output folder")
+    output.make()
+    return output
+
+
+def _resumed(config: TrainConfig, output: Folder) -> tuple[Folder | None, tuple[str, ...]]:
+    """Return the checkpoint to resume, if any, and sentences about the choice."""
+    search = checkpoint.find(output)
+    if config.resume is None:
+        if search.newest is None and search.passed_over:
+            raise UserError(
+                f"no checkpoint of {output.path} is whole ({'; '.join(search.passed_over)}): restore one, give "
+                "`resume: FOLDER`, or start in a new output folder"
+            )
+        return search.newest, tuple(search.sentences)
+    wanted = _name(config.resume)
+    if search.newest is not None and checkpoint.read_state(search.newest).resume == wanted:
+        return search.newest, (f"{search.newest.name} was made since `resume: {wanted}` and is taken",)
+    if wanted.isdecimal():
+        chosen = checkpoint.checkpoints_of(output) / checkpoint.step_name(int(wanted))
+        checkpoint.require_whole(chosen)
+    else:
+        chosen = checkpoint.resolve(wanted)
+    return chosen, (f"`resume: {wanted}` chose {chosen.path}",)
+
+
+def _continued(path: str, start: State, tokenizer: Fingerprint) -> tuple[Folder, State]:
+    """Return the checkpoint and the state at step 0 of a run that keeps its optimizer.
+
+    Raises UserError if model, tokenizer or the trained parts differ: its moments are of other weights.
+    """
+    source = checkpoint.resolve(path)
+    state = _state(source, tokenizer)
+    if not state.run:
+        raise UserError(f"{source.uri} is a converted model without an optimizer: use it as `init`")
+    replace(state, run={"trainable": state.run["trainable"]}).require(start, source.uri)
+    return source, replace(start, updates_before=state.updates)
+
+
+def _state(step: Folder, tokenizer: Fingerprint) -> State:
+    """Return a checkpoint's state; a digest that `tokenizer` had by a former algorithm is replaced by today's."""
+    state = checkpoint.read_state(step)
+    return replace(state, fingerprint=tokenizer.digest) if tokenizer.is_of(state.fingerprint, step / "hf") else state
+
+
+def _name(resume: int | str | None) -> str:
+    return "" if resume is None else str(resume)
