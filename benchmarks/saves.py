@@ -25,11 +25,12 @@ from trainer.checkpoint import Saver, State
 from trainer.checkpoint.verify import faults
 from trainer.config import TrainConfig
 from trainer.models.initialize import build_model
-from trainer.models.qwen2_5.sizes import SIZES
+from trainer.models.registry import published_sizes
 from trainer.optim.optimizer import build_optimizer
 from trainer.runtime import Runtime
 
 GB = 1e9
+SIZES = published_sizes()
 
 
 def main() -> None:
@@ -58,6 +59,7 @@ def measure(args: argparse.Namespace, name: str, here: Path, runtime: Runtime) -
     hf = here / "hf"
     if runtime.rank == 0:
         hf.mkdir(parents=True)
+        (here / "run").mkdir()
         (hf / "config.json").write_text("{}")
         (hf / "tokenizer.json").write_text("{}")
     dist.barrier()

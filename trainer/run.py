@@ -52,7 +52,7 @@ class Run:
         resume, notes = _resumed(config, output)
         weights = None
         if resume is not None:
-            state = _read_state(resume, tokenizer)
+            state = _state(resume, tokenizer)
             state.require(start, resume.uri)
             start = replace(state, resume=start.resume)
         elif config.continue_from:
@@ -63,7 +63,7 @@ class Run:
             )
         elif config.init != "random":
             weights = checkpoint.resolve(config.init)
-            replace(_read_state(weights, tokenizer), run={}).require(start, weights.uri)
+            replace(_state(weights, tokenizer), run={}).require(start, weights.uri)
         planner = LayoutPlanner(model, find_gpu(torch.cuda.get_device_name()) if cuda else None, world)
         layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume, weights, notes)
@@ -133,14 +133,14 @@ def _continued(path: str, start: State, tokenizer: Fingerprint) -> tuple[Folder,
     Raises UserError if model, tokenizer or the trained parts differ: its moments are of other weights.
     """
     source = checkpoint.resolve(path)
-    state = _read_state(source, tokenizer)
+    state = _state(source, tokenizer)
     if not state.run:
         raise UserError(f"{source.uri} is a converted model without an optimizer: use it as `init`")
     replace(state, run={"trainable": state.run["trainable"]}).require(start, source.uri)
     return source, replace(start, updates_before=state.updates)
 
 
-def _read_state(step: Folder, tokenizer: Fingerprint) -> State:
+def _state(step: Folder, tokenizer: Fingerprint) -> State:
     """Return a checkpoint's state; a digest that `tokenizer` had by a former algorithm is replaced by today's."""
     state = checkpoint.read_state(step)
     return replace(state, fingerprint=tokenizer.digest) if tokenizer.is_of(state.fingerprint, step / "hf") else state

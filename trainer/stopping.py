@@ -1,8 +1,8 @@
 """How a run ends before its last step: told to stop, no finite numbers, or a rank that hangs.
 
-A rank that waits in a collective cannot know for whom. So each has a thread that writes its count of phases begun to
-the job's store. A rank whose own count stands still for `hang_after` seconds reads those of the others: whoever has the
-lowest is what all wait for.
+A rank that waits in a collective cannot know for whom. So each has a thread that writes its count of phases begun, and
+a beat, to the job's store. A rank whose own count stands still for `hang_after` seconds reads those of the others: all
+wait for whoever no longer beats, else for whoever has the lowest count.
 """
 
 import json
@@ -81,6 +81,7 @@ class Watch:
     def __init__(self, rank: int, world: int, hang_after: float) -> None:
         self._rank, self._world, self._hang_after = rank, world, hang_after
         self._count, self._phase, self._since = 0, "", time.monotonic()
+        self._beats, self._interval = 0, min(2.0, hang_after / 10)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         if world > 1:
@@ -103,27 +104,34 @@ class Watch:
             self._thread.join()
 
     def _run(self) -> None:
-        told = 0
-        while not self._ended.wait(min(2.0, self._hang_after / 10)):
+        while not self._ended.wait(self._interval):
             try:
-                if told != self._count:
-                    told = self._tell()
+                self._tell()
                 if self._phase and time.monotonic() - self._since > self._hang_after:
                     self._end()
             except dist.DistError:
                 return  # the store is gone: the job is at its end
 
-    def _tell(self) -> int:
-        count = self._count
+    def _tell(self) -> None:
+        self._beats += 1
         place = f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()})"
-        self._store.set(str(self._rank), json.dumps([count, place, self._phase]))
-        return count
+        self._store.set(str(self._rank), json.dumps([self._count, place, self._phase, self._beats]))
+
+    def _read(self) -> list[tuple[int, str, str, int]]:
+        return [json.loads(value) for value in self._store.multi_get([str(rank) for rank in range(self._world)])]
 
     def _end(self) -> None:
         """Name who is behind, and end this process: its main thread waits where nothing interrupts it."""
-        ranks = [json.loads(value) for value in self._store.multi_get([str(rank) for rank in range(self._world)])]
-        lowest = min(count for count, _, _ in ranks)
-        behind = [f"{place}, in {phase}" for count, place, phase in ranks if count == lowest]
+        before = self._read()
+        for _ in range(3):
+            time.sleep(self._interval)
+            self._tell()
+        ranks = self._read()
+        silent = [
+            f"{now[1]}, which gives no sign" for now, then in zip(ranks, before, strict=True) if now[3] == then[3]
+        ]
+        lowest = min(count for count, *_ in ranks)
+        behind = silent or [f"{place}, in {phase}" for count, place, phase, _ in ranks if count == lowest]
         if len(behind) == self._world:
             who = f"all {self._world} ranks wait in {self._phase}: see to GPUs and network"
         else:

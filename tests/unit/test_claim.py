@@ -1,6 +1,8 @@
 """Claims: one writer an output, and dead ones are told from living ones by their heartbeat."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,17 @@ def test_claims_of_dead_processes_are_deleted(tmp_path: Path, capsys: pytest.Cap
     with claim.only_writer(folder) as mine:
         assert folder.names() == [mine.name]
     assert "these still work: process 7 on far, since 2026-01-01 10:00:00" in capsys.readouterr().err
+
+
+def test_a_process_that_died_on_this_machine_is_not_waited_for(tmp_path: Path) -> None:
+    """A run that is started again after a kill goes on at once."""
+    code = (
+        "import os, sys; from kanyun.claim import only_writer; from kanyun.storage import Folder\n"
+        "with only_writer(Folder(sys.argv[1])): os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    (left,) = Folder(str(tmp_path)).names()
+    assert claim.Claim(Folder(str(tmp_path)), left).is_surely_dead()
+    with claim.only_writer(Folder(str(tmp_path))) as ours:
+        assert Folder(str(tmp_path)).names() == [ours.name]
+        assert not ours.is_surely_dead()

@@ -74,14 +74,23 @@ def write_bytes(folder: Folder, name: str, data: bytes) -> FileDigest:
 
 
 def _groups(parts: Sequence[Part]) -> list[list[Part]]:
-    """Split the parts over at most FILES files of nearly equal size: the largest first, to the smallest so far."""
-    groups: list[list[Part]] = [[] for _ in range(FILES)]
-    sizes = [0] * FILES
+    """Split the parts over at most FILES files, weights apart from the optimizer, which conversion need not read."""
+    weights = [part for part in parts if not part.key.startswith("optimizer.")]
+    optimizer = [part for part in parts if part.key.startswith("optimizer.")]
+    if not optimizer:
+        return _even(weights, FILES) or [[]]
+    return (_even(weights, 1) or [[]]) + _even(optimizer, FILES - 1)
+
+
+def _even(parts: Sequence[Part], count: int) -> list[list[Part]]:
+    """Split into at most `count` groups of nearly equal bytes: the largest part first, to the smallest group so far."""
+    groups: list[list[Part]] = [[] for _ in range(count)]
+    sizes = [0] * count
     for part in sorted(parts, key=lambda part: -part.size):
         smallest = sizes.index(min(sizes))
         groups[smallest].append(part)
         sizes[smallest] += part.size
-    return [group for group in groups if group] or [[]]
+    return [group for group in groups if group]
 
 
 def _write_file(folder: Folder, name: str, parts: Sequence[Part], *, common: bool) -> tuple[list[Record], FileDigest]:
