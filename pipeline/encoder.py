@@ -61,15 +61,18 @@ class Encoder:
             text: str = row["text"]
             plan: _Plan = None
             if row["messages"] is not None:
-                text, plan = self._render(row["messages"], row.get("tools"))
+                text, plan = self._render(row)
             texts.append(text)
             plans.append(plan)
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [self._finish(row, plan, encoding) for row, plan, encoding in zip(rows, plans, encodings)]
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: str | None) -> tuple[str, _Plan]:
+    def _render(self, row: Mapping[str, Any]) -> tuple[str, _Plan]:
+        if self._processor is None and row["images"]:
+            evidence = f"{len(row['images'])} images, but the tokenizer folder has no image settings"
+            return "", Rejected(Reason.PROCESSOR_FAILED, evidence)
         try:
-            rendered = self._template.render(messages, tools)
+            rendered = self._template.render(row["messages"], row.get("tools"))
         except Exception as error:  # a template is a program: whatever it raises is about this row
             return "", Rejected(Reason.PROCESSOR_FAILED, f"chat template: {error}")
         if not all(rendered.text[start:end].strip() for start, end in rendered.answers):
@@ -92,10 +95,6 @@ class Encoder:
     def _expand_images(self, ids: np.ndarray, mask: np.ndarray, images: Sequence[Any]) -> Encoded | Rejected:
         """Repeat each image's one placeholder once a token of the image, computed from its size alone. Untrained."""
         if self._processor is None:
-            if images:
-                return Rejected(
-                    Reason.PROCESSOR_FAILED, f"{len(images)} images, but the tokenizer folder has no image settings"
-                )
             return Encoded(ids, mask, [])
         for token, expected in zip(IMAGE_TOKENS, (len(images), 0)):
             count = int(np.count_nonzero(ids == self._vision[token]))

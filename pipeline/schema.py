@@ -11,7 +11,7 @@ IMAGE_REF = pa.struct(
         ("width", pa.int32()),  # pixels, after EXIF rotation: as transformers sees it
         ("height", pa.int32()),
         ("digest", pa.int64()),  # of the encoded bytes: proves them when they are read, and tells equal images
-        ("looks", pa.int64()),  # dHash of the pixels: similar images have equal or nearly equal ones
+        ("looks", pa.int64()),  # 64-bit dHash of the pixels: near duplicates differ in few bits
     ]
 )
 

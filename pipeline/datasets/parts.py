@@ -43,7 +43,8 @@ def place(messages: Sequence[Message], listed: Sequence[Image]) -> tuple[list[Me
     without images a marker is text, unless it stands apart in a message that is not the assistant's: its image is lost.
     """
     waiting = deque(listed)
-    imageless = not listed and not any(isinstance(m["content"], list) and m["content"] for m in messages)
+    lists = [message["content"] for message in messages if isinstance(message["content"], list)]
+    imageless = not listed and not any("image" in part for parts in lists for part in parts)
     ordered: list[Image] = []
     placed = []
     for message in messages:

@@ -1,4 +1,4 @@
-"""Images of raw rows: found, decoded once under guard, and their bytes copied into large immutable blobs."""
+"""Images of raw rows: located, decoded once in a child process, and copied byte for byte into immutable blobs."""
 
 import os
 import posixpath
@@ -36,7 +36,7 @@ class CopiedImage:
 
 
 class ImageCopier:
-    """A task's images: each is checked, decoded to prove that it can be, and copied. Use with `with`.
+    """Checks, decodes and copies a task's images. A context manager.
 
     Blobs are written below `folder`, under names no other task or attempt uses; refs say `uri`, where they will be.
     """
@@ -135,7 +135,7 @@ class ImageCopier:
 
 
 def thumbnail(data: bytes, side: int) -> bytes | None:
-    """A JPEG of at most side x side pixels of an encoded image, None if it cannot be decoded. Guarded as well."""
+    """Return a JPEG of at most side x side pixels, None if the image cannot be decoded. The child process does it."""
     return decoder().thumbnail(data, side)
 
 

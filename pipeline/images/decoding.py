@@ -1,7 +1,7 @@
-"""The process that decodes: images go in by a pipe, their sizes come out. Started by guard.py.
+"""The decoder's process: encoded images go in by a pipe, their sizes and hashes come out. images/guard.py starts it.
 
-Encoded images come from anywhere, and decoders are C libraries: one that crashes, hangs or takes all memory ends this
-process and not the one that asked. It imports Pillow and the checks alone, and so starts in 0.2 s.
+Images come from anywhere, and decoders are C libraries: one that crashes, hangs or takes all memory ends this process
+and not its parent. It imports Pillow and the checks alone, and so starts in 0.2 s.
 """
 
 import io
@@ -33,10 +33,10 @@ _NOT_DECODED = {"EPS"}  # a program for Ghostscript, which Pillow would start
 
 
 def probe(data: bytes) -> dict[str, Any]:
-    """`width`, `height` as transformers' load_image would give them, and `looks`, see `_looks`. Raises RowError.
+    """Return `width` and `height` as transformers' load_image gives them, and `looks`, see `_image_hash`.
 
-    Everything that load_image does is done here once, so that training cannot meet an image that fails: the header is
-    read, sizes are checked, and only then pixels are decoded.
+    Everything that load_image does is done here once, so that no image fails in training: the header is read, sizes
+    are checked, and only then pixels are decoded. Raises RowError.
     """
     with _pillow():
         try:
@@ -57,15 +57,15 @@ def probe(data: bytes) -> dict[str, Any]:
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode != "RGB":
                 image = image.convert("RGB")
-            looks = _looks(image)
+            image_hash = _image_hash(image)
         except Exception as error:
             raise RowError(Reason.PROCESSOR_FAILED, f"{type(error).__name__}: {error}") from error
         run_checks(On.IMAGE, *image.size)  # some formats tell their size late
-        return {"width": image.width, "height": image.height, "looks": looks}
+        return {"width": image.width, "height": image.height, "looks": image_hash}
 
 
 def thumbnail(data: bytes, side: int) -> bytes:
-    """A JPEG of at most side x side pixels; empty if the image cannot be decoded."""
+    """Return a JPEG of at most side x side pixels; empty if the image cannot be decoded."""
     with _pillow(), suppress(Exception):
         image = _open(data)
         image.thumbnail((side, side))
@@ -78,7 +78,7 @@ def thumbnail(data: bytes, side: int) -> bytes:
 
 @contextmanager
 def _pillow() -> Iterator[None]:
-    """Pillow's warnings off, except for decompression bombs: they are errors."""
+    """Silence Pillow's warnings, and raise those of decompression bombs as errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -91,10 +91,10 @@ def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name not in _NOT_DECODED])
 
 
-def _looks(image: Image.Image) -> int:
-    """The 64 bits of a dHash, as a signed integer: whether each of 8 x 8 fields is darker than its right neighbour.
+def _image_hash(image: Image.Image) -> int:
+    """Return a 64-bit dHash as a signed integer: whether each of 8 x 8 fields is darker than its right neighbour.
 
-    Of every field 16 x 16 pixels count: 0.08 ms, where all pixels of a photograph would cost a tenth of its decoding.
+    16 x 16 pixels of each field are sampled: 0.08 ms, where all pixels of a photograph would cost a tenth of decoding.
     """
     fields = image.resize((9 * 16, 8 * 16), Image.Resampling.NEAREST).convert("L").resize((9, 8), Image.Resampling.BOX)
     grey = fields.tobytes()
@@ -104,7 +104,7 @@ def _looks(image: Image.Image) -> int:
 
 
 def main(cpu_seconds: float) -> None:
-    """Answer requests until the pipe is closed, which happens when the process that asks ends in whatever way."""
+    """Answer requests until the pipe is closed, which the kernel does when the parent ends in whatever way."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     Path("/proc/self/oom_score_adj").write_text("1000")  # where the kernel must kill for memory, it kills this process
     signal.signal(signal.SIGINT, signal.SIG_IGN)

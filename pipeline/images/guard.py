@@ -1,4 +1,4 @@
-"""Images are decoded in a process of their own: one that crashes it, hangs or takes all memory costs its row alone."""
+"""Images are decoded in a child process: one that crashes it, hangs or takes all memory costs its row alone."""
 
 import json
 import os
@@ -22,14 +22,14 @@ class Decoded:
 
 
 class Decoder:
-    """One process that decodes one image after the other; another one after it died. Not for several threads."""
+    """A child process that decodes one image after the other, restarted after it dies. Not thread-safe."""
 
     def __init__(self, cpu_seconds: float = DECODE_SECONDS):
         self._cpu_seconds = cpu_seconds
         self._process: subprocess.Popen[bytes] | None = None
 
     def probe(self, data: bytes, name: str) -> Decoded:
-        """Raises RowError, with `name` in its evidence."""
+        """Decode an image and return its size and hash. Raises RowError, with `name` in its evidence."""
         try:
             answer = json.loads(self._ask(data, 0))
         except ChildProcessError as error:
@@ -88,5 +88,5 @@ class Decoder:
 
 @lru_cache(maxsize=1)
 def decoder() -> Decoder:
-    """One a Python worker: Spark reuses it for task after task."""
+    """Return the decoder of this Python worker, which Spark reuses for task after task."""
     return Decoder()

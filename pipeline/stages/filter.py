@@ -1,4 +1,4 @@
-"""filter IN OUT: clean rows to data/, bad ones and exact duplicates to quarantine/; images that look alike are told."""
+"""filter IN OUT: clean rows to data/, bad ones and exact duplicates to quarantine/; near duplicates are counted."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,8 @@ from pipeline.checks import Reason
 from pipeline.schema import SAMPLE
 from pipeline.stages.base import Attempt, Stage
 
-# Rows that repeat others, about 100 B each: up to this many are sent to every executor, so that the rows themselves,
-# texts and all, need not cross a shuffle.
+# Keys of repeated rows, about 100 B each: up to this many are broadcast, so that the rows themselves do not cross a
+# shuffle.
 BROADCAST_ROWS = 1_000_000
 BANDS = 4  # of 16 bits in `looks`
 EXAMPLES = 5  # pairs of images that look alike, shown in the report
@@ -20,10 +20,11 @@ EXAMPLES = 5  # pairs of images that look alike, shown in the report
 
 @dataclass(frozen=True)
 class FilterStage(Stage):
-    """Of rows with the same content the one with the smallest (file, position) is kept.
+    """Of rows with equal content the one with the smallest (file, position) is kept.
 
-    Images look alike if their `looks` differ in one band at most, and their bytes differ: the very same image under
-    several questions is no near duplicate. Those rows are counted in the report, and quarantined only on demand.
+    Images are near duplicates if their hashes (`looks`, a 64-bit dHash) differ in at most one band while their bytes
+    differ: one image under several questions is no near duplicate. The report counts these rows; they are quarantined
+    only with near_duplicates="drop".
     """
 
     name = "filter"
@@ -50,12 +51,12 @@ class FilterStage(Stage):
     def seen(self, attempt: Attempt) -> dict[str, Any]:
         rows = alike(self._written(attempt.folder / "data")).cache()
         counted = rows.agg(F.count("*").alias("rows"), F.countDistinct("first").alias("firsts")).head()
-        facts: dict[str, Any] = {"rows with an image that looks like one of an earlier row": counted["rows"]}
-        facts["such earlier rows"] = counted["firsts"]
+        lines: dict[str, Any] = {"rows with an image that looks like one of an earlier row": counted["rows"]}
+        lines["such earlier rows"] = counted["firsts"]
         for number, row in enumerate(rows.orderBy("place").limit(EXAMPLES).toLocalIterator(), start=1):
             pair = (f"{place.file} @ {place.position}" for place in (row["first"], row["place"]))
-            facts[f"images that look alike, {number}"] = " and ".join(pair)
-        return super().seen(attempt) | {"facts": facts}
+            lines[f"images that look alike, {number}"] = " and ".join(pair)
+        return super().seen(attempt) | {"facts": lines}
 
 
 def _without_duplicates(rows: DataFrame) -> DataFrame:
@@ -77,11 +78,11 @@ def _without_alike(rows: DataFrame) -> DataFrame:
 
 
 def alike(rows: DataFrame) -> DataFrame:
-    """(place, first): each row with an image that looks like another one, in an earlier row, and the earliest of them.
+    """Return (place, first): each row with a near duplicate of an image in an earlier row, and the earliest such row.
 
-    An image has a key for each band, which is all but that band of its `looks`; those of equal keys look alike. Each
-    is compared with the first one of its keys alone, so the work grows with the images and not with their pairs. A key
-    of zeros stands for an even field, of which nothing can be said.
+    An image has a key for each band: all other bits of its hash. Images with an equal key are near duplicates. Each is
+    compared with the first image of its keys alone, so the work is linear in images. A key of zeros is an even
+    picture and is ignored.
     """
     keys = (f"struct({band} as band, looks & ~shiftleft(65535L, {16 * band}) as rest)" for band in range(BANDS))
     images = rows.select(_place().alias("place"), F.explode("images").alias("image")).select("place", "image.*")
@@ -111,6 +112,6 @@ def _marked(rows: DataFrame, bad: Column, reason: Reason, evidence: Column) -> D
 
 
 def _small(rows: DataFrame) -> DataFrame:
-    """Computed once, and sent to every executor if there are few."""
+    """Cache `rows`, and broadcast them if there are at most BROADCAST_ROWS."""
     rows = rows.cache()
     return F.broadcast(rows) if rows.count() <= BROADCAST_ROWS else rows

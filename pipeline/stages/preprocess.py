@@ -59,10 +59,7 @@ class PreprocessStage(Stage):
         return {}
 
     def input_digest(self, inputs: dict[str, Report]) -> str:
-        """Of the names, sizes and times of all files below RAW, images too; of RAW alone if it is a file.
-
-        The sum of a digest a file, which needs neither an order nor memory: there may be an image a sample.
-        """
+        """Return the digest of names, sizes and times of all files in RAW, images too; of RAW alone if it is a file."""
         if Folder(self.source).contains(Folder(self.output)):
             raise UserError(f"the output {self.output} is in the raw folder {self.source}: choose another output")
         return self._raw.listing.digest
@@ -102,9 +99,9 @@ class PreprocessStage(Stage):
     def seen(self, attempt: Attempt) -> dict[str, Any]:
         data = self._written(attempt.folder / "data")
         marked = data.where(f"reason is null and size(images) = 0 and raw like '%{MARKER}%'").count()
-        facts: dict[str, Any] = {f"rows without images whose {MARKER} is text": marked}
-        facts |= {f"left out: {kind}": what for kind, what in self._raw.listing.left_out().items()}
-        return super().seen(attempt) | {"facts": facts}
+        lines: dict[str, Any] = {f"rows without images whose {MARKER} is text": marked}
+        lines |= {f"left out: {kind}": what for kind, what in self._raw.listing.left_out().items()}
+        return super().seen(attempt) | {"facts": lines}
 
     def images_of(self, rejected: SparkRow) -> Iterator[bytes]:
         """From the raw folder: no blob has them."""
@@ -129,7 +126,7 @@ def _as_split(row: dict[str, Any]) -> Split:
 
 @dataclass(frozen=True)
 class Worker:
-    """What runs in a task."""
+    """Reads a task's splits, checks their rows and copies their images: what runs on an executor."""
 
     dataset: str
     root: str  # URIs
@@ -155,7 +152,7 @@ class Worker:
 
 
 class SampleMaker:
-    """Raw rows to rows of schema.SAMPLE. Never raises for what is wrong with a row."""
+    """Makes rows of schema.SAMPLE from raw rows. Never raises for what is wrong with a row."""
 
     def __init__(self, name: str, copier: ImageCopier):
         self._dataset = dataset(name)
@@ -201,7 +198,7 @@ class SampleMaker:
 
 
 def _hash(sample: RawSample) -> Any:
-    """xxh3-128 of what the sample says, to which its images are then added. Raises RowError for lone surrogates."""
+    """Return the xxh3-128 of a sample without its images, to be updated with theirs. RowError for lone surrogates."""
     try:
         for image in sample.images:
             if isinstance(image, str):

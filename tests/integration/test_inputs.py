@@ -1,8 +1,10 @@
 """preprocess and filter on what people have: each format on each storage, hostile images, and edges."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -98,9 +100,14 @@ FORMATS = {
     "a.jsonl": jsonl(NAMED),
     "a.jsonl.gz": gzip.compress(jsonl(NAMED)),
     "a.jsonl.zst": pa.compress(jsonl(NAMED), codec="zstd", asbytes=True),
+    "a.jsonl.bz2": bz2.compress(jsonl(NAMED)),
+    "a.jsonl.xz": lzma.compress(jsonl(NAMED)),
+    "a.json": json.dumps(NAMED).encode(),
+    "a.json.gz": gzip.compress(jsonl(NAMED)),
     "a.parquet": parquet(),
     "train/data-00000-of-00001.arrow": arrow(),
     "a.tar": tar(),
+    "a.tar.gz": gzip.compress(tar()),
 }
 
 
@@ -195,6 +202,39 @@ def test_images_that_look_alike(spark: SparkSession, tmp_path: Path) -> None:
 
 
 # --- edges
+
+
+def test_odd_rows_and_files_cost_themselves_alone(
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Values that neither Python nor Spark can hold, a file's name that is no UTF-8, files that are left out."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]
+    text = json.dumps(turns)
+    (raw / "surrogates.jsonl").write_text(
+        f'{{"id": "\\ud83d", "messages": {text}}}\n{{"messages": {text.replace("This", chr(92) + "ud83d")}}}\n'
+    )
+    table = {"messages": [turns], "made": pa.array([0], pa.timestamp("us", tz="tzutc()"))}
+    pq.write_table(pa.table(table), raw / "zone.parquet")
+    Path(os.fsdecode(bytes(raw) + b"/\xff.jsonl")).write_text(json.dumps({"messages": turns, "tools": [{"name": "f"}]}))
+    (raw / "notes.txt").write_text("no rows")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a.json").write_text(
+        json.dumps([{"messages": [*turns, turns[0], {**turns[1], "loss": False}]}])
+    )
+    (raw / "linked").symlink_to(tmp_path / "linked")
+    kept, quarantined, _ = run(Folder(str(raw)))
+    assert [row["file"] for row in kept] == ["\\udcff.jsonl", "linked/a.json", "surrogates.jsonl"]
+    assert [(row["file"], row["reason"]) for row in quarantined] == [
+        ("surrogates.jsonl", "malformed_row"),
+        ("zone.parquet", "duplicate"),
+    ]
+    assert json.loads(kept[0]["tools"]) == [{"name": "f"}]
+    assert [message["loss"] for message in kept[1]["messages"]] == [None, None, None, False]
+    assert f"preprocess: left out of {raw}: .txt: 1 (7 bytes)\n" in capsys.readouterr().out
+    report = Report.load(Folder(str(tmp_path / "checked")), "preprocess")
+    assert report.facts["left out: .txt"] == "1 (7 bytes)"
 
 
 def test_ten_thousand_tiny_files(spark: SparkSession, tmp_path: Path) -> None:

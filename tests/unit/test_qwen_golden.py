@@ -221,6 +221,7 @@ def test_image_without_image_settings(text_encoder: Encoder) -> None:
     (rejected,) = text_encoder.encode([row([message("user", IMAGE, "?")], [(60, 60)])])
     assert isinstance(rejected, Rejected)
     assert rejected.reason == "processor_failed"
+    assert rejected.evidence == "1 images, but the tokenizer folder has no image settings"
 
 
 @pytest.mark.parametrize(
