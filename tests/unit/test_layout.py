@@ -227,12 +227,12 @@ def test_shape_buckets_leave_the_least_unused(demands: list[int], count: int) ->
     def total(sizes: tuple[int, ...]) -> int:
         return sum(min(size for size in sizes if size >= demand) for demand in demands)
 
-    found, most = shape_buckets(np.array(demands), count), max(demands)
-    assert len(found) <= count
-    assert list(found) == sorted(set(found))
+    buckets, most = shape_buckets(np.array(demands), count), max(demands)
+    assert len(buckets) <= count
+    assert list(buckets) == sorted(set(buckets))
     others = [size for size in set(demands) if size < most]
     possible = [(*some, most) for n in range(min(count, len(others) + 1)) for some in combinations(others, n)]
-    assert total(found) == min(map(total, possible))
+    assert total(buckets) == min(map(total, possible))
 
 
 def test_gpu_is_found_by_cudas_name_for_it() -> None:
