@@ -36,7 +36,6 @@ from trainer.checkpoint.store import (
 from trainer.checkpoint.writer import write_bytes, write_parts
 
 MOST_FAILURES = 3  # saves that fail in a row end the run
-_GB = 1e9
 _TIMEOUT = timedelta(hours=6)  # of a save: a slow disk is no fault
 
 
@@ -75,7 +74,8 @@ class Saver:
         self._buffer: HostBuffer | None = None
         self._thread: threading.Thread | None = None
         self._checked = False
-        self._error: str | None = None
+        self._error: str | None = None  # of the last save
+        self._told = False
         self._fatal: BaseException | None = None
         self.beside = True  # False: host memory has no room, so that training waits for the disk
         self.failures = 0  # in a row
@@ -94,8 +94,8 @@ class Saver:
         else:
             needed, room, _ = max(rooms, key=lambda rank: rank[0] - rank[1])
             sentences.append(
-                f"host memory has {room / _GB:.1f} GB free a rank, a copy for saves beside training needs "
-                f"{needed / _GB:.1f} GB: training waits while a checkpoint is written"
+                f"host memory has {_bytes(room)} free a rank, a copy for saves beside training needs "
+                f"{_bytes(needed)}: training waits while a checkpoint is written"
             )
         total = sum(on_disk for _, _, on_disk in rooms)
         return sentences + self._short_of_disk(total)
@@ -133,10 +133,10 @@ class Saver:
 
     def news(self) -> str:
         """Return a sentence about a save that failed, once."""
-        if self._error is None or self.in_flight:
+        if self._error is None or self._told or self.in_flight:
             return ""
-        error, self._error = self._error, None
-        return error
+        self._told = True
+        return self._error
 
     def close(self) -> None:
         """Let what is in flight end, well or not, and free the host buffer."""
@@ -158,8 +158,8 @@ class Saver:
         if room >= needed:
             return []
         return [
-            f"{self._output.path} has room for {room / _GB:.2f} GB of checkpoints, keep_last {self._keep_last} and the "
-            f"one being written need {needed / _GB:.2f} GB: make room, or set keep_last lower"
+            f"{self._output.path} has room for {_bytes(room)} of checkpoints, keep_last {self._keep_last} and the "
+            f"one being written need {_bytes(needed)}: make room, or set keep_last lower"
         ]
 
     def _run(self, save: Save) -> None:
@@ -172,7 +172,7 @@ class Saver:
         if error is None:
             self.failures, self.last, self._error = 0, save.name, None
             return
-        self.failures += 1
+        self.failures, self._told = self.failures + 1, False
         kept = f"{self.last} stays the last" if self.last else "there is none before it"
         self._error = f"checkpoint {save.name} was not written ({error}); {kept}, the next save tries again"
 
@@ -195,9 +195,7 @@ class Saver:
     def _begin(self, save: Save, size: int) -> None:
         begin_attempt(self._output, save.name)
         if self._output.is_local and (free := shutil.disk_usage(self._output.path).free) < size:
-            raise UserError(
-                f"{self._output.path} has {free / _GB:.3f} GB free, {size / _GB:.3f} GB are needed: make room there"
-            )
+            raise UserError(f"{self._output.path} has {_bytes(free)} free, {_bytes(size)} are needed: make room there")
 
     def _publish(
         self, attempt: Folder, save: Save, ranks: Sequence[tuple[list[Record], dict[str, FileDigest]]]
@@ -244,6 +242,10 @@ def _wait_until_whole(attempt: Folder) -> None:
             if time.monotonic() > end:
                 raise
         time.sleep(3)
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _attempted(action: Any) -> tuple[Any, str | None]:
