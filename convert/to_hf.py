@@ -22,7 +22,7 @@ def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
 
     Weights of a trained model are rounded (to nearest) to the dtype that config.json names; those of a converted,
     never trained one keep theirs, so that there and back is bit for bit the same. Raises UserError if a tensor is
-    missing, left over, of another shape or not finite, if a file is not as it was written, and as `resolve` and
+    missing, left over, of another shape or not finite, if a file's digest is another, and as `resolve` and
     `new_folder` do.
     """
     step = checkpoint.resolve(source)

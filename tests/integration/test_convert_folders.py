@@ -66,7 +66,7 @@ def test_a_checkpoint_of_other_shapes_or_with_a_nan_is_refused(tmp_path: Path) -
     to_megatron(source, tmp_path / "megatron")
     settings = tmp_path / "megatron/checkpoints/step_00000000/hf/config.json"
     text = settings.read_text()
-    settings.write_text(text.replace('"intermediate_size": 128', '"intermediate_size": 96'))
+    settings.write_text(text.replace('"intermediate_size": 128', '"intermediate_size":  96'))
     with pytest.raises(UserError, match=r"mlp\.linear_fc1\.weight has shape \[256, 64\], by config.json \[192, 64\]"):
         to_hf(str(tmp_path / "megatron"), tmp_path / "back")
     assert not (tmp_path / "back").exists()
