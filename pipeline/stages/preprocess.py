@@ -72,7 +72,8 @@ class PreprocessStage(Stage):
         """One row and one partition a task."""
         files = self._raw.listing.files
         if left_out := self._raw.listing.left_out():
-            print(f"preprocess: left out of {self.source}: {'; '.join(f'{k}: {v}' for k, v in left_out.items())}")
+            kinds = "; ".join(f"{kind}: {what}" for kind, what in left_out.items())
+            print(f"preprocess: left out of {self._raw.folder.path}: {kinds}")
         least, most = self.task_bytes
         enough = sum(size for _, size in files) // (4 * spark.sparkContext.defaultParallelism)
         tasks = plan(files, min(max(enough, least), most))
