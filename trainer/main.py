@@ -26,7 +26,7 @@ def main() -> int:
 
     import torch
 
-    from kanyun.claim import only_writer
+    from kanyun.storage.claim import only_writer
     from trainer.run import Run, open_output
     from trainer.runtime import Runtime
     from trainer.stopping import PREEMPTED, StopSignals

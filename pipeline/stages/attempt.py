@@ -1,8 +1,8 @@
 """One attempt at making an output: built in a folder beside it, then renamed into place. One driver at a time.
 
-An attempt's folder holds its driver's claim on the output (kanyun/claim.py). Attempts whose driver is dead are removed.
-Should a driver be taken for dead wrongly (its machine slept), its attempt is gone when it comes to publish, and it
-fails; an output is never a mixture.
+An attempt's folder holds its driver's claim on the output (kanyun/storage/claim.py). Attempts whose driver is dead are
+removed. Should a driver be taken for dead wrongly (its machine slept), its attempt is gone when it comes to publish,
+and it fails; an output is never a mixture.
 """
 
 import re
@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
-from kanyun import claim
-from kanyun.claim import Claim
 from kanyun.errors import UserError
-from kanyun.storage import Folder
+from kanyun.storage import Folder, claim
+from kanyun.storage.claim import Claim
 from pipeline.reports.report import Report
 
 DRIVER = "_driver.json"

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cluster import Cluster
-from kanyun import claim
 from kanyun.errors import UserError
-from kanyun.storage import Folder
+from kanyun.storage import Folder, claim
 from pipeline.stages.attempt import DRIVER, Attempt
 
 

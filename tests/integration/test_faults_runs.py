@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from jobs.cluster import Cluster
-from kanyun.claim import only_writer
 from kanyun.errors import UserError
 from kanyun.storage import Folder
+from kanyun.storage.claim import only_writer
 from tests.support.training_job import (
     ROOT,
     command,

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kanyun import claim
 from kanyun.errors import UserError
-from kanyun.storage import Folder
+from kanyun.storage import Folder, claim
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +41,7 @@ def test_claims_of_dead_processes_are_deleted(tmp_path: Path, capsys: pytest.Cap
 def test_a_process_that_died_on_this_machine_is_not_waited_for(tmp_path: Path) -> None:
     """A run that is started again after a kill goes on at once."""
     code = (
-        "import os, sys; from kanyun.claim import only_writer; from kanyun.storage import Folder\n"
+        "import os, sys; from kanyun.storage.claim import only_writer; from kanyun.storage import Folder\n"
         "with only_writer(Folder(sys.argv[1])): os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
