@@ -193,10 +193,13 @@ def test_config_is_read_in_both_layouts(tmp_path: Path, make: Any, tied: bool) -
             {"model_type": "llama"},
             r"is a 'llama' model: give one of qwen2 \(Qwen2\.5\), qwen2_5_vl \(Qwen2\.5-VL\) or qwen3 \(Qwen3\)$",
         ),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "asks for use_sliding_window"),
-        ({"use_sliding_window": True}, "asks for use_sliding_window"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "asks for rope scaling 'yarn'"),
-        ({"hidden_act": "gelu"}, "asks for hidden_act 'gelu'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "has sliding-window attention"),
+        (
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": None},
+            "has sliding-window attention",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "has rope scaling 'yarn'"),
+        ({"hidden_act": "gelu"}, "has hidden_act 'gelu'"),
     ],
 )
 def test_refused_configs(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -209,7 +212,7 @@ def test_refused_configs(tmp_path: Path, change: dict[str, Any], message: str) -
 def test_biases_that_no_released_qwen3_has_are_refused(tmp_path: Path) -> None:
     file = tiny_qwen3_folder(tmp_path) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_bias": True}))
-    with pytest.raises(UserError, match="asks for attention_bias"):
+    with pytest.raises(UserError, match="has attention_bias"):
         ModelConfig.from_hf(str(tmp_path))
 
 
