@@ -54,8 +54,8 @@ def main() -> None:
 def measure(args: argparse.Namespace, name: str, here: Path, runtime: Runtime) -> None:
     model = build_model(SIZES[name], runtime)
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
-    facts = {"model": "", "data": "", "output": "", "length": 1, "global_batch": 1, "steps": 1, "lr": 1e-3}
-    optimizer = build_optimizer(TrainConfig.model_validate(facts), ddp, runtime)
+    values = {"model": "", "data": "", "output": "", "length": 1, "global_batch": 1, "steps": 1, "lr": 1e-3}
+    optimizer = build_optimizer(TrainConfig.model_validate(values), ddp, runtime)
     hf = here / "hf"
     if runtime.rank == 0:
         hf.mkdir(parents=True)

@@ -1,8 +1,8 @@
 """A micro-batch's forward and backward pass as one CUDA graph: the host gives one order, not 5,000.
 
 Launching kernels one by one, a small model's GPU waits for the host (0.5B, one pack: 16 % MFU eager, 36 % replayed).
-All shapes are static, so one graph serves every batch, whatever its segments and images; batches of images come in a
-few sizes, and each size has its graph.
+All shapes are static, so one graph serves every batch, whatever its segments and images; images come in a few
+shape buckets of patches, each with its graph.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def _patches(batch: Batch) -> int:
 
 
 def _grown(batch: Batch, patches: int) -> Batch:
-    """With room for so many patches."""
+    """Return the batch with room for `patches` patches."""
     vision = batch.vision
     if vision is None:
         return batch

@@ -85,7 +85,7 @@ class Watch:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         if world > 1:
-            # A connection of its own: the process group's is locked while the main thread waits in it.
+            # A separate connection: the process group's is locked while the main thread waits in it.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
             job = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

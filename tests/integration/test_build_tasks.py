@@ -56,7 +56,7 @@ def test_one_file_gives_work_to_every_core_and_the_same_tokens(
         if name == "whole":
             assert rows == [ROWS]
         else:
-            # One less: the split with the file's footer may have no row group of its own.
+            # One less: the split with the file's footer may have no row group.
             assert len(rows) >= TASKS_A_CORE * CORES - 1
             assert max(rows) <= 2 * ROW_GROUP_ROWS
         tables[name] = pyarrow.dataset.dataset(files).to_table().sort_by("sample_id")

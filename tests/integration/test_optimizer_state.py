@@ -104,8 +104,8 @@ def one_step(folder: Path, runtime: Runtime) -> tuple[LanguageModel, ChainedOpti
     )
     ddp = DistributedDataParallel(model.config, ddp_config, model)
     assert (len(ddp.buffers[0].buckets) > 2) == (runtime.data_world > 1)
-    facts = {"model": "", "data": "", "output": "", "length": 256, "global_batch": 2, "steps": 1, "lr": LR}
-    optimizer = build_optimizer(TrainConfig.model_validate(facts), ddp, runtime)
+    values = {"model": "", "data": "", "output": "", "length": 256, "global_batch": 2, "steps": 1, "lr": LR}
+    optimizer = build_optimizer(TrainConfig.model_validate(values), ddp, runtime)
     trained = torch.zeros(())
     for seed in range(runtime.data_rank, 2, runtime.data_world):
         ids = torch.randint(0, config.vocab_size, (250,), generator=torch.Generator().manual_seed(seed))

@@ -63,7 +63,7 @@ def paletted() -> Image.Image:
     return image
 
 
-def turned(orientation: int) -> Image.Exif:
+def oriented(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
@@ -113,9 +113,9 @@ GOOD: dict[str, bytes] = {
     "progressive.jpg": encoded(picture(), "JPEG", progressive=True),
     "grey.jpg": encoded(picture("L"), "JPEG"),
     "cmyk.jpg": encoded(picture("CMYK"), "JPEG"),  # as Adobe has it: inverted, with its marker
-    "turned.jpg": encoded(picture(), "JPEG", exif=turned(6)),
-    "turned.webp": encoded(picture(), "WEBP", exif=turned(8)),
-    "odd orientation.jpg": encoded(picture(), "JPEG", exif=turned(77)),
+    "turned.jpg": encoded(picture(), "JPEG", exif=oriented(6)),
+    "turned.webp": encoded(picture(), "WEBP", exif=oriented(8)),
+    "odd orientation.jpg": encoded(picture(), "JPEG", exif=oriented(77)),
     "exif junk.jpg": encoded(picture(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"),
     "profile.jpg": encoded(picture(), "JPEG", icc_profile=SRGB),
     "profile junk.png": encoded(picture(), "PNG", icc_profile=b"\xff" * 5000),

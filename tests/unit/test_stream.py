@@ -44,13 +44,13 @@ def data(parent: Path) -> PackedData:
     return data
 
 
-def stream(data: PackedData, rank: int = 0, world: int = 1, **facts: object) -> PackStream:
-    settings = {"seed": 5, "global_batch": 8, "micro_batch": 2, **facts}
+def stream(data: PackedData, rank: int = 0, world: int = 1, **kwargs: object) -> PackStream:
+    settings = {"seed": 5, "global_batch": 8, "micro_batch": 2, **kwargs}
     return PackStream(data, FORM, rank=rank, world=world, **settings)  # type: ignore[arg-type]
 
 
-def take(data: PackedData, steps: int, consumed: int = 0, **facts: object) -> list[tuple[Batch, ...]]:
-    with stream(data, **facts) as packs:  # type: ignore[arg-type]
+def take(data: PackedData, steps: int, consumed: int = 0, **kwargs: object) -> list[tuple[Batch, ...]]:
+    with stream(data, **kwargs) as packs:  # type: ignore[arg-type]
         return list(itertools.islice(packs.batches(consumed), steps))
 
 
@@ -124,14 +124,14 @@ def test_imbalance_is_that_of_the_ranks_costs(data: PackedData) -> None:
         samples = batch.cu_seqlens[: -1 if batch.input_ids[-1] == PAD else None]  # a tail is no sample
         return int((samples.diff() ** 2).sum() + 30 * patches)
 
-    facts = {"cost": PackCost(1.0, 30.0), "global_batch": 8, "micro_batch": 1}
-    ranks = [take(data, 7, rank=rank, world=4, **facts) for rank in range(4)]  # 5 steps of one epoch, 2 of the next
+    order = {"cost": PackCost(1.0, 30.0), "global_batch": 8, "micro_batch": 1}
+    ranks = [take(data, 7, rank=rank, world=4, **order) for rank in range(4)]  # 5 steps of one epoch, 2 of the next
     costs = [[sum(map(cost, step)) for step in steps] for steps in ranks]
-    with stream(data, rank=2, world=4, **facts) as packs:
+    with stream(data, rank=2, world=4, **order) as packs:
         found = [packs.imbalance(8 * step) for step in range(7)]
     assert found == pytest.approx([max(of_ranks) / np.mean(of_ranks) for of_ranks in zip(*costs)])
     assert len(set(found)) == 7
-    with stream(data, **facts) as packs:
+    with stream(data, **order) as packs:
         assert packs.imbalance(8) == 1  # one rank alone
 
 

@@ -108,7 +108,7 @@ class OverlappedDataParallel(DistributedDataParallel):
 def users(model: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
     """Modules that wait for weights, and for which: every layer of a stack for its own, and the last one also for what
     follows the stack (final norm, output head); the model for what comes before (embeddings). A fused operation calls
-    no module of its own, so single modules cannot wait. A child defines its modules in the order of their use.
+    no module, so single modules cannot wait. A child defines its modules in the order of their use.
     """
     before: list[nn.Parameter] = []
     found = [(model, before)]
