@@ -57,7 +57,7 @@ def _meta_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
         loader: Any = transformers.AutoModelForImageTextToText if config.vision else transformers.AutoModelForCausalLM
         with torch.device("meta"):
             model = loader.from_config(settings)
-    except Exception as error:  # whatever its validators raise is about config.json
+    except Exception as error:  # any error of its validators is about config.json
         raise UserError(f"transformers refuses {folder}/config.json ({_last_line(error)}): correct it") from error
     canonical = family_of(config).canonical
     return {canonical(name): tensor for name, tensor in model.state_dict().items()}

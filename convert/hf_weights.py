@@ -115,7 +115,7 @@ class HFWeights:
 
 
 def _files(folder: Path) -> list[str]:
-    """Return the names of the files that transformers reads: the single one counts, whatever lies beside it."""
+    """Return the names of the files that transformers reads: a single file wins over shards and their index."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if (folder / INDEX).is_file():

@@ -27,7 +27,7 @@ class RandomAccess(Protocol):
 
 
 class Backend(ABC):
-    """One storage. A missing file or folder is FileNotFoundError, whatever the driver says."""
+    """One storage. Methods raise FileNotFoundError for a missing file or folder, with every driver."""
 
     is_local: ClassVar[bool]
 
