@@ -1,4 +1,4 @@
-"""What people see of a run: one live line, OUTPUT/metrics.jsonl (a JSON object per step), OUTPUT/tensorboard/."""
+"""What people see of a run: one live line, OUTPUT/metrics.jsonl (a JSON object a step), and trackers."""
 
 import json
 import math
@@ -11,11 +11,12 @@ from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from kanyun.storage import Folder
+from trainer.metrics.trackers import TensorBoard, Tracker, scalars_of, services
 
 METRICS = "metrics.jsonl"
 ASIDE = "metrics.aside.jsonl"
@@ -27,6 +28,7 @@ class StepMetrics:
     """Of one step, over all ranks."""
 
     step: int
+    steps: int  # of the whole run
     loss: float  # mean over the trained tokens of the global batch
     lr: float
     grad_norm: float  # before clipping; not finite: the step was skipped
@@ -39,19 +41,22 @@ class StepMetrics:
     seconds: float
     memory_gb: float  # peak of rank 0's device; on a CPU, of its process
     validation_loss: float | None
+    # start: a process's first step; save: a checkpoint is begun; save failed: the one before; stop: told to
+    events: list[str]
+    loss_by_dataset: dict[str, float]  # means over their trained tokens; what has no name of its own is "(other)"
+    tokens_by_dataset: dict[str, int]  # trained ones
+    validation_loss_by_dataset: dict[str, float]
 
 
 class Metrics:
-    """Writes what rank 0 reports. A context manager.
+    """Writes what rank 0 reports. A context manager. `config`: what trackers show of the run besides its numbers.
 
     A run that resumes at step `start` appends to its metrics.jsonl. Lines of later steps, which are done again, and
     damaged lines are moved to metrics.aside.jsonl; `notes` says so. For an output that is no local disk, files are
     written to a temporary folder and copied by `publish`.
     """
 
-    def __init__(self, output: Folder, start: int, steps: int):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import: other ranks need not
-
+    def __init__(self, output: Folder, start: int, steps: int, config: dict[str, Any] | None = None):
         self._steps, self._output = steps, output
         self.notes = _set_aside(output, start)
         self._open = ExitStack()
@@ -60,30 +65,28 @@ class Metrics:
             self._local = Path(self._open.enter_context(TemporaryDirectory(prefix="kanyun-metrics-")))
             self._local.joinpath(METRICS).write_bytes(output.read(METRICS) if output.exists(METRICS) else b"")
         self._file = self._open.enter_context(self._local.joinpath(METRICS).open("a", encoding="utf-8"))
-        self._board = SummaryWriter(str(self._local / "tensorboard"), purge_step=start + 1)
-        self._open.callback(self._board.close)
         self._terminal = sys.stdout.isatty()
+        self._board = TensorBoard(self._local, start)
+        self._trackers: list[Tracker] = [self._board, *services(output.uri, config or {}, self._say)]
+        for tracker in self._trackers:
+            self._open.callback(tracker.close)
         self._shown = 0.0
         self._seconds: float | None = None  # of a step, smoothed: for the ETA
         self._unsaved = ""  # on the live line while saves fail
 
     def report(self, metrics: StepMetrics) -> None:
-        values = asdict(metrics)
-        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        self._file.write(json.dumps({name: finite.get(name) for name in values}) + "\n")
+        line = _finite(asdict(metrics))
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
-        for name, value in finite.items():
-            if name != "step":
-                self._board.add_scalar(name, value, metrics.step)
+        for tracker in self._trackers:
+            tracker.log(scalars_of(line), metrics.step)
         self._show(metrics)
 
-    def tell_failed_save(self, sentence: str, last: str | None) -> None:
-        """Print why a checkpoint was not written, and keep saying on the live line which one is the last."""
-        self._unsaved = f"save failed, last is {last or 'none'}"
-        print(("\n" if self._terminal else "") + sentence, flush=True)
-
-    def tell_saved(self) -> None:
-        self._unsaved = ""
+    def tell_saves(self, failed: str, failures: int, last: str | None) -> None:
+        """Print why a checkpoint was not written; as long as saves fail, the live line says which one is the last."""
+        self._unsaved = f"save failed, last is {last or 'none'}" if failures else ""
+        if failed:
+            self._say(failed)
 
     def publish(self) -> None:
         """Copy the files to an output that is no local disk."""
@@ -105,6 +108,10 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _say(self, sentence: str) -> None:
+        """Print it on a line of its own, below the live one."""
+        print(("\n" if self._terminal else "") + sentence, flush=True)
 
     def _show(self, metrics: StepMetrics) -> None:
         self._seconds = 0.9 * self._seconds + 0.1 * metrics.seconds if self._seconds else metrics.seconds
@@ -135,6 +142,13 @@ class Metrics:
             self._unsaved,
         ]
         return "  ".join(part for part in parts if part)
+
+
+def _finite(value: Any) -> Any:
+    """Return the value as JSON has it: None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_memory_gb(device: torch.device) -> float:
