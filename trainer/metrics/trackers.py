@@ -138,11 +138,14 @@ class SwanLab:
         self._run.finish()
 
 
+SERVICES: tuple[Any, ...] = (Wandb, Mlflow, SwanLab)
+
+
 class Background:
     """A service that is started and fed in a thread of its own."""
 
     def __init__(self, name: str, start: Callable[[], Tracker], say: Callable[[str], None]) -> None:
-        self._name, self._start, self._say = name, start, say
+        self.name, self._start, self._say = name, start, say
         self._queue: Queue[tuple[dict[str, float], int] | None] = Queue(WAITING)
         self._left_out = 0
         self._failed = False
@@ -160,9 +163,9 @@ class Background:
             self._queue.put(None, timeout=CLOSE_SECONDS)
             self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._say(f"{self._name} did not take all numbers within {CLOSE_SECONDS} s: metrics.jsonl has them")
+            self._say(f"{self.name} did not take all numbers within {CLOSE_SECONDS} s: metrics.jsonl has them")
         elif self._left_out and not self._failed:
-            self._say(f"{self._name} was too slow for {self._left_out} steps: metrics.jsonl has them")
+            self._say(f"{self.name} was too slow for {self._left_out} steps: metrics.jsonl has them")
 
     def _run(self) -> None:
         try:
@@ -173,7 +176,7 @@ class Background:
         except Exception as error:  # a service raises what it likes
             self._failed = True
             reason = " ".join(str(error).split())[:300]
-            self._say(f"{self._name} is left out from now on ({type(error).__name__}: {reason}); training goes on")
+            self._say(f"{self.name} is left out from now on ({type(error).__name__}: {reason}); training goes on")
             while self._queue.get():
                 pass
 
@@ -181,7 +184,7 @@ class Background:
 def services(run: str, config: dict[str, Any], say: Callable[[str], None]) -> list[Background]:
     """Return the services that are installed and set up in the environment, each with a new run of this name."""
     found = []
-    for service in (Wandb, Mlflow, SwanLab):
+    for service in SERVICES:
         if any(os.environ.get(variable) for variable in service.variables) and find_spec(service.package):
             found.append(Background(service.name, partial(service, run, config), say))
     return found
