@@ -154,7 +154,7 @@ def floors(run: Path, minutes: float, whole: float) -> None:
     target = run / "floor"
     target.mkdir()
     for what, write in (
-        ("a plain copy, file after file", lambda: [move_file(f, target / str(n)) for n, f in enumerate(files)]),
+        ("a plain copy, file after file", lambda: move_files(files, target)),
         (f"{FILES} threads that write out of memory", lambda: write_files(target, sizes_of)),
     ):
         if elapsed() + whole > 60 * minutes:
@@ -185,11 +185,13 @@ def write_files(target: Path, sizes_of: list[int]) -> None:
         list(pool.map(write, range(len(sizes_of))))
 
 
-def move_file(source: Path, target: Path) -> None:
-    with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
-        shutil.copyfileobj(old, new, _PIECE)
-        os.fsync(new.fileno())
-    source.unlink()
+def move_files(files: list[Path], target: Path) -> None:
+    """Copy one file after the other, each flushed, and delete the original behind its copy."""
+    for number, source in enumerate(files):
+        with source.open("rb", buffering=0) as old, (target / str(number)).open("wb", buffering=0) as new:
+            shutil.copyfileobj(old, new, _PIECE)
+            os.fsync(new.fileno())
+        source.unlink()
 
 
 def device_to_host(runtime: Runtime) -> float:
