@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks import many_gpus
 from trainer.models.config import Compute
 from trainer.models.registry import published_sizes
 from trainer.planning.exchange import weight_exchange
@@ -126,10 +127,10 @@ def test_rows_are_those_of_the_page(row: Row) -> None:
     [(8, 0.46, 0.20), (1, 0.88, 0.67)],
 )
 def test_exchange_of_a_sharded_7b_layer_is_what_was_measured(node: int, gather: float, gradients: float) -> None:
-    found = weight_exchange(233.0e6, 0, fp8=True, gpus=2, shards=2, node=node)
+    found = weight_exchange(233.0e6, 0, count=1, fp8=True, gpus=2, shards=2, node=node)
     both = replace(found, gradients=1e-12)
-    assert 1e3 * both.exposed(5e-3, 10e-3, 1) == pytest.approx(gather, abs=0.04)
-    assert 1e3 * (found.exposed(5e-3, 10e-3, 1) - both.exposed(5e-3, 10e-3, 1)) == pytest.approx(gradients, abs=0.04)
+    assert 1e3 * both.exposed(5e-3, 10e-3, 1) == pytest.approx(gather, rel=0.08)
+    assert 1e3 * (found.exposed(5e-3, 10e-3, 1) - both.exposed(5e-3, 10e-3, 1)) == pytest.approx(gradients, rel=0.08)
 
 
 def test_two_packs_a_micro_batch_gain_what_was_measured() -> None:
@@ -142,3 +143,10 @@ def test_two_packs_a_micro_batch_gain_what_was_measured() -> None:
         for micro_batches in (2, 1)
     )
     assert (one.seconds - one.optimizer) / (two.seconds - two.optimizer) == pytest.approx(773 / 749, rel=0.04)
+
+
+def test_the_page_of_many_gpus_has_what_the_formulas_say() -> None:
+    page = (ROOT / "docs/scale.md").read_text().splitlines()
+    found = many_gpus.table()
+    start = page.index(found[0])
+    assert page[start : start + len(found)] == found

@@ -18,6 +18,9 @@ BESIDE = 0.6
 # reach the GPUs of a node; between nodes NCCL does it, taken to be no faster than it was within one.
 COPY_RATE, COPY_GATHER, COPY_PULL = 277e9, 0.46 / 0.84, 0.20 / 0.84
 NCCL_RATE, NCCL_GATHER, NCCL_SCATTER = 238e9, 0.88 / 0.98, 0.67 / 0.93
+# Seconds that each GPU adds to the way round a ring of NCCL's; usual between nodes, not measured here. It is why
+# weights are not sharded over more GPUs than needed: over 512, a layer's gather would take 5 ms for nothing else.
+HOP = 10e-6
 # Bytes of a parameter through memory in each micro-batch, beside the addition to a shard's float32 sum: its bfloat16
 # gradient is written, and read once by the rank that adds it up, in one kernel. (Two separate additions took 0.86 ms a
 # layer of 7B; by its bytes one takes 0.47.)
@@ -47,22 +50,23 @@ class WeightExchange:
 
 
 def weight_exchange(
-    layers: float, embeddings: float, *, fp8: bool, gpus: int, shards: int, node: int
+    layers: float, embeddings: float, *, count: int, fp8: bool, gpus: int, shards: int, node: int
 ) -> WeightExchange:
-    """Return the exchange of `layers` and `embeddings` parameters over `shards` neighbouring GPUs.
+    """Return the exchange of `layers` and `embeddings` parameters, `count` layers, over `shards` neighbouring GPUs.
 
     The embedding is needed in the forward pass alone, the output head once for both, each in bfloat16.
     """
     inside = shards <= node
     rate = COPY_RATE if inside else min(NCCL_RATE, NETWORK_NODE)
     received = (shards - 1) / shards / rate
+    latency = 0.0 if inside else count * (shards - 1) * HOP
     size, replicas = (1 if fp8 else 2), gpus // shards
     # An all-reduce of the float32 shards between GPUs at the same place of their nodes: each has its network card.
     between = 2 * 4 * (layers + embeddings) / shards * (replicas - 1) / replicas / NETWORK
     return WeightExchange(
-        forward=(size * layers + 2 * embeddings) * received,
-        backward=size * layers * received,
-        gradients=2 * (layers + embeddings) * received,
+        forward=(size * layers + 2 * embeddings) * received + latency,
+        backward=size * layers * received + latency,
+        gradients=2 * (layers + embeddings) * received + latency,
         gather_part=COPY_GATHER if inside else NCCL_GATHER,
         gradient_part=COPY_PULL if inside else NCCL_SCATTER,
         replicas=between,

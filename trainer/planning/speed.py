@@ -112,38 +112,61 @@ class SpeedModel:
 
         `tokens` and `patches`: what each tensor-parallel group works on in it, in `micro_batches`.
         """
-        token, split = self.work(compute), tensor_parallel
+        alone = self._computed(tensor_parallel, weight_shards, tokens, patches, compute, micro_batches)
+        seconds = REST * alone.seconds
+        exchange = self._exchange(gpus, tensor_parallel, weight_shards, seconds, compute, micro_batches)
+        # Activations under tensor parallelism, each way, in both passes.
+        activations = self._model.num_layers * 10 * 2 * self._model.hidden_size * (tensor_parallel - 1) / NVLINK
+        ranks = weight_shards if weight_shards > 1 else gpus // tensor_parallel
+        adam = UPDATE * self._costs.parameters / tensor_parallel / ranks / (ELEMENTWISE * self._wider)
+        return alone._replace(
+            rest=seconds - alone.seconds, exchange=exchange + tokens / tensor_parallel * activations, optimizer=adam
+        )
+
+    def _computed(
+        self, split: int, weight_shards: int, tokens: int, patches: int, compute: Compute, micro_batches: int
+    ) -> StepTime:
+        """Return the parts that a GPU computes; `split`: tensor-parallel size."""
+        token = self.work(compute)
+        parameters, layers = self._costs.parameters / split, self._layers / split
         products = token.products / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS) + token.head / PRODUCTS
-        parameters = self._costs.parameters / split
-        layers = parameters - self._costs.embedding_parameters / split
+        passes = (token.swiglu + token.loss) / ELEMENTWISE + token.norms / NORMS
         added = ADDED if weight_shards == 1 else SHARDED_GRADIENT + ADDED / weight_shards
         gradients = micro_batches * added * parameters / ELEMENTWISE
-        passes = tokens / split * ((token.swiglu + token.loss) / ELEMENTWISE + token.norms / NORMS)
-        casts = tokens / split * token.casts / CASTS + compute.fp8 * micro_batches * CAST * layers / ELEMENTWISE
-        alone = StepTime(
+        weights = compute.fp8 * micro_batches * CAST * layers / ELEMENTWISE
+        return StepTime(
             products=tokens / split * products / self._faster,
             attention=tokens / split * token.attention / ATTENTION / self._faster,
-            passes=(passes + gradients) / self._wider,
-            casts=casts / self._wider,
+            passes=(tokens / split * passes + gradients) / self._wider,
+            casts=(tokens / split * token.casts / CASTS + weights) / self._wider,
             tower=patches * token.tower / (TOWER_FP8 if compute.fp8 else TOWER) / self._faster,
             rest=0.0,
             exchange=0.0,
             optimizer=0.0,
         )
-        computed = REST * alone.seconds
-        # The last backward pass hides the reduce-scatter of gradients, the first forward pass the gather of weights.
-        backward, forward = 2 / 3 * computed / micro_batches, 1 / 3 * computed / micro_batches
+
+    def _exchange(
+        self, gpus: int, split: int, weight_shards: int, seconds: float, compute: Compute, micro_batches: int
+    ) -> float:
+        """Return what the exchange of weights and gradients adds to `seconds` of compute."""
+        backward, forward = 2 / 3 * seconds / micro_batches, 1 / 3 * seconds / micro_batches
         if weight_shards == 1:
+            # The last backward pass hides the reduce-scatter of gradients, the first forward pass the gather.
+            parameters = self._costs.parameters / split
             reduce, gather = whole_exchange(parameters, gpus=gpus, tensor_parallel=split, node=self._node)
-            exchange = exposed(reduce, backward) + exposed(gather, forward)
-            ranks = gpus // split
-        else:
-            embeddings = parameters - layers
-            exchange = weight_exchange(
-                layers, embeddings, fp8=compute.fp8, gpus=gpus, shards=weight_shards, node=self._node
-            ).exposed(forward, backward, micro_batches)
-            ranks = weight_shards
-        # Activations under tensor parallelism, each way, in both passes.
-        exchange += tokens / split * self._model.num_layers * 10 * 2 * self._model.hidden_size * (split - 1) / NVLINK
-        adam = UPDATE * parameters / ranks / (ELEMENTWISE * self._wider)
-        return alone._replace(rest=computed - alone.seconds, exchange=exchange, optimizer=adam)
+            return exposed(reduce, backward) + exposed(gather, forward)
+        sent = weight_exchange(
+            self._layers,
+            self._costs.embedding_parameters,
+            count=self._model.num_layers,
+            fp8=compute.fp8,
+            gpus=gpus,
+            shards=weight_shards,
+            node=self._node,
+        )
+        return sent.exposed(forward, backward, micro_batches)
+
+    @property
+    def _layers(self) -> int:
+        """Parameters of the decoder's layers and of the vision tower."""
+        return self._costs.parameters - self._costs.embedding_parameters
