@@ -1,5 +1,6 @@
 """What a run is made of, read and checked before any process group or model: data, layout, where it starts."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -72,7 +73,8 @@ class Run:
             weights, passed_over = _looked_up(config.init, damaged)
             notes += passed_over
             replace(_state(weights, tokenizer), run={}).require(start, weights.uri)
-        planner = LayoutPlanner(model, find_gpu(torch.cuda.get_device_name()) if cuda else None, world)
+        gpu = find_gpu(torch.cuda.get_device_name()) if cuda else None
+        planner = LayoutPlanner(model, gpu, world, node=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
         layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume, weights, notes, damaged)
 

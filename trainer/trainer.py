@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -22,7 +22,7 @@ from trainer.data.batch import Batch, BatchFormat
 from trainer.data.shapes import static_shape
 from trainer.data.stream import PackStream, ValidationStream
 from trainer.graph import Graphed
-from trainer.metrics import Metrics, StepMetrics, peak_memory_gb
+from trainer.metrics import Metrics, RankTimes, StepMetrics, StepResult, WorkClock, peak_memory_gb
 from trainer.metrics.by_dataset import DatasetSums, Losses, told_apart
 from trainer.models.costs import TRAINING
 from trainer.models.initialize import build_model
@@ -35,21 +35,6 @@ from trainer.runtime import Runtime
 from trainer.stopping import BAD_STEPS, FiniteGuard, Watch
 
 __all__ = ["BAD_STEPS", "Run", "StepResult", "Trainer"]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step made of its global batch."""
-
-    losses: Losses
-    flops: float
-    grad_norm: float  # before clipping; not finite: the weights are unchanged
-    stop: bool = False  # some rank was told to stop
-
-    @property
-    def loss(self) -> float:
-        """Mean over the step's trained tokens."""
-        return self.losses.mean
 
 
 class Trainer:
@@ -86,6 +71,7 @@ class Trainer:
         )
         held_out = ValidationStream(run.validation, form, **place) if run.validation else None
         self.held_out = self._open.enter_context(held_out) if held_out else None
+        self.clock = WorkClock(lambda: self.stream.wait_seconds, runtime.cuda)
         self.steps = config.steps or self.stream.steps(config.epochs or 0)
 
         self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
@@ -130,7 +116,8 @@ class Trainer:
         self._begin()
         batches, stop = self.stream.batches(self.step * self.config.global_batch), False
         while self.step < self.steps and not stop:
-            started, waited = time.perf_counter(), self.stream.wait_seconds
+            started = time.perf_counter()
+            self.clock.start()
             lr = learning_rate(self.config, self.step, self.steps)
             self.watch.begin(f"reading the data of step {self.step + 1}")
             result = self.train_step(next(batches), lr)
@@ -138,10 +125,10 @@ class Trainer:
                 age = time.time() - psutil.Process().create_time()
                 self._say(f"first step done {age:.0f} s after this process was started")
             self.step, stop = self.step + 1, result.stop
-            seconds, waited = time.perf_counter() - started, self.stream.wait_seconds - waited
+            seconds = time.perf_counter() - started
             self.skipped += self.guard.check_gradient(result.grad_norm, self.step)
             held_out = self.held_out_loss() if self._due(self.config.validate_every) else None
-            self._report(result, lr, seconds, waited, held_out)
+            self._report(result, lr, seconds, held_out)
             if self.step == self.steps:
                 self.guard.check_losses(result.loss, held_out.mean if held_out else None, self.step)
             if self._due(self.config.save_every) or stop:
@@ -162,9 +149,8 @@ class Trainer:
             checkpoint.remove_leftovers(self.run.output)
             notes.append(checkpoint.set_aside(self.run.output, self.step))
             self.run.output.write(RUN, (self.config.model_dump_json(indent=2) + "\n").encode())
-            self.metrics = self._open.enter_context(
-                Metrics(self.run.output, self.step, self.steps, self.config.model_dump())
-            )
+            more = {"ranks": self.runtime.data_world, "config": self.config.model_dump()}
+            self.metrics = self._open.enter_context(Metrics(self.run.output, self.step, self.steps, **more))
             notes.append(self.metrics.notes)
         for note in filter(None, notes):
             self._say(note)
@@ -181,6 +167,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.sums.clear()
         flops = 0
+        self.clock.start()
         self.watch.begin(f"computing step {self.step + 1}")
         for batch in micro_batches:
             if self.graph:
@@ -188,17 +175,20 @@ class Trainer:
             else:
                 self._forward_backward(batch)
             flops += TRAINING * self.costs.forward_flops(batch)
+        self.clock.stop()
         self.watch.begin(f"the exchange of gradients of step {self.step + 1}")
         # Reduces the gradients and the trained tokens over the ranks, and divides the ones by the other.
         finalize_model_grads([self.ddp], self.sums.trained())
         set_rates(self.optimizer, self.config, lr)
         norm = take_step(self.optimizer, self.config.clip_grad)
-        flops_sum, stop, *sums = self._reduce(self._zero() + flops, self._zero() + self._stop(), self.sums.values)
+        own = self._zero() + flops, self._zero() + self._stop(), self.sums.values, self.clock.slots(self.runtime)
+        flops_sum, stop, *totals = self._reduce(*own)
         if self.runtime.tensor_parallel > 1:  # each tensor-parallel rank has asked a different data-parallel group
             stops = self._zero() + stop
             dist.all_reduce(stops, group=parallel_state.get_tensor_model_parallel_group())
             stop = stops.item()
-        return StepResult(self.sums.losses(sums), flops_sum, norm, stop > 0)
+        losses, times = self.sums.losses(totals), RankTimes.of(totals[self.sums.values.numel() :])
+        return StepResult(losses, flops_sum, norm, times, stop > 0)
 
     def _forward_backward(self, batch: Batch) -> None:
         """Add a micro-batch on the device to the gradients and sums. No host sync: it is captured in a CUDA graph."""
@@ -238,7 +228,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.steps
 
-    def _report(self, result: StepResult, lr: float, seconds: float, waited: float, held_out: Losses | None) -> None:
+    def _report(self, result: StepResult, lr: float, seconds: float, held_out: Losses | None) -> None:
         if self.metrics is None:  # only rank 0 has them
             return
         failed, before = self.saver.news(), self.step - 1
@@ -249,21 +239,18 @@ class Trainer:
             StepMetrics(
                 step=self.step,
                 steps=self.steps,
-                loss=result.loss,
+                **result.losses.figures(),
                 lr=lr,
                 grad_norm=result.grad_norm,
                 skipped=self.skipped,
-                trained_tokens=result.losses.tokens,
                 tokens_per_second=self.config.global_batch * self.tokens_per_pack / seconds,
                 mfu=result.flops / (self.peak * self.runtime.world * seconds) if self.peak else None,
-                data_wait=waited / seconds,
+                **result.ranks.figures(seconds),
                 imbalance=self.stream.imbalance(before * self.config.global_batch),
                 seconds=seconds,
                 memory_gb=peak_memory_gb(self.runtime.device),
                 validation_loss=held_out.mean if held_out else None,
                 events=[name for name, is_so in events.items() if is_so],
-                loss_by_dataset=result.losses.by_dataset,
-                tokens_by_dataset=result.losses.tokens_by_dataset,
                 validation_loss_by_dataset=held_out.by_dataset if held_out else {},
             )
         )
@@ -275,12 +262,11 @@ class Trainer:
         packs = sum(dataset.manifest.packs for dataset in self.run.data.datasets)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.model.parameters())
-        resume = self.run.resume
         lines = [
             f"{trained:,} of {whole:,} parameters train on {packs:,} packs, {self.steps:,} steps",
             f"layout: {self.run.layout.reason}",
             *self.run.notes,
-            f"going on from {resume.path}" if resume else f"starting at step 0 in {output}",
+            f"going on from {self.run.resume.path}" if self.run.resume else f"starting at step 0 in {output}",
             self.run.schedule_change(self.steps),
         ]
         return "\n".join(line for line in lines if line)
@@ -293,7 +279,7 @@ class Trainer:
         return torch.zeros((), dtype=torch.float32, device=self.runtime.device)
 
     def _reduce(self, *values: Tensor) -> list[float]:
-        """Return sums over the data-parallel ranks, one list of all."""
+        """Return sums over the data-parallel ranks."""
         sums = torch.cat([value.flatten() for value in values]).double()
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         totals: list[float] = sums.tolist()

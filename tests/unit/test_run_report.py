@@ -29,6 +29,10 @@ def line(step: int, **changes: Any) -> dict[str, Any]:
         "tokens_per_second": 100.0,
         "mfu": None,
         "data_wait": 0.01,
+        "data_wait_mean": 0.01,
+        "slowest_rank": 0,
+        "work_seconds": 1.9,
+        "work_seconds_mean": 1.9,
         "imbalance": 1.0,
         "seconds": 2.0,
         "memory_gb": 3.0,
@@ -146,7 +150,7 @@ def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
     run = write(tmp_path / "run", [line(1)])
 
     def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        line = [sys.executable, "-m", "trainer.report", *arguments]
+        line = [sys.executable, "-m", "trainer", "report", *arguments]
         return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
 
     done = command(run)
@@ -161,7 +165,7 @@ def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_a_run_draws_itself_when_it_publishes(tmp_path: Path) -> None:
-    with Metrics(Folder(str(tmp_path)), 0, 50, {"seed": 7}) as metrics:
+    with Metrics(Folder(str(tmp_path)), 0, 50, config={"seed": 7}) as metrics:
         metrics.publish()
         assert not (tmp_path / "report.html").exists()  # no step yet
         metrics.report(StepMetrics(**line(1), trained_tokens=10))

@@ -113,7 +113,8 @@ def test_a_slow_service_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
 def test_scalars_are_the_line_in_groups() -> None:
     line = json.loads(
         '{"step": 3, "steps": 9, "loss": 2.0, "lr": 0.1, "grad_norm": null, "skipped": 1, "trained_tokens": 7, '
-        '"tokens_per_second": 8.0, "mfu": null, "data_wait": 0.0, "imbalance": 1.0, "seconds": 2.0, "memory_gb": 1.0, '
+        '"tokens_per_second": 8.0, "mfu": null, "data_wait": 0.0, "imbalance": 1.0, '
+        '"work_seconds": 1.0, "work_seconds_mean": 1.0, "seconds": 2.0, "memory_gb": 1.0, '
         '"validation_loss": null, "events": ["save"], "loss_by_dataset": {"a/b": 2.0, "c": null}, '
         '"tokens_by_dataset": {"a/b": 7}, "validation_loss_by_dataset": {}}'
     )
@@ -121,4 +122,4 @@ def test_scalars_are_the_line_in_groups() -> None:
     assert found["loss/train"] == found["loss by dataset/a/b"] == 2.0
     assert found["trained tokens by dataset/a/b"] == 7
     assert not {"optimizer/grad_norm", "speed/mfu", "loss/held-out", "loss by dataset/c"} & found.keys()
-    assert len(found) == 11
+    assert len(found) == 13

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import batched
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,15 @@ class Losses:
     tokens: int
     by_dataset: dict[str, float]  # of those that have trained tokens
     tokens_by_dataset: dict[str, int]
+
+    def figures(self) -> dict[str, Any]:
+        """Return what StepMetrics has of them."""
+        return {
+            "loss": self.mean,
+            "trained_tokens": self.tokens,
+            "loss_by_dataset": self.by_dataset,
+            "tokens_by_dataset": self.tokens_by_dataset,
+        }
 
 
 def told_apart(*data: PackedData | None) -> tuple[str, ...]:
@@ -56,8 +67,8 @@ class DatasetSums:
         return self.values[1].sum()
 
     def losses(self, values: Sequence[float]) -> Losses:
-        """Return what `values`, summed over the ranks and flattened, say."""
-        sums, counts = values[: len(self._names)], values[len(self._names) :]
+        """Return what `values`, summed over the ranks and flattened, say. What follows them is ignored."""
+        sums, counts = batched(values[: 2 * len(self._names)], len(self._names))
         seen = [(name, total, count) for name, total, count in zip(self._names, sums, counts, strict=True) if count]
         return Losses(
             mean=sum(sums) / max(sum(counts), 1),

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,6 @@ class StepMetrics:
     """Of one step, over all ranks."""
 
     step: int
-    steps: int  # of the whole run
     loss: float  # mean over the trained tokens of the global batch
     lr: float
     grad_norm: float  # before clipping; not finite: the step was skipped
@@ -37,28 +36,38 @@ class StepMetrics:
     trained_tokens: int
     tokens_per_second: float  # useful token slots: all but padding
     mfu: float | None  # share of the GPUs' peak; None where that is not known
-    data_wait: float  # share of the time that the model waited for data
+    data_wait: float  # share of the time that the model waited for data, on the rank that waited longest
+    data_wait_mean: float  # the same over the ranks
+    # Data-parallel rank that worked longest by itself: reading data, forward and backward passes. All wait for it.
+    slowest_rank: int
+    work_seconds: float  # of that rank
+    work_seconds_mean: float  # over the ranks
     imbalance: float  # cost of the packs of the rank that has most, over the ranks' mean; 1 = all equal
     seconds: float
     memory_gb: float  # peak of rank 0's device; on a CPU, of its process
     validation_loss: float | None
+    # Means over their trained tokens; what has no name of its own is "(other)".
+    loss_by_dataset: dict[str, float] = field(default_factory=dict)
+    tokens_by_dataset: dict[str, int] = field(default_factory=dict)  # trained ones
+    validation_loss_by_dataset: dict[str, float] = field(default_factory=dict)
     # start: a process's first step; save: a checkpoint is begun; save failed: the one before; stop: told to
-    events: list[str]
-    loss_by_dataset: dict[str, float]  # means over their trained tokens; what has no name of its own is "(other)"
-    tokens_by_dataset: dict[str, int]  # trained ones
-    validation_loss_by_dataset: dict[str, float]
+    events: list[str] = field(default_factory=list)
+    steps: int | None = None  # of the whole run
 
 
 class Metrics:
-    """Writes what rank 0 reports. A context manager. `config`: what trackers show of the run besides its numbers.
+    """Writes what rank 0 reports. A context manager.
 
     A run that resumes at step `start` appends to its metrics.jsonl. Lines of later steps, which are done again, and
     damaged lines are moved to metrics.aside.jsonl; `notes` says so. For an output that is no local disk, files are
     written to a temporary folder and copied by `publish`, which also draws report.html.
     """
 
-    def __init__(self, output: Folder, start: int, steps: int, config: dict[str, Any] | None = None):
-        self._steps, self._output, self._config = steps, output, config or {}
+    def __init__(
+        self, output: Folder, start: int, steps: int, *, ranks: int = 1, config: dict[str, Any] | None = None
+    ) -> None:
+        """`ranks`: data-parallel ones. `config`: what trackers show of the run besides its numbers."""
+        self._steps, self._output, self._ranks, self._config = steps, output, ranks, config or {}
         self.notes = _set_aside(output, start)
         self._open = ExitStack()
         self._local = Path(output.path)
@@ -149,7 +158,7 @@ class Metrics:
             f"{metrics.tokens_per_second:,.0f} tokens/s",
             f"MFU {metrics.mfu:.1%}" if metrics.mfu is not None else "MFU n/a",
             f"data wait {metrics.data_wait:.0%}",
-            f"ranks max/mean {metrics.imbalance:.2f}",
+            *(_ranks(metrics) if self._ranks > 1 else ()),
             f"{metrics.memory_gb:.1f} GB",
             f"ETA {left}",
             self._unsaved,
@@ -162,6 +171,16 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ranks(metrics: StepMetrics) -> list[str]:
+    """Return what the live line says of several ranks."""
+    return [
+        f"(mean {metrics.data_wait_mean:.0%})",
+        f"slowest rank {metrics.slowest_rank}: {metrics.work_seconds:.2f} s,"
+        f" {metrics.work_seconds / metrics.work_seconds_mean:.2f} x mean",
+        f"packs max/mean {metrics.imbalance:.2f}",
+    ]
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -28,6 +28,8 @@ SCALARS = {
     "seconds": "speed/seconds",
     "data_wait": "speed/data_wait",
     "imbalance": "speed/imbalance",
+    "work_seconds": "speed/slowest_rank_seconds",
+    "work_seconds_mean": "speed/mean_rank_seconds",
     "memory_gb": "memory/peak_gb",
     "trained_tokens": "data/trained_tokens",
 }

@@ -7,6 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from kanyun.errors import UserError
+from kanyun.storage import Folder
 from trainer.report.charts import Chart, Line, text
 from trainer.report.history import History
 
@@ -17,9 +19,10 @@ _CHARTS = (
     ("grad_norm", "gradient norm", "before clipping", True, False),
     ("tokens_per_second", "tokens/s", "useful ones, all GPUs", False, True),
     ("mfu", "MFU", "share of the GPUs' peak", False, True),
-    ("data_wait", "data wait", "share of the step", False, True),
+    ("data_wait", "data wait", "share of the step, longest of the ranks", False, True),
     ("memory_gb", "memory", "GB, peak of rank 0", False, True),
-    ("imbalance", "cost of the ranks", "largest / mean", False, False),
+    ("work_seconds", "slowest rank", "seconds by itself", False, True),
+    ("imbalance", "cost of the ranks' packs", "largest / mean", False, False),
     ("seconds", "time of a step", "seconds", False, True),
 )
 _EVENTS = {
@@ -29,6 +32,19 @@ _EVENTS = {
     "stop": "told to stop",
     "skipped": "the step was skipped: its gradient was not finite",
 }
+
+
+def write_report(paths: Sequence[str], out: str | None = None) -> str:
+    """Draw the runs into `out`, or one run into its own folder; return where.
+
+    Raises UserError if there are several runs and no `out`, or a run has no step yet.
+    """
+    if len(paths) > 1 and out is None:
+        raise UserError("several runs are drawn into one file: name it with --out FILE.html")
+    text = page([History.read(path) for path in paths]).encode()
+    file = Folder(out) if out else Folder(paths[0]) / PAGE
+    file.parent.write(file.name, text)
+    return file.path
 
 
 def page(runs: Sequence[History]) -> str:
