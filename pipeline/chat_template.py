@@ -71,7 +71,8 @@ class ChatTemplate:
             content = [{"type": "text", "text": part["text"]} if part["type"] == "text" else _IMAGE for part in parts]
         elif parts is not None:
             content = "".join(part["text"] for part in parts)
-        extra = json.loads(message.get("extra") or "{}")
+        fields = message.get("extra")
+        extra = json.loads(fields) if fields else {}
         if not self._takes_text:
             for call in extra.get("tool_calls", ()):
                 _parse_arguments(call.get("function", call))
