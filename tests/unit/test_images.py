@@ -188,7 +188,20 @@ def test_paths(raw: Path, image: str, reason: str | None) -> None:
 def test_a_raw_folder_may_be_a_link_itself(raw: Path) -> None:
     (raw.parent / "alias").symlink_to(raw)
     with copier(raw.parent / "alias") as copy:
-        assert copy.copy("a.png", "x.jsonl").width == 64
+        for folder in (".", raw.parent / "alias", raw.resolve()):
+            assert copy.copy(f"{folder}/a.png", "x.jsonl").width == 64
+
+
+def test_uris_into_the_raw_folder(raw: Path) -> None:
+    (raw / "a b.png").symlink_to("a.png")
+    (raw / "50%20.png").symlink_to("a.png")
+    named = (raw / "a b.png").resolve().parent
+    uris = [f"file://{named}/a b.png", f"file://localhost{named}/a%20b.png", f"file:{named}/a b.png", "file:a%20b.png"]
+    with copier(raw) as copy:
+        for uri in [(named / "a b.png").as_uri(), *uris, f"file://{named}/50%20.png", "file:50%2520.png"]:
+            assert copy.copy(uri, "x.jsonl").width == 64
+        with pytest.raises(RowError, match="is a URL"):
+            copy.copy(f"file://host{named}/a.png", "x.jsonl")
 
 
 def test_images_beside_the_rows_of_a_linked_folder(raw: Path) -> None:
