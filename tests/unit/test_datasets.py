@@ -289,6 +289,12 @@ def test_plan_splits_large_files_and_joins_small_ones() -> None:
         [("e.jsonl", 0, 9)],
         [("f.jsonl.gz", 0, 30)],
     ]
+    tasks = plan([("a.jsonl", 6), ("b.jsonl", 15), ("c.jsonl.gz", 8)], 10)
+    assert [[(split.file, split.start, split.end) for split in task] for task in tasks] == [
+        [("a.jsonl", 0, 6), ("b.jsonl", 0, 4)],
+        [("b.jsonl", 4, 14)],
+        [("b.jsonl", 14, 15), ("c.jsonl.gz", 0, 8)],
+    ]
 
 
 def rows_of(path: Path, step: int = 1 << 20) -> list[Any]:
