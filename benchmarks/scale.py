@@ -34,7 +34,7 @@ LENGTH = 8192
 DATASETS = {"documents": "text", "chats": "messages", "pictures": "messages"}  # data path -> dataset class
 RATIOS = {"documents": 0.7, "chats": 1.4, "pictures": 0.5}
 COLUMNS = (
-    "stage | rows | s | CPU s | tasks / formula | shuffle, MB / formula | driver, MB / formula | JVM, MB | "
+    "stage | rows | s | CPU s, of the JVM | tasks / formula | shuffle, MB / formula | driver, MB / formula | JVM, MB | "
     "worker, MB / formula"
 )
 LOOK_SECONDS = 0.5
@@ -52,6 +52,7 @@ class Use:
     jvm: float = 0.0
     seconds: float = 0.0  # of the whole command
     cpu: float = 0.0  # seconds, of all its processes
+    jvm_cpu: float = 0.0  # of them, the JVM's
 
 
 def run_stage(arguments: Sequence[str], logs: Path, environment: dict[str, str]) -> Use:
@@ -64,7 +65,8 @@ def run_stage(arguments: Sequence[str], logs: Path, environment: dict[str, str])
     if process.returncode:
         raise SystemExit(f"pipeline {' '.join(arguments)} ended with {process.returncode}: see above")
     seconds = time.time() - started
-    return Use(*read_log(_finished_log(logs)), **watch.peaks, seconds=seconds, cpu=sum(watch.cpu.values()))
+    cpu = {"cpu": sum(watch.cpu.values()), "jvm_cpu": sum(watch.cpu[process] for process in watch.jvms)}
+    return Use(*read_log(_finished_log(logs)), **watch.peaks, **cpu, seconds=seconds)
 
 
 class _Watch:
@@ -73,6 +75,7 @@ class _Watch:
     def __init__(self) -> None:
         self.peaks = {"driver": 0, "jvm": 0, "worker": 0}
         self.cpu: dict[psutil.Process, float] = {}
+        self.jvms: set[psutil.Process] = set()
 
     def look(self, driver: int) -> None:
         try:
@@ -87,6 +90,8 @@ class _Watch:
                 continue  # it has ended
             self.cpu[process] = times.user + times.system
             kind = "driver" if process.pid == driver else "jvm" if name == "java" else "worker"
+            if kind == "jvm":
+                self.jvms.add(process)
             if kind != "worker" or name.startswith("python"):
                 for line in status.splitlines():
                     if line.startswith("VmHWM:"):
@@ -190,7 +195,12 @@ class Run:
     def _show(self, stage: str, name: str, used: Use, formula: Use) -> None:
         output = self._packed() if stage == "pack" else self.folder / stage / name
         rows = Report.load(Folder(str(output)), stage).counts.rows_in
-        cells = [f"{stage} {name}".strip(), f"{rows:,}", f"{used.seconds:,.0f}", f"{used.cpu:,.0f}"]
+        cells = [
+            f"{stage} {name}".strip(),
+            f"{rows:,}",
+            f"{used.seconds:,.0f}",
+            f"{used.cpu:,.0f}, {used.jvm_cpu:,.0f}",
+        ]
         cells += [_beside(used.tasks, formula.tasks), _beside(used.shuffle / 1e6, formula.shuffle / 1e6)]
         cells += [_beside(used.driver / 1e6, formula.driver / 1e6), f"{used.jvm / 1e6:,.0f}"]
         print(f"| {' | '.join([*cells, _beside(used.worker / 1e6, formula.worker / 1e6)])} |", flush=True)
