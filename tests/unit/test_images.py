@@ -1,4 +1,6 @@
+import base64
 import io
+import json
 import os
 import struct
 import zlib
@@ -15,6 +17,8 @@ from pipeline.checks import RowError
 from pipeline.images import blobs
 from pipeline.images.blobs import CopiedImage, ImageCopier, thumbnail
 from pipeline.images.guard import decoder
+from pipeline.readers import RawRow
+from pipeline.stages.preprocess import SampleMaker
 
 
 def encoded(width: int, height: int, kind: str = "PNG", mode: str = "RGB", **options: object) -> bytes:
@@ -135,6 +139,18 @@ def test_refs_find_the_very_bytes(raw: Path) -> None:
         assert blob.read_bytes()[image.offset : image.offset + image.size] == data
         assert image.digest == xxhash.xxh3_128_digest(data)
     assert [(image.width, image.height) for image in copied] == [(30, 40), *[(64, 48)] * 4, (50, 60)]
+
+
+def test_an_image_that_came_as_base64_is_kept_once(raw: Path) -> None:
+    """In a blob; in the row's text no more than its beginning is left."""
+    text = base64.b64encode(encoded(50, 60)).decode()
+    turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A thing."}]
+    fields = {"messages": turns, "images": [text]}
+    with copier(raw) as copy:
+        row = SampleMaker("messages", copy)("a.jsonl", RawRow(0, json.dumps(fields), fields))
+    assert "reason" not in row
+    assert (row["images"][0]["width"], row["images"][0]["height"]) == (50, 60)
+    assert row["raw"] == json.dumps(fields | {"images": [f"{text[:24]}<{len(text)} characters>"]})
 
 
 def test_blobs_are_no_larger_than_their_limit(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
