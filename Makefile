@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt jobs/setup.sh
 	@jobs/setup.sh
 	@touch $@
 
-.PHONY: help setup setup-gpu demo test test-unit soak test-gpu lint format clean cluster-up cluster-down cluster-status \
+.PHONY: help setup setup-gpu demo test test-unit soak test-gpu lint format docs clean cluster-up cluster-down cluster-status \
   spark-preprocess spark-filter spark-sample spark-build spark-pack train convert-megatron convert-hf
 
 help: ## this list
@@ -110,6 +110,10 @@ convert-hf: need-IN need-OUT $(STAMP) ## a checkpoint of ours -> a folder that t
 #example make convert-hf IN=runs/vl OUT=runs/vl_hf
 	@jobs/convert_to_huggingface.sh "$$IN" "$$OUT" $(ARGS)
 
+docs: $(STAMP) ## the site of docs/ into site/, readable without a network; fails at a link that leads nowhere
+#example make docs
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+
 clean: ## remove what make made: .venv, demo/, caches
 #example make clean
-	rm -rf .venv demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf .venv demo site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
