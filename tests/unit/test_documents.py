@@ -154,7 +154,7 @@ def test_error_sentences_are_those_of_the_code(page: str) -> None:
 
 
 def test_the_site_is_built_and_asks_nobody(tmp_path: Path) -> None:
-    """Strictly, as `make docs` does: a link or an anchor that leads nowhere fails. Nothing in it is fetched from outside."""
+    """Strictly, as `make docs` does: a link or an anchor that leads nowhere fails. Nothing is fetched from outside."""
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
