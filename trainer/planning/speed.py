@@ -138,7 +138,7 @@ class SpeedModel:
         parameters, layers = self._costs.parameters / split, self._layers / split
         products = token.products / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS) + token.head / PRODUCTS
         passes = (token.swiglu + token.loss) / ELEMENTWISE + token.norms / NORMS
-        added, cast = ADDED, CAST
+        added, cast = float(ADDED), float(CAST)
         if weight_shards > 1:
             added, cast = SHARDED_GRADIENT + SHARDED_SUM / weight_shards, SHARDED_CAST
         gradients = micro_batches * (added * layers + ADDED * (parameters - layers)) / ELEMENTWISE
