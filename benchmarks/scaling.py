@@ -14,7 +14,6 @@ nodes on a slow network: NCCL without NVLink and shared memory, over loopback so
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import psutil
 
 ROWS = ["1.5B:2", "1.5B:8", "3B:2", "3B:8", "7B:4", "7B:8", "7B:8:bf16", "VL-3B:8", "VL-3B:8:6", "1.5B:8:sockets"]
 BIG = ["VL-7B:4", "14B:4", "32B:4"]  # for four GPUs or more
@@ -123,11 +124,13 @@ def _launch(row: str, gpus: int, seconds: int) -> dict[str, Any]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     environment = os.environ | {"STARTED": str(time.time())} | (SOCKETS if "sockets" in row.split(":") else {})
     command = [sys.executable, *torchrun, *sys.argv, "--child", row]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         try:
             out, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
+            torchrun_and_ranks = psutil.Process(child.pid)  # each rank is a session of its own
+            for process in (*torchrun_and_ranks.children(recursive=True), torchrun_and_ranks):
+                process.kill()
             return {"error": f"did not finish in {seconds} s"}
     lines = out.splitlines()
     print("\n".join(said for said in lines if not said.startswith("RESULT ")), end="\n" if len(lines) > 1 else "")
