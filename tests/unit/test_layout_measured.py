@@ -96,8 +96,8 @@ ROWS = [
     Row("3B", 8, 8, 0, FP8, 34_866, 56.8, 2, useful=TEXT),
     Row("7B", 8, 8, 0, FP8, 15_015, 67.8, 2, 2, useful=TEXT),
 ]
-# One machine did 22,031 tokens/s where others did 24,454 and 23,758 on the same work: two GPUs of it are compared with
-# one of it. (20,476 is from a third machine, without a profile.)
+# Cards differ by up to 15 % where products bind (benchmarks/README.md). One did 22,031 tokens/s, and others 24,454 and
+# 20,476, on the same work with the same kernels: two GPUs of that machine are compared with one of it.
 SLOWER = Row("VL-3B", 8, 8, 6_600, vision(21), 22_031, None, useful=MIX)
 SLOWER_TWO = Row("VL-3B", 8, 8, 6_920, vision(0), 22_370, 71.6, 2, useful=MIX)
 
