@@ -1,4 +1,4 @@
-"""The model's weights in a megatron checkpoint, read and written without a model.
+"""The model's weights in a megatron checkpoint, read without a model.
 
 Tensors are whole to a reader, in whatever pieces the ranks that trained wrote them.
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
@@ -65,13 +64,3 @@ class _Reader(FileSystemReader):
             except (pickle.UnpicklingError, EOFError, OSError) as error:
                 raise UserError(f"{self.path} is no checkpoint ({error}): use another one") from error
         return self._metadata
-
-
-class WholeTensors:
-    """Weights as trainer.checkpoint.save asks a model for them, each in one piece."""
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._weights = weights
-
-    def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, ShardedTensor]:
-        return {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in self._weights.items()}
