@@ -59,8 +59,7 @@ class Trainer:
         owns: Callable[[], bool] | None = None,  # whether the output is still this run's
     ) -> None:
         config, layout = run.config, run.layout
-        self.run, self.config, self.runtime, self._stop = run, config, runtime, stop
-        self.step, self.skipped = run.start.step, run.start.skipped
+        self.config, self.runtime, self._stop = config, runtime, stop
         self.costs = costs_of(run.model)
         self._open = ExitStack()
         run.require_agreement()
@@ -86,7 +85,7 @@ class Trainer:
 
         self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
         if run.weights is not None and not config.continue_from:
-            checkpoint.load(run.weights, self.model)
+            run = run.load(self.model)
         self.ddp = OverlappedDataParallel(self.model.config, self.model)
         self.guard = FiniteGuard(self.model, config.lr)
         self.loss_sum, self.trained = self._zero(), self._zero()  # over this rank's micro-batches of a step
@@ -97,9 +96,9 @@ class Trainer:
             self._open.callback(self.graph.close)
             accumulate_in_place(self.model)
         self.optimizer = build_optimizer(config, self.ddp, runtime)
-        stored = run.resume or (run.weights if config.continue_from else None)
-        if stored is not None:
-            checkpoint.load(stored, self.model, self.optimizer)
+        if run.resume is not None or config.continue_from:
+            run = run.load(self.model, self.optimizer)
+        self.run, self.step, self.skipped = run, run.start.step, run.start.skipped
         self.saver = checkpoint.Saver(
             run.output,
             Folder(config.model),
@@ -153,6 +152,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Ready the output folder for the first step."""
+        self.run.output.make()
         notes = self.saver.prepare(self.model, self.optimizer, self.runtime.device)
         if self.runtime.rank == 0:
             checkpoint.remove_leftovers(self.run.output)
