@@ -10,7 +10,6 @@ from kanyun.schema import Pack
 from tests.support.packed_data import encoded_image
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from trainer.data.batch import Batch, BatchFormat, make_batch
-from trainer.data.images import PatchGeometry
 from trainer.data.shapes import StaticShape
 from trainer.models.config import ModelConfig
 from trainer.models.registry import costs_of
@@ -93,7 +92,7 @@ def test_images_as_torch_counts_transformers(tmp_path: Path) -> None:
     assert image is not None
     grids = [[1, 10, 20], [1, 4, 2]]
     ids = [1, *[image] * 50, 2, *[image] * 2, 3]
-    form = BatchFormat(PatchGeometry(vision.patch_size, vision.merge_size, vision.window_size), image)
+    form = BatchFormat.of(config)
     batch = batch_of(ids, [len(ids)], form, grids)
     text_only = batch_of([1] * len(ids), [len(ids)], form)
     ours = costs_of(config).forward_flops(batch) - costs_of(config).forward_flops(text_only)
@@ -106,6 +105,6 @@ def test_images_as_torch_counts_transformers(tmp_path: Path) -> None:
     assert counter.get_total_flops() == ours + second_frame
 
     # Padding to a static shape is no work of the model.
-    static = StaticShape(segments=8, patches=(512,), windows=32, images=8)
+    static = StaticShape(8, (512,), {"windows": 32, "images": 8})
     padded = batch_of(ids, [len(ids)], BatchFormat(form.geometry, image, static), grids)
     assert costs_of(config).forward_flops(padded) == costs_of(config).forward_flops(batch)

@@ -65,10 +65,10 @@ class InterleavedRotary(nn.Module):
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         super().__init__()
-        frequencies = torch.arange(config.head_dim // 2, device=device)
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
         # No buffers: those would be cast to bfloat16 with the parameters.
-        self.inv_freq = config.rope_theta ** (-2 * frequencies.float() / config.head_dim)
-        self.axes = torch.zeros_like(frequencies)
+        self.inv_freq = 1 / config.rope_theta**exponents
+        self.axes = torch.zeros(len(exponents), dtype=torch.int64, device=device)
         for axis in (1, 2):
             self.axes[axis : 3 * config.mrope_section[axis] : 3] = axis
 
