@@ -31,6 +31,7 @@ class ChatTemplate:
     def __init__(self, source: str | None, variables: Mapping[str, str]):
         self._template = _compile(source) if source else None
         self._variables = dict(variables)
+        self._null = None if self._takes_null() else ""
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: str | None) -> Rendered:
         """Render `messages` (schema.MESSAGE) and `tools` (JSON) as `apply_chat_template(messages, tools=tools)` does.
@@ -38,7 +39,7 @@ class ChatTemplate:
         Raises ValueError if the template drops tools, a call or a result, or if its assistant turns cannot be told
         apart; jinja2's errors and any other that the template, which is a program, runs into.
         """
-        conversation = [_for_template(message) for message in messages]
+        conversation = [_for_template(message, self._null) for message in messages]
         tool_list = json.loads(tools) if tools else None
         text = self._apply(conversation, tool_list)
         marked = self._without_markers_of_texts(conversation, tool_list, text)
@@ -54,6 +55,17 @@ class ChatTemplate:
         _refuse_dropped(conversation, [text[start:end] for start, end in answers], text)
         trained = [message.get("loss") is not False for message in messages if message["role"] == "assistant"]
         return Rendered(text, [answer for answer, kept in zip(answers, trained) if kept])
+
+    def _takes_null(self) -> bool:
+        """Return whether it prints a tool call whose message has null content.
+
+        OpenAI's rows have null there. Qwen3-VL's template loops over the content and fails, unless it is "".
+        """
+        message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+        try:
+            return bool(self._apply([{"role": "user", "content": "u"}, message], None))
+        except Exception:  # a template is a program
+            return False
 
     def _apply(self, conversation: list[dict[str, Any]], tools: Any) -> str:
         if self._template is None:
@@ -73,10 +85,13 @@ class ChatTemplate:
         return marked
 
 
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as its raw row has it. Content is plain text, which every template takes, unless it has an image."""
+def _for_template(message: Mapping[str, Any], null: str | None) -> dict[str, Any]:
+    """A message as its raw row has it. Content is plain text, which every template takes, unless it has an image.
+
+    null: what stands for content that is null.
+    """
     parts = message["content"]
-    content: Any = None
+    content: Any = null
     if parts is not None and any(part["type"] == "image" for part in parts):
         content = [{"type": "text", "text": part["text"]} if part["type"] == "text" else _IMAGE for part in parts]
     elif parts is not None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from kanyun.errors import UserError
-from kanyun.fingerprint import Fingerprint, check_vocabulary, fingerprint
+from kanyun.fingerprint import Fingerprint, check_model, fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
 from trainer.checkpoint import State
@@ -41,7 +41,7 @@ class Run:
     def prepare(cls, config: TrainConfig, world: int, cuda: bool) -> Self:
         """Raises UserError for anything that does not fit together. Writes nothing; makes the output folder."""
         tokenizer = fingerprint(Folder(config.model))
-        check_vocabulary(Folder(config.model))
+        check_model(Folder(config.model))
         model = ModelConfig.from_hf(config.model)
         data = PackedData(config.data, config.length, tokenizer)
         validation = PackedData(config.validation, config.length, tokenizer) if config.validation else None

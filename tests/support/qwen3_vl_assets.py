@@ -4,6 +4,7 @@ Its tokenizer is Qwen3's. Its processor is Qwen2-VL's image processor with patch
 a visual token of 32 x 32, mean and standard deviation 0.5, and pixel limits under the names of `size`.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,11 @@ def qwen3_vl_tokenizer_folder(
 ) -> Path:
     """Qwen3-VL's tokenizer, template and processor settings; no weights."""
     text, settings = qwen3_tokenizer_json(real_vocabulary), processor_settings(min_pixels, max_pixels)
-    return write_folder(Path(path), text, True, template=template, processor=settings)
+    folder = write_folder(Path(path), text, True, template=template, processor=settings)
+    del settings["image_processor_type"]  # what is left is in video_preprocessor_config.json too
+    video = settings | {"video_processor_type": "Qwen3VLVideoProcessor"}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2))
+    return folder
 
 
 def tiny_qwen3_vl_folder(

@@ -184,7 +184,7 @@ def test_locate(data: PackedData) -> None:
 def test_what_does_not_fit_is_refused_with_both_values(data: PackedData, parent: Path) -> None:
     with pytest.raises(DatasetError, match="packed to length 64, but the config has length: 128"):
         PackedData(str(parent), 128, MODEL)
-    with pytest.raises(DatasetError, match=r"processor the model's, but the model folder has another's"):
+    with pytest.raises(DatasetError, match="tokenizer the model's, but the model folder has the tokenizer another's"):
         PackedData(str(parent), LENGTH, Fingerprint("another's", None, {}))
     with pytest.raises(UserError, match="global_batch 8 is not a multiple of 6"):
         stream(data, world=3)
