@@ -52,6 +52,10 @@ def peak_memory(
         ("Qwen3-8B", 8_190_735_360),
         ("Qwen3-14B", 14_768_307_200),
         ("Qwen3-32B", 32_762_123_264),
+        ("Qwen3-VL-2B", 2_127_532_032),
+        ("Qwen3-VL-4B", 4_437_815_808),
+        ("Qwen3-VL-8B", 8_767_123_696),
+        ("Qwen3-VL-32B", 33_357_390_064),
     ],
 )
 def test_parameters_are_counted_right(size: str, parameters: int) -> None:
