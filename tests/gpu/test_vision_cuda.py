@@ -20,7 +20,7 @@ from trainer.models.initialize import build_model, freeze
 from trainer.runtime import Runtime
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-STATIC = StaticShape(segments=16, patches=(3200,), windows=160, images=16)
+STATIC = StaticShape(16, (3200,), {"windows": 160, "images": 16})
 
 
 @pytest.fixture(scope="module")
