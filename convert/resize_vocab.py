@@ -39,7 +39,7 @@ def resize_vocab(source: Path, out: Path, overwrite: bool = False) -> int:
     layout = Layout.of(source, config, rows)
     weights.require(rows, layout.hf)
     names = [name for row in rows for name in row.hf]
-    resized = {*EMBEDDING.hf, *HEAD.hf}
+    resized = {name for row in rows if row.megatron in (EMBEDDING.megatron, HEAD.megatron) for name in row.hf}
     planned = [
         Planned(
             name,

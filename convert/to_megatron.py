@@ -11,7 +11,7 @@ from tqdm import tqdm
 from convert.checks import Layout, require_finite
 from convert.hf_weights import HFWeights
 from convert.output import new_folder
-from kanyun.fingerprint import check_vocabulary, fingerprint
+from kanyun.fingerprint import check_model, fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
 from trainer.checkpoint import Part
@@ -39,7 +39,7 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
     """
     config, hf = ModelConfig.from_hf(str(source)), Folder(str(source))
     state = checkpoint.State(0, 0, 0, fingerprint(hf).digest, asdict(config), run={})
-    check_vocabulary(hf)
+    check_model(hf)
     rows, weights = family_of(config).table(config), HFWeights(source, config)
     layout = Layout.of(source, config, rows)
     weights.require(rows, layout.hf)

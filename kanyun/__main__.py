@@ -20,6 +20,7 @@ def _info(args: argparse.Namespace) -> int:
             "samples": f"{m.counts.rows_in:,} in + {m.counts.added:,} added = {m.counts.packed:,} packed + "
             f"{m.counts.quarantined:,} quarantined + {m.counts.dropped:,} dropped",
             "vision": f"{m.patches:,} patches, at most {m.vision_budget:,} a pack" if m.vision_budget else "none",
+            "processor": _processor(m),
             "part, epoch, seed": f"{m.part}, {m.epoch}, {m.seed}",
             "ratios": ", ".join(f"{path}: {ratio}" for path, ratio in m.ratios.items()),
             "tokenizer": m.tokenizer,
@@ -28,6 +29,18 @@ def _info(args: argparse.Namespace) -> int:
         }.items():
             print(f"  {name:18} {value}")
     return 0
+
+
+def _processor(manifest: Manifest) -> str:
+    """For which models' images the packs are."""
+    p = manifest.processor
+    if p is None:
+        return "none: for a text model"
+    patch, merge = p["patch_size"], p["merge_size"]
+    return (
+        f"patches of {patch} x {patch} pixels, {merge} x {merge} of them a token; images of {p['min_pixels']:,} to "
+        f"{p['max_pixels']:,} pixels"
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -13,7 +13,8 @@ from megatron.core.distributed import finalize_model_grads
 
 from tests.support.model_golden import Example, batch_of
 from tests.support.qwen3_assets import tiny_qwen3_folder
-from tests.support.qwen_assets import tiny_text_folder
+from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
+from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.support.two_processes import assert_two_train_as_one
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
@@ -34,8 +35,9 @@ def test_two_processes_are_one_model(make: Any, tmp_path: Path) -> None:
         assert two[name] == pytest.approx(value, rel=1e-4), name
 
 
-def test_two_processes_train_one_model_and_one_goes_on(tmp_path: Path) -> None:
-    assert_two_train_as_one(tmp_path, tensor_parallel=2, tolerance=1e-4)
+@pytest.mark.parametrize("make", [tiny_vl_folder, tiny_qwen3_vl_folder])
+def test_two_processes_train_one_model_and_one_goes_on(make: Any, tmp_path: Path) -> None:
+    assert_two_train_as_one(tmp_path, tensor_parallel=2, tolerance=1e-4, make_model=make)
 
 
 def report(folder: Path, tensor_parallel: int) -> None:

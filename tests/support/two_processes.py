@@ -18,9 +18,11 @@ from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
 
 
-def assert_two_train_as_one(folder: Path, *, tensor_parallel: int, tolerance: float) -> None:
-    """And one goes on from what two have saved. tolerance: of losses, relative."""
-    one = write_job(folder, images=True)
+def assert_two_train_as_one(
+    folder: Path, *, tensor_parallel: int, tolerance: float, make_model: Callable[[Path], Path] | None = None
+) -> None:
+    """And one goes on from what two have saved. tolerance: of losses, relative; make_model: None for Qwen2.5-VL."""
+    one = write_job(folder, images=True, make_model=make_model)
     two = one | {"output": str(folder / "two")}
     train(one)
     _launch(two, str(tensor_parallel), "as it is")

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from kanyun.errors import UserError
 from kanyun.vision import windows
-from trainer.data.images import PatchGeometry, window_order
+from trainer.data.images import layout_of
 from trainer.data.shapes import shape_buckets, static_shape
 from trainer.models.config import Compute, ModelConfig
+from trainer.models.qwen2_5.windows import WindowGeometry
 from trainer.models.registry import costs_of, published_sizes
 from trainer.planning import planner
 from trainer.planning.exchange import exposed, whole_exchange
@@ -52,6 +53,10 @@ def peak_memory(
         ("Qwen3-8B", 8_190_735_360),
         ("Qwen3-14B", 14_768_307_200),
         ("Qwen3-32B", 32_762_123_264),
+        ("Qwen3-VL-2B", 2_127_532_032),
+        ("Qwen3-VL-4B", 4_437_815_808),
+        ("Qwen3-VL-8B", 8_767_123_696),
+        ("Qwen3-VL-32B", 33_357_390_064),
     ],
 )
 def test_parameters_are_counted_right(size: str, parameters: int) -> None:
@@ -125,25 +130,25 @@ def test_static_shape_has_room_for_the_worst_packs_together() -> None:
         def column(self, name: str) -> np.ndarray:
             return np.array(self.columns[name], np.int64)
 
-    shape = static_shape(Packs(), 2, PatchGeometry())  # type: ignore[arg-type]
+    shape = static_shape(Packs(), 2, WindowGeometry())  # type: ignore[arg-type]
     # Of a pack and of the padding behind its images: windows (64 patches each) 10, 12, 12, 10, images 1, 2, 2, 2.
-    assert (shape.segments, shape.windows, shape.images) == (14, 25, 4)
+    assert (shape.segments, shape.vision) == (14, {"windows": 24, "images": 4})
     assert shape.patches == (384, 640, 896)  # of packs 2 and 3, of 0 and 1, and of the two largest
     assert static_shape(Packs(), 3, None).segments == 17  # type: ignore[arg-type]
     Packs.columns = {name: [] for name in Packs.columns}  # that there are none is said later, in a sentence
-    assert static_shape(Packs(), 2, PatchGeometry()).patches == (64,)  # type: ignore[arg-type]
+    assert static_shape(Packs(), 2, WindowGeometry()).patches == (64,)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("window", [56, 84, 112, 224])
 def test_static_shape_has_room_for_the_windows_of_any_model(window: int) -> None:
     """Packed data counts windows of 112 pixels."""
-    geometry = PatchGeometry(window=window)
+    geometry = WindowGeometry(window=window)
     for grid in [(2, 2), (8, 8), (10, 6), (2, 64), (16, 18)]:
         packs = {"pack_segments": [1], "pack_images": [1]}
         packs |= {"pack_patches": [grid[0] * grid[1]], "pack_windows": [windows((1, *grid))]}
         shape = static_shape(SimpleNamespace(column=lambda name: np.array(packs[name])), 1, geometry)  # type: ignore[arg-type]  # noqa: B023
         padded = shape.patches[0] > grid[0] * grid[1]
-        assert len(window_order(*grid, geometry).windows) + padded <= shape.windows
+        assert len(layout_of(geometry, *grid).segments["windows"]) + padded <= shape.vision["windows"]
 
 
 @settings(max_examples=50)

@@ -83,9 +83,13 @@ class LanguageModel(MegatronModule):
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[:, None],
             attention_mask=batch.cu_seqlens,
-            decoder_input=self._embed(batch),
+            **self._inputs(batch),
             **kwargs,
         )
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return what GPTModel is given to compute on: its `decoder_input`, [T, 1, H], and a family's additions."""
+        return {"decoder_input": self._embed(batch)}
 
     def _embed(self, batch: Batch) -> Tensor:
         """Return the input embeddings [T, 1, H]."""
