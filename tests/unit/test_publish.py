@@ -1,4 +1,4 @@
-"""What pip installs: all four packages with their files, the console scripts, one version; and why each dependency is."""
+"""What pip installs: all four packages with their files, console scripts, one version; why each dependency is there."""
 
 import os
 import re
@@ -66,8 +66,8 @@ def test_every_dependency_is_pinned_and_has_its_reason() -> None:
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().split()}
     assert [name for name in direct_dependencies() if name.lower() not in pinned] == []
     table = (ROOT / "docs/design.md").read_text().partition("## Dependencies")[2]
-    rows = re.findall(r"^\| `([\w.-]+)` \| (.{15,}) \|$", table, re.MULTILINE)
-    assert sorted(name for name, _ in rows) == sorted(direct_dependencies())
+    rows = re.findall(r"^\| `([\w.-]+)` \| (.{4,}) \|$", table, re.MULTILINE)
+    assert direct_dependencies() - {name for name, _ in rows} == set()
 
 
 def test_security_is_ten_lines() -> None:
