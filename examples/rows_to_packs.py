@@ -10,12 +10,12 @@ from sklearn.datasets import load_digits
 from jobs.demo.make_model import main as make_model
 from kanyun.naming import discover
 from kanyun.preview import preview
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, RecipeDataset
 
 out = Path(sys.argv[1]).absolute()
 digits, documents = out / "raw/digits", out / "raw/pydoc"
-digits.mkdir(parents=True)
-documents.mkdir()
+for folder in (digits, documents):
+    folder.mkdir(parents=True)
 
 # Four scans with a question and an answer each, and a document: one JSON object a line.
 with (digits / "train.jsonl").open("w") as rows:
@@ -27,15 +27,9 @@ with (digits / "train.jsonl").open("w") as rows:
 (documents / "documents.jsonl").write_text(json.dumps({"text": "A digit is one of ten signs. " * 3}) + "\n")
 
 make_model(out / "raw", out / "model")  # a tiny model's folder: config, tokenizer, processor
-recipe = {
-    "output": str(out / "work"),
-    "tokenizer": str(out / "model"),
-    "length": 256,
-    "datasets": {
-        "digits": {"raw": str(digits), "dataset": "messages", "ratio": 4},  # each scan four times an epoch
-        "pydoc": {"raw": str(documents), "dataset": "text"},
-    },
+datasets = {
+    "digits": RecipeDataset(raw=str(digits), dataset="messages", ratio=4),  # each scan four times an epoch
+    "pydoc": RecipeDataset(raw=str(documents), dataset="text"),
 }
-(out / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-Recipe.load(str(out / "recipe.yaml")).run(overwrite=False)
+Recipe(str(out / "work"), str(out / "model"), length=256, datasets=datasets).run(overwrite=False)
 (out / "packs.html").write_text(preview(discover(str(out / "work/packed"))[0], 4))
