@@ -5,11 +5,12 @@ from functools import partial
 
 from kanyun.cli.parser import Parser, command_line
 from kanyun.errors import run_cli
-from pipeline.stages.table import STAGES, StageEntry
+from pipeline.stages.table import STAGES, StageEntry, check_settings
 
 
 def run_stage(stage: StageEntry, args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in stage.options}
+    check_settings(settings, "--")
     stage.load().for_command(args.source, args.output, **settings).run(args.overwrite)
     return 0
 
