@@ -98,7 +98,14 @@ def test_bash_completes_commands_and_options(
     assert done.stdout.split() == ["preprocess", "--vision-budget"]
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError("no such folder"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("no such folder"), 2),
+        (ModuleNotFoundError("No module named 'jinja2'", name="jinja2.sandbox"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
 def test_errors_are_one_line_on_stderr(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> int:
         raise error
