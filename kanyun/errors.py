@@ -28,7 +28,8 @@ class DatasetError(UserError):
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command line's `main`: a UserError becomes one sentence on stderr and exit code 2, without a traceback.
 
-    So do a library that is not installed, with 2, and Ctrl-C, with 130; and where nobody reads the output any more (`| head`), the command ends as by SIGPIPE.
+    So do a library that is not installed, with 2, and Ctrl-C, with 130. Where nobody reads the output any more
+    (`| head`), the command ends as by SIGPIPE.
     """
     try:
         code = main()
