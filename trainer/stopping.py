@@ -68,7 +68,7 @@ class FiniteGuard:
         from trainer.checkpoint import require_finite  # here, because the launcher needs no megatron
 
         way_out = f"{problem}; resume from a checkpoint before that"
-        require_finite(self._model.named_parameters(), f"the model at step {step}", way_out)
+        require_finite(self._model.named_weights(), f"the model at step {step}", way_out)
         raise UserError(
             f"{problem}, with finite weights: lower lr {self._lr}, or look at the data; the same command goes on from "
             "the last checkpoint"

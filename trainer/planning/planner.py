@@ -29,6 +29,7 @@ class Layout:
     reason: str  # one sentence for people
     compute: Compute = BFLOAT16
     memory: float | None = None  # predicted peak of a GPU, bytes
+    weight_shards: int = 1  # ranks that the decoder layers' weights, gradients and optimizer state are sharded over
 
 
 class LayoutPlanner:
