@@ -68,8 +68,8 @@ class ShardedLayers:
         kept = whole if self.trains else 0
         self._row_gradients = [torch.empty(kept, dtype=dtype, device=device) for _ in range(2)]
         self._received = torch.empty(self._part if self.trains else 0, dtype=dtype, device=device)
-        # What a rank multiplies an fp8 value with; of each layer's matrices.
-        self._scales = torch.ones(count, len(self.shapes), device=device)
+        # What an fp8 value of each layer's matrices is multiplied by. cuBLAS wants each aligned to 16 bytes.
+        self._scales = torch.ones(count, len(self.shapes), 4, device=device)
         self.parameters: list[list[nn.Parameter]] = []
         self.places: list[list[Place]] = []  # of the matrices in a checkpoint, once asked for
         for layer in range(count):
@@ -88,21 +88,21 @@ class ShardedLayers:
         self._left = [len(self.shapes)] * count  # gradients still to come
         stack.register_forward_pre_hook(lambda *_: self._begin())
         for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._before(number, backward=False))
-            layer.register_full_backward_pre_hook(self._before(number, backward=True))
+            layer.register_forward_pre_hook(self._before_forward(number))
+            layer.register_forward_hook(self._after_forward(number))
         self.publish()
 
     @torch.no_grad()
     def publish(self) -> None:
         """Make weights that changed readable for every rank. Every rank calls it, after all have finished reading."""
         if self._fp8:
-            largest = torch.zeros_like(self._scales)
+            largest = torch.zeros_like(self._scales[..., 0])
             for layer, weights in enumerate(self.weights):
                 for piece in self.pieces:
                     largest[layer, piece.matrix] = weights[piece.begin : piece.end].abs().amax()
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
             scales = torch.where(largest > 0, E4M3_MAX / largest, 1.0)
-            self._scales.copy_(1 / scales)
+            self._scales.copy_((1 / scales)[..., None])
             for layer, weights in enumerate(self.weights):
                 for piece in self.pieces:
                     scaled = weights[piece.begin : piece.end] * scales[layer, piece.matrix]
@@ -185,7 +185,7 @@ class ShardedLayers:
             module, name = self._owners[layer][matrix]
             old, span = module.get_parameter(name), slice(start, start + shape.numel())
             if self._fp8:
-                parameter = _fp8_parameter(row[span].view(shape), self._scales[layer, matrix : matrix + 1], old)
+                parameter = _fp8_parameter(row[span].view(shape), self._scales[layer, matrix, :1], old)
             else:
                 parameter, old.data = old, row[span].view(shape)
             if self.trains:
@@ -204,11 +204,19 @@ class ShardedLayers:
         for layer in range(min(2, len(self.weights))):
             self._gather(layer)
 
-    def _before(self, layer: int, *, backward: bool) -> Callable[..., None]:
-        def hook(*inputs: Any) -> None:
-            if backward:
-                self._direction = -1
+    def _before_forward(self, layer: int) -> Callable[..., None]:
+        return lambda *_: self._use(layer)
+
+    def _after_forward(self, layer: int) -> Callable[..., None]:
+        """The gradient of a layer's output begins its backward pass."""
+
+        def begin_backward(gradient: Tensor) -> None:
+            self._direction = -1
             self._use(layer)
+
+        def hook(module: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> None:
+            if output[0].requires_grad:
+                output[0].register_hook(begin_backward)
 
         return hook
 
