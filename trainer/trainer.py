@@ -86,7 +86,7 @@ class Trainer:
         if run.weights is not None and not config.continue_from:
             checkpoint.load(run.weights, self.model)
         self.ddp = OverlappedDataParallel(self.model.config, self.model, shard=layout.weight_shards > 1)
-        self.guard = FiniteGuard(self.model, config.lr)
+        self.guard = FiniteGuard(self.model.named_weights, config.lr)
         self.loss_sum, self.trained = self._zero(), self._zero()  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
         if self.graph:

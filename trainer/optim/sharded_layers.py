@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from trainer.optim.state import Place, rectangles
 
 ALIGNED = 256  # elements: where a matrix, and a part, begins
-E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -87,27 +86,34 @@ class ShardedLayers:
         self._summed: list[Any] = [None, None]  # its gradient is reduced
         self._left = [len(self.shapes)] * count  # gradients still to come
         stack.register_forward_pre_hook(lambda *_: self._begin())
-        for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._before_forward(number))
-            layer.register_forward_hook(self._after_forward(number))
+        for number, module in enumerate(layers):
+            module.register_forward_pre_hook(self._before_forward(number))
+            module.register_forward_hook(self._after_forward(number))
         self.publish()
 
     @torch.no_grad()
     def publish(self) -> None:
         """Make weights that changed readable for every rank. Every rank calls it, after all have finished reading."""
         if self._fp8:
-            largest = torch.zeros_like(self._scales[..., 0])
-            for layer, weights in enumerate(self.weights):
-                for piece in self.pieces:
-                    largest[layer, piece.matrix] = weights[piece.begin : piece.end].abs().amax()
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
-            scales = torch.where(largest > 0, E4M3_MAX / largest, 1.0)
-            self._scales.copy_((1 / scales)[..., None])
-            for layer, weights in enumerate(self.weights):
-                for piece in self.pieces:
-                    scaled = weights[piece.begin : piece.end] * scales[layer, piece.matrix]
-                    self._published[layer, piece.begin : piece.end].copy_(_to_e4m3(scaled))
+            self._cast()
         dist.all_reduce(torch.zeros(1, device=self._published.device), group=self._group)  # no rank reads before
+
+    def _cast(self) -> None:
+        """Cast this rank's parts, each matrix with the scale of its largest value on any rank."""
+        from trainer.kernels.cast import E4M3_MAX, cast_to_e4m3
+
+        largest = torch.zeros_like(self._scales[..., 0])
+        mine = [piece.matrix for piece in self.pieces]
+        values = [weights[piece.begin : piece.end] for weights in self.weights for piece in self.pieces]
+        norms = torch.stack(torch._foreach_norm(values, float("inf")))
+        largest[:, mine] = norms.view(len(self.weights), -1).float()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        scales = torch.where(largest > 0, E4M3_MAX / largest, 1.0)
+        self._scales.copy_((1 / scales)[..., None])
+        for layer, weights in enumerate(self.weights):
+            for piece in self.pieces:
+                span = slice(piece.begin, piece.end)
+                cast_to_e4m3(weights[span], scales[layer, piece.matrix], self._published[layer, span])
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
@@ -228,9 +234,6 @@ class ShardedLayers:
         self._whole[turn].wait()
         if self._direction < 0 and self._summed[turn] is not None:
             self._summed[turn].wait()  # this layer's gradients take their place
-        if self._fp8:
-            for parameter in self.parameters[layer]:
-                parameter._transpose, parameter._transpose_invalid = None, True  # type: ignore[attr-defined]
         if 0 <= following < len(self.weights) and self._held[following % 2] != following:
             self._gather(following)
 
@@ -246,6 +249,11 @@ class ShardedLayers:
                     row[rank * self._part : (rank + 1) * self._part].copy_(self._peers[rank][layer], non_blocking=True)
             self._whole[turn] = torch.cuda.Event()
             self._whole[turn].record()
+        if self._fp8:
+            # Transformer Engine keeps what it transposed for a backward pass.
+            for stale in (layer, self._held[turn]):
+                for parameter in () if stale is None else self.parameters[stale]:
+                    parameter._transpose, parameter._transpose_invalid = None, True  # type: ignore[attr-defined]
         self._held[turn] = layer
 
     def _gradient_hook(self, layer: int) -> Callable[[Tensor], None]:
@@ -284,10 +292,6 @@ def _matrices(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 def _set(owners: Sequence[tuple[nn.Module, str]], parameters: Sequence[nn.Parameter]) -> None:
     for (module, name), parameter in zip(owners, parameters, strict=True):
         setattr(module, name, parameter)
-
-
-def _to_e4m3(values: Tensor) -> Tensor:
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def _fp8_parameter(data: Tensor, scale: Tensor, old: nn.Parameter) -> nn.Parameter:
