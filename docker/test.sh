@@ -2,15 +2,17 @@
 # Build the pipeline's image without a container engine, and run the demo's pipeline in it. As root on Debian:
 #   apt-get install buildah debootstrap
 # usage: docker/test.sh
+# IMAGE: an image that is there already; without it one is built of BASE.
 # BASE: the base image; without it debootstrap makes one of Debian 13. buildah keeps it, and the packages that pip fetched,
-# for the next time. 25 GB of disk: torch has CUDA's libraries, and vfs copies each layer.
+# for the next time. STORAGE_DRIVER=vfs where overlay mounts are not allowed: 25 GB of disk, as torch has CUDA's libraries and
+# vfs copies each layer; 15 GB otherwise.
 set -euo pipefail
 [[ ${1:-} != --help ]] || { sed -n '2,/^set /{/^# /s/^# //p}' "$0"; exit 0; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-.venv/bin/python}
 [[ $python != .venv/* ]] || python=$root/$python
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
-image=localhost/kanyun-pipeline:test
+export BUILDAH_ISOLATION=chroot
+buildah() { command buildah ${STORAGE_DRIVER:+--storage-driver "$STORAGE_DRIVER"} "$@"; }
 
 missing=0
 for command in buildah debootstrap; do
@@ -46,19 +48,31 @@ if [[ -z ${BASE:-} ]]; then
   fi
 fi
 
-echo "== build"
-cd "$root"
-printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' >"$work/pip.conf"
-buildah bud --quiet --build-arg "BASE=$BASE" --secret "id=pip,src=$work/pip.conf" -f docker/Dockerfile.pipeline -t "$image" .
-echo "built in $SECONDS s"
+echo "== a bare Debian says what is missing: Python and Java"
+new_container "$BASE"
+code=0
+said=$(buildah run --volume "$root:/kanyun:ro" "$container" -- /kanyun/jobs/setup.sh 2>&1) || code=$?
+echo "$said"
+((code == 2)) && grep -q '^Python 3.12 or 3.13 ' <<<"$said" && grep -q '^Java 17 or 21 ' <<<"$said"
+
+if [[ -z ${IMAGE:-} ]]; then
+  IMAGE=localhost/kanyun-pipeline:test
+  echo "== build"
+  cd "$root"
+  printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' >"$work/pip.conf"
+  buildah bud --quiet --layers --build-arg "BASE=$BASE" --secret "id=pip,src=$work/pip.conf" \
+    -f docker/Dockerfile.pipeline -t "$IMAGE" .
+  echo "built in $SECONDS s"
+fi
 
 echo "== no secret in a layer, no root, and what the doctor says"
-new_container "$image"
-inside() { buildah run --user kanyun --volume "$work:/work" "$container" -- "$@"; }
-buildah inspect --type image "$image" | grep -q '"User": "kanyun"'
+new_container "$IMAGE"
+inside() { buildah run --user kanyun --volume "$work:/work" "$container" -- entrypoint "$@"; }
+buildah inspect --type image "$IMAGE" | grep -q '"User": "kanyun"'
 files=$(buildah mount "$container")
 [[ ! -e $files/etc/pip.conf ]] || { echo "etc/pip.conf is in the image" >&2 && exit 1; }
 buildah umount "$container" >/dev/null
+cd "$root"
 "$python" jobs/demo/make_raw.py "$work/demo"
 "$python" jobs/demo/make_model.py "$work/demo/raw" "$work/demo/model"
 chmod -R a+rwX "$work"

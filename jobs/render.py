@@ -93,7 +93,10 @@ def volcano_train(facts: TrainFacts) -> list[Manifest]:
         {"events": ["PodFailed", "PodEvicted"], "action": "RestartJob"},
         {"event": "TaskCompleted", "action": "CompleteJob"},
     ]
-    return [*_hadoop_conf(facts), _volcano(facts, "worker", facts.nodes, pod, policies, MOST_RESTARTS)]
+    job = _volcano(facts, "worker", facts.nodes, pod, policies, MOST_RESTARTS)
+    # svc gives the pods names, and a network policy by which they hear only one another.
+    job["spec"]["plugins"] = {"env": [], "svc": ["--publish-not-ready-addresses=true"]}
+    return [*_hadoop_conf(facts), job]
 
 
 def kubernetes_train(facts: TrainFacts) -> list[Manifest]:
@@ -203,7 +206,6 @@ def _volcano(
         "queue": facts.queue,
         "minAvailable": replicas,
         "maxRetry": restarts,
-        "plugins": {"env": [], "svc": ["--publish-not-ready-addresses=true"]},
         "policies": policies,
         "tasks": [{"name": task, "replicas": replicas, "template": pod}],
     }

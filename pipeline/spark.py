@@ -79,8 +79,9 @@ def spark_session() -> SparkSession:
         master = os.environ.get("SPARK_MASTER", "local[*]")
         builder = builder.master(master)
         settings |= _LOCAL_SETTINGS
-        if master.startswith("local"):  # a laptop's own name may lead nowhere
+        if master.startswith("local"):  # the name of a laptop or of a container may lead nowhere
             settings["spark.driver.host"] = "127.0.0.1"
+            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # else the JVM looks the name up, and ends
     if user := os.environ.get("HADOOP_USER_NAME"):  # JVMs pass it on, Python workers read it
         settings["spark.executorEnv.HADOOP_USER_NAME"] = user
     for key, value in settings.items():

@@ -60,6 +60,19 @@ def test_every_help_ends_with_an_example_that_is_accepted(module: str) -> None:
                 assert top.parse_args(shlex.split(arguments))
 
 
+def test_a_layout_is_told_to_a_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.layout import main, parser
+
+    example = parser().format_help().partition("\nexample:\n")[2].split()[3:]
+    for arguments in (example, [*example, "--json"]):
+        monkeypatch.setattr(sys, "argv", ["layout", *arguments])
+        assert main() == 0
+    table, _, answer = capsys.readouterr().out.rpartition("\n[")
+    first = json.loads(f"[{answer}")[0]
+    assert f" {first['tokens_per_second']:,.0f} " in table
+    assert f" {first['memory'] / 1e9:.1f} " in table
+
+
 @pytest.mark.parametrize("script", PROJECT["scripts"])
 def test_console_scripts_lead_to_a_command(script: str) -> None:
     module, _, function = PROJECT["scripts"][script].partition(":")
@@ -85,7 +98,14 @@ def test_bash_completes_commands_and_options(
     assert done.stdout.split() == ["preprocess", "--vision-budget"]
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError("no such folder"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("no such folder"), 2),
+        (ModuleNotFoundError("No module named 'jinja2'", name="jinja2.sandbox"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
 def test_errors_are_one_line_on_stderr(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> int:
         raise error

@@ -236,6 +236,9 @@ def test_manifests_follow_the_schemas(target: str, size: int, facts: Callable[..
     if target == "volcano-train":
         assert job["spec"]["minAvailable"] == job["spec"]["tasks"][0]["replicas"] == size
         assert job["spec"]["policies"][0] == {"exitCode": PREEMPTED, "action": "RestartJob"}
+        assert job["spec"]["plugins"].keys() == {"env", "svc"}
+    if target == "volcano-spark":
+        assert "plugins" not in job["spec"], "svc would keep the executors from the driver"
     if target == "kubernetes-train":
         assert job["spec"]["completions"] == job["spec"]["parallelism"] == size
     if target in SPARK:
