@@ -4,7 +4,7 @@ from datetime import date
 
 import pytest
 
-from benchmarks.cards import FILES, ROOT, Row, cards, rendered
+from benchmarks.card_tables import FILES, ROOT, Row, cards, rendered
 
 TABLES = {"README.md": 1, "README.zh.md": 1, "benchmarks/README.md": 2}
 
@@ -13,11 +13,11 @@ TABLES = {"README.md": 1, "README.zh.md": 1, "benchmarks/README.md": 2}
 def test_tables_are_made_from_the_cards(name: str) -> None:
     page = (ROOT / name).read_text()
     assert page.count("<!-- /cards -->") == TABLES[name]
-    assert rendered(page) == page, "python -m benchmarks.cards writes them"
+    assert rendered(page) == page, "python -m benchmarks.card_tables writes them"
 
 
 def test_another_figure_changes_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import cards as module
+    from benchmarks import card_tables as module
 
     (card,) = [card for card in cards() if (card.model, card.gpu) == ("Qwen2.5-1.5B", "H100")]
     assert [card.ratio(row) for row in card.training] == ["", "1.34", "1.62"]

@@ -1,4 +1,4 @@
-"""Tables of the README files, made from benchmarks/cards/, one card a model and GPU: python -m benchmarks.cards.
+"""Tables of the README files, made from benchmarks/cards/, one card a model and GPU: python -m benchmarks.card_tables.
 
 A table stands between `<!-- cards NAME -->` and `<!-- /cards -->`; tests/unit/test_cards.py fails where it is not what
 the cards say.
