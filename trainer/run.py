@@ -1,5 +1,6 @@
 """What a run is made of, read and checked before any process group or model: data, layout, where it starts."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from kanyun.errors import UserError
-from kanyun.fingerprint import Fingerprint, check_vocabulary, fingerprint
+from kanyun.fingerprint import Fingerprint, check_model, fingerprint
 from kanyun.storage import Folder
 from kanyun.storage.claim import Claim, only_writer
 from trainer import checkpoint
@@ -47,9 +48,8 @@ class Run:
     def prepare(cls, config: TrainConfig, world: int, cuda: bool, damaged: Mapping[str, str] | None = None) -> Self:
         """Raises UserError for anything that does not fit together. Writes nothing."""
         tokenizer = fingerprint(Folder(config.model))
-        check_vocabulary(Folder(config.model))
+        check_model(Folder(config.model))
         model = ModelConfig.from_hf(config.model)
-        _check_device(model, cuda)
         data = PackedData(config.data, config.length, tokenizer)
         validation = PackedData(config.validation, config.length, tokenizer) if config.validation else None
         output, damaged = open_output(config.output), damaged or {}
@@ -73,7 +73,8 @@ class Run:
             weights, passed_over = _looked_up(config.init, damaged)
             notes += passed_over
             replace(_state(weights, tokenizer), run={}).require(start, weights.uri)
-        planner = LayoutPlanner(model, find_gpu(torch.cuda.get_device_name()) if cuda else None, world)
+        gpu = find_gpu(torch.cuda.get_device_name()) if cuda else None
+        planner = LayoutPlanner(model, gpu, world, node=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
         layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume, weights, notes, damaged)
 
@@ -119,16 +120,6 @@ class Run:
         return (
             f"the schedule changed ({', '.join(changed)}): the learning rate goes from {last:.3e} in step {step} to "
             f"{learning_rate(self.config, step, steps):.3e} in step {step + 1}"
-        )
-
-
-def _check_device(model: ModelConfig, cuda: bool) -> None:
-    if cuda and model.qk_norm:
-        # On an H100 logits agree with transformers within 2e-3 (TF32), but the embedding's gradient is 5.7 % off, where
-        # TF32 explains 0.2 %. tests/gpu/test_model_cuda.py shows it.
-        raise UserError(
-            f"{model.model_type} cannot be trained on a GPU yet: with norms of query and key the gradients there are "
-            "5.7 % off those of transformers; CUDA_VISIBLE_DEVICES= trains on the CPU, whose gradients agree"
         )
 
 
