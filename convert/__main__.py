@@ -48,7 +48,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m convert", description="Convert Qwen2.5 and Qwen2.5-VL between Hugging Face and megatron."
+        prog="python -m convert", description="Convert models between Hugging Face and megatron."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     checkpoint = "a run's output folder, its checkpoints folder, or one step_... folder"

@@ -17,7 +17,8 @@ SEGMENT = 900  # tokens of a sample
 # Of an H100, FLOP/s or bytes/s.
 PRODUCTS, PRODUCTS_FP8 = 720e12, 1345e12
 ATTENTION = 170e12  # of such segments: a third of what long ones reach
-TOWER, TOWER_FP8 = 440e12, 510e12  # all of the vision tower
+TOWER, TOWER_FP8 = 440e12, 510e12  # all of the vision tower, with attention within windows
+PICTURES = 240e12  # attention within whole pictures, as measured in Qwen2.5-VL's; in Qwen3-VL not yet
 ELEMENTWISE, NORMS, CASTS = 3.0e12, 2.0e12, 2.5e12
 # Bytes/s of NCCL's rings ("bus bandwidth"): in a node; for each GPU of a node that takes part in a ring between nodes,
 # by its own 400 Gb/s network card; and the most that a node reaches, of 8 x 50 GB/s. The last two: not measured.
@@ -43,6 +44,7 @@ class Work(NamedTuple):
     loss: float
     casts: float  # to fp8
     tower: float  # FLOPs of a patch, attention not counted
+    pictures: float  # its attention, where all of it is within whole pictures
 
 
 class SpeedModel:
@@ -76,6 +78,7 @@ class SpeedModel:
             loss=2 * 3 * model.vocab_size,  # logits are read twice, their gradient written
             casts=layers * 5 * ((2 * h + q + f) + (q + 2 * kv + 2 * h + 2 * f)) * compute.fp8,  # 5 bytes a value
             tower=tower_passes * costs.patch_flops,
+            pictures=(tower_passes + 0.5) * costs.picture_flops,
         )
 
     def step_seconds(
@@ -91,7 +94,7 @@ class SpeedModel:
         moved = (token.swiglu + token.loss) / ELEMENTWISE + token.norms / NORMS + token.casts / CASTS
         # Activations, each way, in both passes.
         exchanged = self._model.num_layers * 10 * 2 * self._model.hidden_size * (tensor_parallel - 1) / NVLINK
-        tower = token.tower / (TOWER_FP8 if compute.fp8 else TOWER)
+        tower = token.tower / (TOWER_FP8 if compute.fp8 else TOWER) + token.pictures / PICTURES
         seconds = tokens / tensor_parallel * (computed / self._faster + moved / self._wider + exchanged)
         seconds += patches * tower / self._faster
         seconds *= REST
