@@ -44,7 +44,7 @@ def resize_vocab(source: Path, out: Path, overwrite: bool = False) -> int:
         Planned(
             name,
             (vocab_size, *layout.hf[name][1:]) if name in resized else layout.hf[name],
-            weights[name].dtype,
+            weights.dtype(name),
         )
         for name in names
     ]

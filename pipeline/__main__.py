@@ -4,11 +4,12 @@ import argparse
 from functools import partial
 
 from kanyun.errors import run_cli
-from pipeline.stages.table import STAGES, StageEntry
+from pipeline.stages.table import STAGES, StageEntry, check_settings
 
 
 def run_stage(stage: StageEntry, args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in stage.options}
+    check_settings(settings, "--")
     stage.load().for_command(args.source, args.output, **settings).run(args.overwrite)
 
 

@@ -5,17 +5,21 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from kanyun.storage import Folder
+from trainer.runtime import Runtime
 
 METRICS = "metrics.jsonl"
 ASIDE = "metrics.aside.jsonl"
@@ -34,11 +38,74 @@ class StepMetrics:
     trained_tokens: int
     tokens_per_second: float  # useful token slots: all but padding
     mfu: float | None  # share of the GPUs' peak; None where that is not known
-    data_wait: float  # share of the time that the model waited for data
+    data_wait: float  # share of the time that the model waited for data, on the rank that waited longest
+    data_wait_mean: float  # the same over the ranks
+    # Data-parallel rank that worked longest by itself: reading data, forward and backward passes. All wait for it.
+    slowest_rank: int
+    work_seconds: float  # of that rank
+    work_seconds_mean: float  # over the ranks
     imbalance: float  # cost of the packs of the rank that has most, over the ranks' mean; 1 = all equal
     seconds: float
     memory_gb: float  # peak of rank 0's device; on a CPU, of its process
     validation_loss: float | None
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """Seconds of a step on each data-parallel rank."""
+
+    work: Sequence[float]  # by itself, up to where the ranks' gradients meet
+    waited: Sequence[float]  # of them, for data
+
+    @classmethod
+    def of(cls, slots: Sequence[float]) -> Self:
+        """Return what the ranks' `WorkClock.slots` are together."""
+        ranks = len(slots) // 2
+        return cls(slots[:ranks], slots[ranks:])
+
+    def figures(self, seconds: float) -> dict[str, Any]:
+        """Return what StepMetrics has of them, of a step that took `seconds`."""
+        slowest = max(range(len(self.work)), key=self.work.__getitem__)
+        return {
+            "data_wait": max(self.waited) / seconds,
+            "data_wait_mean": fmean(self.waited) / seconds,
+            "slowest_rank": slowest,
+            "work_seconds": self.work[slowest],
+            "work_seconds_mean": fmean(self.work),
+        }
+
+
+class WorkClock:
+    """Takes the time that this rank works on a step by itself. On a GPU by events, so that the host need not wait.
+
+    `waited` returns the seconds that the model has waited for data so far.
+    """
+
+    def __init__(self, waited: Callable[[], float], cuda: bool) -> None:
+        self._waited, self._cuda, self._running = waited, cuda, False
+        self._before = self._begin = self._end = 0.0
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def start(self) -> None:
+        """Begin a step. Does nothing within one."""
+        if not self._running:
+            self._running, self._before, self._begin = True, self._waited(), time.perf_counter()
+            self._events[0].record()
+
+    def stop(self) -> None:
+        """End the step's own work: the last backward pass has been given to the device."""
+        self._running, self._end = False, time.perf_counter()
+        self._events[1].record()
+
+    def slots(self, runtime: Runtime) -> Tensor:
+        """Return [2 x ranks] seconds, 0 but for this rank's work and its wait for data. Waits for the device."""
+        work = self._end - self._begin
+        if self._cuda:
+            self._events[1].synchronize()
+            work = self._events[0].elapsed_time(self._events[1]) / 1e3
+        slots = torch.zeros(2, runtime.data_world)
+        slots[:, runtime.data_rank] = torch.tensor([work, self._waited() - self._before])
+        return slots.flatten().to(runtime.device)
 
 
 class Metrics:
@@ -49,10 +116,11 @@ class Metrics:
     written to a temporary folder and copied by `publish`.
     """
 
-    def __init__(self, output: Folder, start: int, steps: int):
+    def __init__(self, output: Folder, start: int, steps: int, ranks: int = 1):
+        """`ranks`: data-parallel ones."""
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: other ranks need not
 
-        self._steps, self._output = steps, output
+        self._steps, self._output, self._ranks = steps, output, ranks
         self.notes = _set_aside(output, start)
         self._open = ExitStack()
         self._local = Path(output.path)
@@ -129,12 +197,22 @@ class Metrics:
             f"{metrics.tokens_per_second:,.0f} tokens/s",
             f"MFU {metrics.mfu:.1%}" if metrics.mfu is not None else "MFU n/a",
             f"data wait {metrics.data_wait:.0%}",
-            f"ranks max/mean {metrics.imbalance:.2f}",
+            *(_ranks(metrics) if self._ranks > 1 else ()),
             f"{metrics.memory_gb:.1f} GB",
             f"ETA {left}",
             self._unsaved,
         ]
         return "  ".join(part for part in parts if part)
+
+
+def _ranks(metrics: StepMetrics) -> list[str]:
+    """Return what the live line says of several ranks."""
+    return [
+        f"(mean {metrics.data_wait_mean:.0%})",
+        f"slowest rank {metrics.slowest_rank}: {metrics.work_seconds:.2f} s,"
+        f" {metrics.work_seconds / metrics.work_seconds_mean:.2f} x mean",
+        f"packs max/mean {metrics.imbalance:.2f}",
+    ]
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -3,9 +3,12 @@
 Classes are named, not imported: `--help` and a mistyped option answer at once, without Spark.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from kanyun.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.stages.base import Stage
@@ -82,3 +85,29 @@ STAGES = (
         folder="packed",
     ),
 )
+
+# Least and most of settings that are numbers. A copy's number, epoch x ratio, has 32 bits, a seed has 64.
+RANGES = {
+    "length": (1, 1 << 24),
+    "epoch": (0, 1_000_000),
+    "part": (0, 1_000_000),
+    "seed": (-(1 << 63), (1 << 63) - 1),
+    "vision_budget": (1, (1 << 31) - 1),
+}
+
+
+def check_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Raise UserError, before any work, if a setting of a stage is out of its range or not one of its choices.
+
+    where: what stands before a setting's name in the message, "recipe.yaml: " or "--".
+    """
+    choices = {
+        name: kinds["choices"] for stage in STAGES for name, kinds in stage.options.items() if "choices" in kinds
+    }
+    for name, value in settings.items():
+        least, most = RANGES.get(name, (0, 0))
+        shown = name.replace("_", "-") if where == "--" else name
+        if name in RANGES and value is not None and not least <= value <= most:
+            raise UserError(f"{where}{shown} is {value}: give a number from {least} to {most}")
+        if name in choices and value not in choices[name]:
+            raise UserError(f"{where}{shown} is {value!r}: give {' or '.join(choices[name])}")

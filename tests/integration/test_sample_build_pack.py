@@ -18,6 +18,7 @@ from PIL import Image
 from pyspark.sql import SparkSession
 from transformers import AutoProcessor
 
+from kanyun.__main__ import main as kanyun_command
 from kanyun.errors import DatasetError, UserError
 from kanyun.fingerprint import fingerprint
 from kanyun.reader import PackedDataset
@@ -165,7 +166,13 @@ def test_every_sample_is_packed_once_as_the_processor_makes_it(made: tuple[Path,
     check_packs(raw, root / "hf", packed(root), root / "built")
 
 
-def test_the_same_samples_for_qwen3_vl(made: tuple[Path, Raw], spark: SparkSession, tmp_path: Path) -> None:
+def test_the_same_samples_for_qwen3_vl(
+    made: tuple[Path, Raw],
+    spark: SparkSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     root, raw = made
     model = qwen3_vl_tokenizer_folder(
         tmp_path / "hf", real_vocabulary=False, min_pixels=4 * TOKEN_PIXELS, max_pixels=32 * TOKEN_PIXELS
@@ -186,6 +193,9 @@ def test_the_same_samples_for_qwen3_vl(made: tuple[Path, Raw], spark: SparkSessi
         ):
             PackedData(str(at / "packed"), LENGTH, fingerprint(Folder(str(own))))
     PackedData(str(tmp_path / "packed"), LENGTH, fingerprint(Folder(str(model))))
+    monkeypatch.setattr("sys.argv", ["kanyun", "info", str(tmp_path / "packed")])
+    assert kanyun_command() == 0
+    assert "patches of 16 x 16 pixels, 2 x 2 of them a token; images of 4,096 to 32,768" in capsys.readouterr().out
 
 
 def test_the_packed_dataset_is_sound_and_tells_its_facts(made: tuple[Path, Raw]) -> None:
