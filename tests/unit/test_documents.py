@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # A page, and the same page in Chinese: their blocks are the same but for comments.
 PAIRS = [
     ("README.md", "README.zh.md"),
-    *((f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("datasets", "operations", "glossary")),
+    *((f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("datasets", "operations", "checkpoints", "glossary")),
 ]
 PAGES = [page for pair in PAIRS for page in pair]
 
