@@ -77,7 +77,7 @@ class Trainer:
         self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
         if run.weights is not None and not config.continue_from:
             run = run.load(self.model)
-        self.ddp = OverlappedDataParallel(self.model.config, self.model, shard=layout.weight_shards > 1)
+        self.ddp = OverlappedDataParallel(self.model.config, self.model, weight_shards=layout.weight_shards)
         self.guard = FiniteGuard(self.model.named_weights, config.lr)
         self.sums = DatasetSums(names, runtime.device)  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
@@ -149,8 +149,9 @@ class Trainer:
             checkpoint.remove_leftovers(self.run.output)
             notes.append(checkpoint.set_aside(self.run.output, self.step))
             self.run.output.write(RUN, (self.config.model_dump_json(indent=2) + "\n").encode())
-            more = {"ranks": self.runtime.data_world, "config": self.config.model_dump()}
-            self.metrics = self._open.enter_context(Metrics(self.run.output, self.step, self.steps, **more))
+            ranks, config = self.runtime.data_world, self.config.model_dump()
+            metrics = Metrics(self.run.output, self.step, self.steps, ranks=ranks, config=config)
+            self.metrics = self._open.enter_context(metrics)
             notes.append(self.metrics.notes)
         for note in filter(None, notes):
             self._say(note)

@@ -336,4 +336,4 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    load_and_save_in_pieces(*sys.argv[1:3], int(sys.argv[3]))
+    load_and_save_in_pieces(sys.argv[1], sys.argv[2], int(sys.argv[3]))

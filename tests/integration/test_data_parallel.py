@@ -57,9 +57,9 @@ def test_two_ranks_train_as_one(images: bool, global_batch: int, tmp_path: Path)
 
 
 def different(found: dict[str, float], expected: dict[str, float]) -> list[str]:
-    """Names whose sums of squares differ by more than noise."""
+    """Names whose sums of squares differ by more than noise, which is all of a key bias's gradient: 0 in theory."""
     assert found.keys() == expected.keys()
-    return [name for name, value in expected.items() if found[name] != pytest.approx(value, rel=TOLERANCE, abs=1e-6)]
+    return [name for name, value in expected.items() if found[name] != pytest.approx(value, rel=TOLERANCE, abs=1e-10)]
 
 
 def launch(values: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,10 @@ def report(values: dict[str, Any], world: int) -> dict[str, Any]:
         }
         if world > 1:
             result["times"] = times_with_a_slow_rank(trainer, steps[0])
-            result["caught"] = faults(trainer, steps[0])
+            patches = torch.tensor([float(sum(pack.real_patches for pack in packs)) for packs in steps])
+            dist.all_reduce(patches)
+            fullest = steps[int(patches.argmax())]  # without images the tower has no gradients
+            result["caught"] = faults(trainer, fullest)
         return result
 
 

@@ -1,6 +1,7 @@
 """A tiny training by two processes, as data-parallel ranks or as one model's two halves, beside the same by one."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ def assert_two_train_as_one(
     tolerance: float,
     tensor_parallel: int = 1,
     weight_shards: int = 1,
+    world: int = 2,
     make_model: Callable[[Path], Path] | None = None,
 ) -> None:
     """And one goes on from what two have saved, and two from what one has. tolerance: of losses, relative.
@@ -36,10 +38,10 @@ def assert_two_train_as_one(
     two = one | {"output": str(folder / "two")}
     layout = json.dumps({"tensor_parallel": tensor_parallel, "weight_shards": weight_shards})
     train(one)
-    _launch(two, layout, "as it is")
+    _launch(two, layout, "as it is", world=world)
     more = {"steps": one["steps"] + 2}
     train(two | more)
-    _launch(one | more, layout, "as it is")
+    _launch(one | more, layout, "as it is", world=world)
     for expected, found in zip(metrics_of(one), metrics_of(two), strict=True):
         assert found["trained_tokens"] == expected["trained_tokens"]
         assert found["loss"] == pytest.approx(expected["loss"], rel=tolerance)
@@ -63,8 +65,8 @@ def assert_overlap_changes_nothing(folder: Path, *, weight_shards: int = 1) -> N
     assert curves["late"] == curves["in turns"]
 
 
-def _launch(values: dict[str, Any], *arguments: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def _launch(values: dict[str, Any], *arguments: str, world: int = 2) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     worker = ["-m", "tests.support.two_processes", json.dumps(values), *arguments]
     done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -113,7 +115,7 @@ def delayed_on(stream: torch.cuda.Stream) -> Callable[[torch.cuda.Stream], None]
 
 
 def work(values: dict[str, Any], layout: dict[str, int], exchange: str) -> None:
-    run = Run.prepare(TrainConfig(**values), 2, torch.cuda.is_available())
+    run = Run.prepare(TrainConfig(**values), int(os.environ["WORLD_SIZE"]), torch.cuda.is_available())
     run = replace(run, layout=replace(run.layout, **layout))
     with (
         Runtime.start(tensor_parallel=run.layout.tensor_parallel, seed=run.config.seed) as runtime,

@@ -190,7 +190,9 @@ def test_a_line_of_progress_has_rate_and_time_left() -> None:
     progress.advance(1_000_000_000)
     assert progress.line(10.0) == "copying: 25%, 1.00 GB of 4.00 GB, 100.0 MB/s, ETA 0:00:30"
     progress = Progress("verify", 1200, "batches")
-    assert progress.line(10.0) == "verify: 0%, 0 of 1,200 batches, 0.0 batches/s, ETA unknown"
+    assert progress.line(10.0) == "verify: 0%, 0 of 1,200 batches, 0.0 batches/min, ETA unknown"
+    progress.advance(3)
+    assert progress.line(60.0) == "verify: 0%, 3 of 1,200 batches, 3.0 batches/min, ETA 6:39:00"
     assert Progress("pack", 0, "tasks").line(61.5) == "pack: 0:01:01 so far"
 
 

@@ -41,11 +41,11 @@ class OverlappedDataParallel(DistributedDataParallel):
     Between the optimizer's step and the next forward pass weights are still under way: whoever reads them elsewhere
     calls `wait_for_weights` first. Must be made and called on the stream that captures.
 
-    `shard`: the decoder layers' matrices are not kept whole, see ShardedLayers; this class has what is left.
+    `weight_shards`: ranks over which the decoder layers' matrices are sharded, see ShardedLayers; the rest is here.
     """
 
-    def __init__(self, config: TransformerConfig, module: LanguageModel, *, shard: bool = False) -> None:
-        sharded = shard_layers(module) if shard else None
+    def __init__(self, config: TransformerConfig, module: LanguageModel, *, weight_shards: int = 1) -> None:
+        sharded = shard_layers(module, weight_shards) if weight_shards > 1 else None
         # Not megatron.core's own overlap: its hooks want a gradient tensor of every parameter, and ours go straight
         # into main_grad; and its collectives would have to be captured.
         settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
@@ -88,6 +88,8 @@ class OverlappedDataParallel(DistributedDataParallel):
             for bucket in self._reduce_order:
                 self._ready[bucket].wait()
                 bucket.start_grad_sync()
+        if self.sharded:
+            self.sharded.sum_over_replicas()
         torch.cuda.current_stream().wait_stream(self._exchange)
         # The optimizer gathers weights in the order of this list.
         self.bucket_groups.sort(key=self._gather_order.index)
@@ -126,11 +128,17 @@ class OverlappedDataParallel(DistributedDataParallel):
         return hook
 
 
-def shard_layers(model: LanguageModel) -> ShardedLayers:
-    # A communicator of its own: its collectives are captured, and run beside those of the buckets.
-    group = dist.new_group(dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
+def shard_layers(model: LanguageModel, count: int) -> ShardedLayers:
+    """Shard the decoder's layers over `count` neighbouring ranks."""
+    # Communicators of their own: their collectives are captured, and run beside those of the buckets.
+    ranks = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+    blocks = [ranks[first : first + count] for first in range(0, len(ranks), count)]
+    group, _ = dist.new_subgroups_by_enumeration(blocks)
+    gathers, _ = dist.new_subgroups_by_enumeration(blocks)
+    replicas, _ = dist.new_subgroups_by_enumeration([ranks[first::count] for first in range(count)])
     decoder = model.language.decoder
-    return ShardedLayers(decoder, decoder.layers, group, fp8=model.config.fp8 is not None)
+    fp8 = model.config.fp8 is not None
+    return ShardedLayers(decoder, decoder.layers, group=group, gathers=gathers, replicas=replicas, fp8=fp8)
 
 
 def users(model: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:

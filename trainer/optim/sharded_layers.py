@@ -7,68 +7,64 @@ A layer's gradient is reduce-scattered as soon as it is complete, in bfloat16, a
 
 In fp8 the parts are cast once a step and gathered in 8 bits. Within a node the copy engines read them from the other
 ranks' memory: a kernel of NCCL would wait for the multiprocessors that persistent matrix products hold, and be exposed
-for 0.88 ms a layer of 7B where the copies are for 0.46 (docs/design.md). Parts do not change within a step, so a gather
-needs no synchronisation between ranks. All of it is captured with a micro-batch's passes in one CUDA graph.
+for 0.88 ms a layer of 7B where the copies are for 0.46 (docs/design.md). Parts do not change within a step, so such a
+gather needs no synchronisation between ranks. Between nodes NCCL gathers. All of it is captured with a micro-batch's
+passes in one CUDA graph.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.optim.rows import Row, fp8_parameter, matrices_of, set_matrices
 from trainer.optim.state import Place, rectangles
-
-ALIGNED = 256  # elements: where a matrix, and a part, begins
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements of one matrix that lie in this rank's part of a row."""
-
-    matrix: int
-    first: int  # of the matrix
-    begin: int  # of the part
-    end: int
 
 
 class ShardedLayers:
     """Shards the matrices of `layers`, which have equal shapes; vectors (norms, biases) stay whole.
 
-    `fp8`: their products are in fp8. Takes the layers' weights as they are; a hook on `stack`, the layers' module,
-    begins each forward pass. Call `publish` after each change of the weights.
+    `group`: the ranks that share the layers; `gathers`: the same, for what runs beside; `replicas`: the ranks that have
+    the same part. `fp8`: products are in fp8.
+    Takes the layers' weights as they are; a hook on `stack`, the layers' module, begins each forward pass. Call
+    `sum_over_replicas` once a step, before the gradients are used, and `publish` after each change of the weights.
     """
 
-    def __init__(self, stack: nn.Module, layers: nn.ModuleList, group: dist.ProcessGroup, *, fp8: bool) -> None:
+    def __init__(
+        self,
+        stack: nn.Module,
+        layers: nn.ModuleList,
+        *,
+        group: dist.ProcessGroup,
+        gathers: dist.ProcessGroup,
+        replicas: dist.ProcessGroup,
+        fp8: bool,
+    ) -> None:
         self._group, self._rank, self._ranks = group, dist.get_rank(group), dist.get_world_size(group)
-        self._owners = [list(_matrices(layer)) for layer in layers]  # of each layer: module, name of the parameter
+        self._gathers, self._replicas, self._replica = gathers, replicas, dist.get_rank(replicas)
+        self._owners = [list(matrices_of(layer)) for layer in layers]  # of each layer: module, name of the parameter
         first = [module.get_parameter(name) for module, name in self._owners[0]]
-        self.shapes = [parameter.shape for parameter in first]
+        self._row = Row([parameter.shape for parameter in first], self._ranks)
+        self._pieces = list(self._row.pieces(self._rank))
         self.trains = first[0].requires_grad
-        starts, end = [], 0
-        for shape in self.shapes:
-            starts.append(end)
-            end += -(-shape.numel() // ALIGNED) * ALIGNED
-        self._starts = starts
-        self._part = -(-end // (ALIGNED * self._ranks)) * ALIGNED
-        self.pieces = list(self._cut())
 
         device, dtype = first[0].device, first[0].dtype
-        count, whole = len(layers), self._part * self._ranks
+        count, whole = len(layers), self._row.part * self._ranks
         self._fp8 = fp8
         self._published, self._peers = self._shared(count, torch.uint8 if fp8 else dtype, device)
-        values = torch.zeros(count, self._part, dtype=dtype, device=device) if fp8 else self._published
+        values = torch.zeros(count, self._row.part, dtype=dtype, device=device) if fp8 else self._published
         self.weights = [nn.Parameter(part, requires_grad=self.trains) for part in values]
-        self.gradients = torch.zeros(count, self._part if self.trains else 0, device=device)
+        self.gradients = torch.zeros(count, self._row.part if self.trains else 0, device=device)
         self._rows = [torch.zeros(whole, dtype=self._published.dtype, device=device) for _ in range(2)]
         kept = whole if self.trains else 0
         self._row_gradients = [torch.empty(kept, dtype=dtype, device=device) for _ in range(2)]
-        self._received = torch.empty(self._part if self.trains else 0, dtype=dtype, device=device)
+        self._received = torch.empty(self._row.part if self.trains else 0, dtype=dtype, device=device)
         # What an fp8 value of each layer's matrices is multiplied by. cuBLAS wants each aligned to 16 bytes.
-        self._scales = torch.ones(count, len(self.shapes), 4, device=device)
+        self._scales = torch.ones(count, len(self._row.shapes), 4, device=device)
         self.parameters: list[list[nn.Parameter]] = []
         self.places: list[list[Place]] = []  # of the matrices in a checkpoint, once asked for
         for layer in range(count):
@@ -76,6 +72,7 @@ class ShardedLayers:
         for weights, gradients in zip(self.weights, self.gradients, strict=True):
             # Where Transformer Engine's Adam, and torch's, look for it.
             weights.decoupled_grad = gradients  # type: ignore[attr-defined]
+            weights.shared = self._replica > 0  # type: ignore[attr-defined]  # counts once in the gradient's norm
             if self.trains and weights.dtype == torch.float32:
                 weights.grad = gradients
 
@@ -84,12 +81,16 @@ class ShardedLayers:
         self._direction = 1
         self._whole: list[Any] = [None, None]  # events of this pass: the row is gathered
         self._summed: list[Any] = [None, None]  # its gradient is reduced
-        self._left = [len(self.shapes)] * count  # gradients still to come
+        self._left = [len(self._row.shapes)] * count  # gradients still to come
         stack.register_forward_pre_hook(lambda *_: self._begin())
         for number, module in enumerate(layers):
             module.register_forward_pre_hook(self._before_forward(number))
             module.register_forward_hook(self._after_forward(number))
         self.publish()
+
+    def sum_over_replicas(self) -> None:
+        if dist.get_world_size(self._replicas) > 1:
+            dist.all_reduce(self.gradients, group=self._replicas)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -103,15 +104,15 @@ class ShardedLayers:
         from trainer.kernels.cast import E4M3_MAX, cast_to_e4m3
 
         largest = torch.zeros_like(self._scales[..., 0])
-        mine = [piece.matrix for piece in self.pieces]
-        values = [weights[piece.begin : piece.end] for weights in self.weights for piece in self.pieces]
+        mine = [piece.matrix for piece in self._pieces]
+        values = [weights[piece.begin : piece.end] for weights in self.weights for piece in self._pieces]
         norms = torch.stack(torch._foreach_norm(values, float("inf")))
         largest[:, mine] = norms.view(len(self.weights), -1).float()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         scales = torch.where(largest > 0, E4M3_MAX / largest, 1.0)
         self._scales.copy_((1 / scales)[..., None])
         for layer, weights in enumerate(self.weights):
-            for piece in self.pieces:
+            for piece in self._pieces:
                 span = slice(piece.begin, piece.end)
                 cast_to_e4m3(weights[span], scales[layer, piece.matrix], self._published[layer, span])
 
@@ -129,14 +130,16 @@ class ShardedLayers:
     def placeholders(self) -> Iterator[list[list[nn.Parameter]]]:
         """Put matrices of the whole shape and no memory into the layers, for what only asks for shapes."""
         dtype = self.weights[0].dtype
-        empty = [[nn.Parameter(torch.empty(s, dtype=dtype, device="meta")) for s in self.shapes] for _ in self.weights]
+        empty = [
+            [nn.Parameter(torch.empty(s, dtype=dtype, device="meta")) for s in self._row.shapes] for _ in self.weights
+        ]
         for owners, parameters in zip(self._owners, empty, strict=True):
-            _set(owners, parameters)
+            set_matrices(owners, parameters)
         try:
             yield empty
         finally:
             for owners, parameters in zip(self._owners, self.parameters, strict=True):
-                _set(owners, parameters)
+                set_matrices(owners, parameters)
 
     def in_checkpoint(self, state: dict[str, Any], matrices: list[list[nn.Parameter]]) -> dict[str, Any]:
         """Return the model's state with rectangles of this rank's parts in place of `matrices`, its placeholders."""
@@ -145,36 +148,34 @@ class ShardedLayers:
         self.places = [[state[name] for name in layer] for layer in whole]
         found = {name: entry for name, entry in state.items() if name not in {n for layer in whole for n in layer}}
         for layer, weights in enumerate(self.weights):
-            for piece in self.pieces:
+            for piece in self._pieces:
                 values = weights.detach()[piece.begin : piece.end]
-                for number, part in enumerate(rectangles(self.places[layer][piece.matrix], piece.first, values)):
+                place = self.places[layer][piece.matrix]
+                for number, part in enumerate(rectangles(place, piece.first, values, self._replica)):
                     found[f"{whole[layer][piece.matrix]} {number}"] = part
         return found
+
+    @property
+    def replica(self) -> int:
+        return self._replica
 
     def shards(self) -> Iterator[tuple[Tensor, list[tuple[Place, int, slice]]]]:
         """For OptimizerState. Only after `in_checkpoint`."""
         for weights, places in zip(self.weights, self.places, strict=True) if self.trains else ():
-            yield weights, [(places[p.matrix], p.first, slice(p.begin, p.end)) for p in self.pieces]
+            yield weights, [(places[p.matrix], p.first, slice(p.begin, p.end)) for p in self._pieces]
 
     def named_parts(self) -> Iterator[tuple[str, Tensor]]:
         """Yield this rank's part of each layer's matrices, with a name for people."""
         for layer, weights in enumerate(self.weights):
             yield f"matrices of layer {layer}, part {self._rank + 1} of {self._ranks}", weights
 
-    def _cut(self) -> Iterator[Piece]:
-        low, high = self._rank * self._part, (self._rank + 1) * self._part
-        for matrix, (start, shape) in enumerate(zip(self._starts, self.shapes, strict=True)):
-            begin, end = max(low, start), min(high, start + shape.numel())
-            if begin < end:
-                yield Piece(matrix, begin - start, begin - low, end - low)
-
     def _shared(self, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor] | None]:
         """Return memory for this rank's parts, and the same of every rank, where they can be read."""
-        if device.type != "cuda":
-            return torch.zeros(count, self._part, dtype=dtype, device=device), None
+        if device.type != "cuda" or self._ranks > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+            return torch.zeros(count, self._row.part, dtype=dtype, device=device), None
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        mine = symmetric_memory.empty(count, self._part, dtype=dtype, device=device)
+        mine = symmetric_memory.empty(count, self._row.part, dtype=dtype, device=device)
         handle = symmetric_memory.rendezvous(mine, self._group)
         return mine.zero_(), [handle.get_buffer(rank, mine.shape, dtype) for rank in range(self._ranks)]
 
@@ -182,16 +183,16 @@ class ShardedLayers:
     def _take(self, layer: int) -> None:
         """Keep this rank's part of the layer's matrices, and let the layer compute with the row that is its turn."""
         parameters = []
-        for piece in self.pieces:
+        for piece in self._pieces:
             module, name = self._owners[layer][piece.matrix]
             values = module.get_parameter(name).reshape(-1)[piece.first : piece.first + piece.end - piece.begin]
             self.weights[layer][piece.begin : piece.end].copy_(values)
         row, gradients = self._rows[layer % 2], self._row_gradients[layer % 2]
-        for matrix, (start, shape) in enumerate(zip(self._starts, self.shapes, strict=True)):
+        for matrix, (start, shape) in enumerate(zip(self._row.starts, self._row.shapes, strict=True)):
             module, name = self._owners[layer][matrix]
             old, span = module.get_parameter(name), slice(start, start + shape.numel())
             if self._fp8:
-                parameter = _fp8_parameter(row[span].view(shape), self._scales[layer, matrix, :1], old)
+                parameter = fp8_parameter(row[span].view(shape), self._scales[layer, matrix, :1], old)
             else:
                 parameter, old.data = old, row[span].view(shape)
             if self.trains:
@@ -200,7 +201,7 @@ class ShardedLayers:
                 parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
                 parameter.register_post_accumulate_grad_hook(self._gradient_hook(layer))
             parameters.append(parameter)
-        _set(self._owners[layer], parameters)
+        set_matrices(self._owners[layer], parameters)
         self.parameters.append(parameters)
 
     def _begin(self) -> None:
@@ -242,11 +243,14 @@ class ShardedLayers:
         self._copies.wait_stream(torch.cuda.current_stream())  # on which the layer before has finished with the row
         with torch.no_grad(), torch.cuda.stream(self._copies):
             if self._peers is None:
-                dist.all_gather_into_tensor(row, self._published[layer], group=self._group)
+                dist.all_gather_into_tensor(row, self._published[layer], group=self._gathers)
             else:
-                # Each rank begins with another one, or all would read from the same.
-                for rank in (*range(self._rank, self._ranks), *range(self._rank)):
-                    row[rank * self._part : (rank + 1) * self._part].copy_(self._peers[rank][layer], non_blocking=True)
+                parts = row.view(self._ranks, -1)
+                for rank in (
+                    *range(self._rank, self._ranks),
+                    *range(self._rank),
+                ):  # not all from one
+                    parts[rank].copy_(self._peers[rank][layer], non_blocking=True)
             self._whole[turn] = torch.cuda.Event()
             self._whole[turn].record()
         if self._fp8:
@@ -265,7 +269,7 @@ class ShardedLayers:
             parameter.grad, parameter.grad_added_to_main_grad = None, False
             self._left[layer] -= 1
             if self._left[layer] == 0:
-                self._left[layer] = len(self.shapes)
+                self._left[layer] = len(self._row.shapes)
                 self._reduce(layer)
 
         return hook
@@ -280,32 +284,3 @@ class ShardedLayers:
             self._summed[turn].record()
         if layer == 0:  # the last one of a backward pass
             current.wait_stream(self._sums)
-
-
-def _matrices(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for module in layer.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 2:
-                yield module, name
-
-
-def _set(owners: Sequence[tuple[nn.Module, str]], parameters: Sequence[nn.Parameter]) -> None:
-    for (module, name), parameter in zip(owners, parameters, strict=True):
-        setattr(module, name, parameter)
-
-
-def _fp8_parameter(data: Tensor, scale: Tensor, old: nn.Parameter) -> nn.Parameter:
-    """Return a parameter of Transformer Engine over fp8 values of the shape of `old`, and what one is multiplied by."""
-    from transformer_engine.pytorch.constants import DType
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Tensor
-
-    quantizer = Float8CurrentScalingQuantizer(DType.kFloat8E4M3, data.device)
-    values = Float8Tensor(
-        shape=old.shape,
-        dtype=old.dtype,
-        data=data,
-        fp8_scale_inv=scale,
-        fp8_dtype=DType.kFloat8E4M3,
-        quantizer=quantizer,
-    )
-    return nn.Parameter(values, requires_grad=old.requires_grad)
