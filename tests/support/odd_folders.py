@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "added tokens as text": (
         "tied",
         lambda folder: (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": {}}}'),
-        "is damaged (ValueError(",
+        "is damaged (KeyError('content'))",
     ),
     "image token": ("vision", config(image_token_id=5), "has image_token_id 5, but the tokenizer's <|image_pad|> is"),
     "token beyond": ("tied", tokens_added, "has id 632, but config.json has vocab_size 632"),
