@@ -35,6 +35,7 @@ from trainer.checkpoint.writer import FILES
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
+from trainer.models.qwen2_5.config import vision_of
 from trainer.models.registry import published_sizes
 from trainer.optim.optimizer import build_optimizer
 from trainer.runtime import Runtime
@@ -49,8 +50,9 @@ def sizes() -> dict[str, ModelConfig]:
     """Return the models by the names that the command line takes."""
     published = published_sizes()
     large = published["Qwen2.5-VL-3B"]
-    assert large.vision is not None
-    vision = replace(large.vision, depth=2, hidden_size=160, intermediate_size=320, num_heads=2, out_hidden_size=256)
+    vision = replace(
+        vision_of(large), depth=2, hidden_size=160, intermediate_size=320, num_heads=2, out_hidden_size=256
+    )
     tiny = replace(large, vocab_size=2048, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=2)
     tiny = replace(tiny, num_kv_heads=1, vision=replace(vision, full_attention_blocks=(1,)))
     return {name.removeprefix("Qwen2.5-"): config for name, config in published.items()} | {"tiny": tiny}
