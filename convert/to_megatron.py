@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from convert.checks import Layout, require_finite
 from convert.hf_weights import HFWeights
 from convert.output import new_folder
+from kanyun.cli.progress import Progress
 from kanyun.fingerprint import check_model, fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
@@ -45,12 +45,12 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
     weights.require(rows, layout.hf)
     with (
         new_folder(out, source, overwrite) as attempt,
-        tqdm(total=len(rows), desc="converting", unit=" tensors") as bar,
+        Progress("converting", len(rows), "tensors") as progress,
     ):
 
         def convert(row: Row) -> Tensor:
             tensor = _converted(row, weights, config, source)
-            bar.update()
+            progress.advance()
             return tensor
 
         parts = [

@@ -111,7 +111,10 @@ def _takes_text(apply: Callable[[list[dict[str, Any]], Any], str]) -> bool:
     """
     text = '{"a":1}'
     call = {"type": "function", "function": {"name": "f", "arguments": text}}
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
     try:
         return text in apply(turns, None)
     except Exception:  # a template is a program

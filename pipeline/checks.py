@@ -1,4 +1,4 @@
-"""Why a row is not trained on: one Check a reason code, with its rule, its limit, and its line in README's table."""
+"""Why a row is not trained on: one Check a reason code, with its rule, its limit, and its line in docs/datasets.md."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +79,7 @@ class On(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """A reason code, its rule and its limit; also a line of README's table."""
+    """A reason code, its rule and its limit; also a line of docs/datasets.md."""
 
     reason: Reason
     row: str  # what such a row is or has

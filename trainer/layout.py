@@ -1,7 +1,10 @@
 """Print the layouts that a run could get, the fastest first: python -m trainer.layout Qwen2.5-7B --gpus 8 --top 3."""
 
 import argparse
+import json
+from typing import Any
 
+from kanyun.cli.parser import Parser
 from kanyun.errors import UserError, run_cli
 from trainer.models.config import ModelConfig
 from trainer.models.registry import costs_of, published_sizes
@@ -12,10 +15,11 @@ from trainer.planning.speed import SEGMENT, SpeedModel, StepTime
 PARTS = StepTime._fields
 
 
-def main() -> int:
-    sizes = published_sizes()
-    parser = argparse.ArgumentParser(prog="python -m trainer.layout", description="The layouts that a run could get.")
-    parser.add_argument("model", help=f"{', '.join(sizes)}; or a Hugging Face folder")
+def parser() -> Parser:
+    prog = "python -m trainer.layout"
+    example = f"{prog} Qwen2.5-7B --gpus 8 --card H100 --top 3"
+    parser = Parser(prog=prog, description="The layouts that a run could get.", example=example)
+    parser.add_argument("model", help=f"{', '.join(published_sizes())}; or a Hugging Face folder")
     parser.add_argument("--gpus", type=_gpus, required=True, help=f"1 to {MOST_GPUS}")
     parser.add_argument("--node", type=_gpus, default=NODE, help=f"of them in a node ({NODE})")
     parser.add_argument("--card", choices=list(GPUS), default="H100")
@@ -25,7 +29,12 @@ def main() -> int:
     )
     parser.add_argument("--global-batch", type=int, help="packs a step; default: 16 for each GPU")
     parser.add_argument("--top", type=int, default=1, help="how many (1)")
-    args = parser.parse_args()
+    parser.add_json()
+    return parser
+
+
+def main() -> int:
+    args, sizes = parser().parse_args(), published_sizes()
     model = sizes[args.model] if args.model in sizes else ModelConfig.from_hf(args.model)
     patches = 2 * args.length if args.patches is None else args.patches
     if model.vision is None:
@@ -34,12 +43,15 @@ def main() -> int:
     planner = LayoutPlanner(model, GPUS[args.card], args.gpus, args.node)
     data = {"length": args.length, "global_batch": packs, "patches": patches}
     ranked = planner.ranked(**data)
+    flops = SpeedModel(model, GPUS[args.card]).flops(packs * args.length, packs * patches)
+    if args.json:
+        print(json.dumps([values(layout, args.gpus, packs * args.length, flops) for layout in ranked[: args.top]]))
+        return 0
     print(
         f"{args.model}, {costs_of(model).parameters:,} parameters, on {args.gpus} x {args.card} with "
         f"{GPUS[args.card].usable / GB:.0f} usable GB each; a step of {packs} packs of {args.length} token slots"
         f"{f' and {patches} patches' if patches else ''}\n"
     )
-    flops = SpeedModel(model, GPUS[args.card]).flops(packs * args.length, packs * patches)
     print(table(ranked[: args.top], args.gpus, packs * args.length, flops))
     print(f"""
 Predicted; tokens/s and TFLOP/s of a GPU, in samples of about {SEGMENT} tokens. The parts of a step, in s, add up to it;
@@ -80,6 +92,25 @@ def table(layouts: list[Layout], gpus: int, tokens: int, flops: float) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def values(layout: Layout, gpus: int, tokens: int, flops: float) -> dict[str, Any]:
+    """Return the figures of a line of `table`, for a script; of a GPU, and in seconds, as there."""
+    assert layout.step is not None
+    seconds = layout.step.seconds
+    return {
+        "weight_shards": layout.weight_shards,
+        "tensor_parallel": layout.tensor_parallel,
+        "micro_batch": layout.micro_batch,
+        "recomputed_layers": layout.compute.recomputed_layers,
+        "recomputed_blocks": layout.compute.recomputed_blocks,
+        "memory": layout.memory,  # bytes
+        "tokens_per_second": tokens / gpus / seconds,
+        "flops": flops / gpus / seconds,
+        "seconds": seconds,
+        **layout.step._asdict(),
+        "reason": layout.reason,
+    }
 
 
 def sharding(layout: Layout) -> str:

@@ -136,10 +136,15 @@ FAMILIES = {
 
 
 def main(raw: Path, out: Path, family: str) -> None:
-    make_config, settings = FAMILIES[family]
     documents = [json.loads(line)["text"] for line in (raw / "pydoc/documents.jsonl").read_text().splitlines()]
     questions = (raw / "digits/train.jsonl").read_text().splitlines()[:500]
-    tokenizer = train_tokenizer([*documents, *questions])
+    write_model([*documents, *questions], out, family)
+
+
+def write_model(texts: list[str], out: Path, family: str) -> None:
+    """Write the folder; its tokenizer is trained on `texts`."""
+    make_config, settings = FAMILIES[family]
+    tokenizer = train_tokenizer(texts)
     template = (Path(__file__).parent / "chat_template.jinja").read_text()
 
     fast = PreTrainedTokenizerFast(

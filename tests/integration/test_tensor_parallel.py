@@ -40,6 +40,12 @@ def test_two_processes_train_one_model_and_one_goes_on(make: Any, tmp_path: Path
     assert_two_train_as_one(tmp_path, tensor_parallel=2, tolerance=1e-4, make_model=make)
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_of_which_two_share_the_layers_train_as_one(world: int, tmp_path: Path) -> None:
+    """Four: two have the same parts."""
+    assert_two_train_as_one(tmp_path, weight_shards=2, world=world, tolerance=1e-4)
+
+
 def report(folder: Path, tensor_parallel: int) -> None:
     """What the model makes of a batch, in sums of squares over the whole model, however it is split."""
     with Runtime.start(tensor_parallel=tensor_parallel, seed=7) as runtime:

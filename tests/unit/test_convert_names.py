@@ -12,7 +12,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.qwen2_5.config import WindowedVisionConfig
 from trainer.models.qwen2_5.names import canonical, table
 from trainer.models.qwen2_5.padding import VISION_DOWN, VISION_GATE_UP
-from trainer.models.qwen3_vl.config import vision_of
+from trainer.models.qwen3_vl.config import DeepstackVisionConfig
 from trainer.models.registry import family_of, published_sizes
 from trainer.models.transforms import GATE_UP, PATCH_EMBED, QKV
 
@@ -79,7 +79,8 @@ def test_a_qwen3_layer_has_norms_of_query_and_key_and_no_bias(tied: bool) -> Non
 
 
 _4B = published_sizes()["Qwen3-VL-4B"]
-QWEN3_VL = replace(_4B, num_layers=2, vision=replace(vision_of(_4B), depth=3, deepstack_blocks=(2, 0)))
+assert isinstance(_4B.vision, DeepstackVisionConfig)
+QWEN3_VL = replace(_4B, num_layers=2, vision=replace(_4B.vision, depth=3, deepstack_blocks=(2, 0)))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -23,9 +23,8 @@ MOST_TOKENS = 65_536
 MICRO_BATCHES = (8, 4, 2, 1)
 TENSOR_PARALLEL = (1, 2, 4, 8)  # within a node
 MOST_GPUS = 512
-# GPUs over which runs get sharded weights. 1: none, the best of the other layouts is taken. 8 is a node: what
-# trainer/optim/sharded_layers.py is for, where these are all GPUs of the run (`built`).
-MOST_WEIGHT_SHARDS = 1
+# GPUs over which runs get sharded weights. 1: none, the best of the other layouts is taken.
+MOST_WEIGHT_SHARDS = 512
 # Sharded weights, and recomputation with several packs a micro-batch, have not been measured: they are taken where they
 # are predicted to be faster by more than this, a third of what predictions are off by.
 MARGIN = 1.02
@@ -84,8 +83,8 @@ class LayoutPlanner:
         return sorted(found, key=_order)
 
     def built(self, layout: Layout) -> bool:
-        """Return whether the trainer can run it: there is no exchange between replicas of sharded weights yet."""
-        return layout.weight_shards == 1 or layout.weight_shards == self._gpus <= MOST_WEIGHT_SHARDS
+        """Return whether the trainer can run it."""
+        return layout.weight_shards <= MOST_WEIGHT_SHARDS
 
     def _splits(self, gpus: int) -> Iterator[tuple[int, int]]:
         """Yield tensor-parallel sizes with whole weights, then the numbers of ranks that weights are sharded over."""
