@@ -207,6 +207,9 @@ def _curve(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = _config(args, folder, model, int(packs)).model_copy(update={"steps": args.steps, "warmup_steps": 20})
     run, curves = Run.prepare(config, world, torch.cuda.is_available()), {}
     for shards in (1, world) if 1 < world <= MOST_WEIGHT_SHARDS else (1,):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(
+            shards
+        )  # the second process group must not find the first's keys
         layout = replace(run.layout, weight_shards=shards, tensor_parallel=1, micro_batch=1)
         with Runtime.start(seed=config.seed) as runtime, Trainer(replace(run, layout=layout), runtime) as trainer:
             losses = []
