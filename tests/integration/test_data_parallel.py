@@ -31,28 +31,23 @@ TOLERANCE = 1e-3  # of a sum of squares, relative
 NAP = 0.5  # seconds that rank 1 works longer, in one step
 
 
-JOBS = {"text": (False, 4), "images": (True, 2)}  # whether with images, global batch
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Of each job what one rank, here, and each of two have; both jobs in one pair of processes, for the imports."""
-    jobs, one = {}, {}
-    for job, (images, global_batch) in JOBS.items():
-        folder = tmp_path_factory.mktemp(job)
-        jobs[job] = write_job(folder, images=images) | {"global_batch": global_batch, "steps": STEPS}
-        one[job] = report(jobs[job] | {"output": str(folder / "one")}, 1)
+@pytest.fixture(scope="module", params=["text", "images"])
+def reports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The job, what one rank has, here, and what each of two has."""
+    folder, images = tmp_path_factory.mktemp(request.param), request.param == "images"
+    values = write_job(folder, images=images) | {"global_batch": 2 if images else 4, "steps": STEPS}
+    one = report(values | {"output": str(folder / "one")}, 1)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = ["-m", "tests.integration.test_data_parallel", json.dumps(jobs)]
+    worker = ["-m", "tests.integration.test_data_parallel", json.dumps(values)]
     done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads(done.stdout.splitlines()[-1])
-    return {job: (one[job], two[job]) for job in JOBS}
+    return request.param, one, json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_two_ranks_train_as_one(job: str, reports: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    one, two = reports[job]
+def test_two_ranks_train_as_one(reports: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
+    job, one, two = reports
     assert one["buckets"] >= 4
     assert two["buckets"] >= 4
     assert two["text only on one rank"] == (job == "images")
@@ -62,20 +57,19 @@ def test_two_ranks_train_as_one(job: str, reports: dict[str, tuple[dict[str, Any
     assert len(set(one["losses"])) == STEPS
 
 
-@pytest.mark.parametrize("job", JOBS)
 def test_an_exchange_that_is_forgotten_or_done_twice_is_seen(
-    job: str, reports: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+    reports: tuple[str, dict[str, Any], dict[str, Any]],
 ) -> None:
     """Whichever the bucket. (A bucket's weights gathered twice are what they were gathered once.)"""
-    _, two = reports[job]
+    _, _, two = reports
     assert two["caught"] == {
         what: ["caught"] * two["buckets"]
         for what in ("reduce-scatter forgotten", "reduce-scatter twice", "gather forgotten")
     }
 
 
-def test_every_rank_knows_which_one_is_slow(reports: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    work, waited = reports["text"][1]["times"]
+def test_every_rank_knows_which_one_is_slow(reports: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
+    work, waited = reports[2]["times"]
     assert work[1] - work[0] > NAP / 2
     assert max(waited) < NAP / 2
 
@@ -196,12 +190,6 @@ def text_only_on_one_rank(packs: Sequence[Batch]) -> bool:
 
 
 if __name__ == "__main__":
-    jobs, world = json.loads(sys.argv[1]), int(os.environ["WORLD_SIZE"])
-    found = {}
-    for number, (job, values) in enumerate(jobs.items()):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(
-            number
-        )  # the second process group must not find the first's keys
-        found[job] = report(values, world)
+    result = report(json.loads(sys.argv[1]), int(os.environ["WORLD_SIZE"]))
     if os.environ["RANK"] == "0":
-        print(json.dumps(found))
+        print(json.dumps(result))
