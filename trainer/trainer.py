@@ -87,8 +87,8 @@ class Trainer:
         self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
         if run.weights is not None and not config.continue_from:
             checkpoint.load(run.weights, self.model)
-        self.ddp = OverlappedDataParallel(self.model.config, self.model)
-        self.guard = FiniteGuard(self.model, config.lr)
+        self.ddp = OverlappedDataParallel(self.model.config, self.model, shard=layout.weight_shards > 1)
+        self.guard = FiniteGuard(self.model.named_weights, config.lr)
         self.loss_sum, self.trained = self._zero(), self._zero()  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
         if self.graph:
@@ -190,7 +190,7 @@ class Trainer:
         # Reduces the gradients and `trained` over the ranks, and divides the ones by the other.
         finalize_model_grads([self.ddp], self.trained)
         set_rates(self.optimizer, self.config, lr)
-        norm = take_step(self.optimizer, self.config.clip_grad)
+        norm = take_step(self.optimizer, self.config.clip_grad, self.ddp.sharded)
         own = self.loss_sum, self._zero() + flops, self._zero() + self._stop(), self.clock.slots(self.runtime)
         loss_sum, flops_sum, stop, *times = self._reduce(*own)
         if self.runtime.tensor_parallel > 1:  # each tensor-parallel rank has asked a different data-parallel group

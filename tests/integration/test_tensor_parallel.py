@@ -38,6 +38,10 @@ def test_two_processes_train_one_model_and_one_goes_on(tmp_path: Path) -> None:
     assert_two_train_as_one(tmp_path, tensor_parallel=2, tolerance=1e-4)
 
 
+def test_two_processes_that_share_the_layers_train_as_one(tmp_path: Path) -> None:
+    assert_two_train_as_one(tmp_path, weight_shards=2, tolerance=1e-4)
+
+
 def report(folder: Path, tensor_parallel: int) -> None:
     """What the model makes of a batch, in sums of squares over the whole model, however it is split."""
     with Runtime.start(tensor_parallel=tensor_parallel, seed=7) as runtime:

@@ -38,15 +38,18 @@ def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None 
     with _on_local_disk(step) as local:
         _check_digests(local, step.uri)
         refuse_code(local)
-        model.load_state_dict(_read(local, weights_of(model), step.uri))
-        require_finite(model.named_parameters(), step.uri)
+        # Parts of sharded layers are filled by reading; under their names there is no parameter to copy them to.
+        model.load_state_dict(_read(local, weights_of(model), step.uri), strict=model.sharded is None)
+        require_finite(model.named_weights(), step.uri)
         if optimizer is not None:
             # Last: on a CPU master weights are the model's own, and those of a GPU's checkpoint are rounded.
-            state = OptimizerState(optimizer, weights_of(model))
+            state = OptimizerState(optimizer, weights_of(model), model.sharded)
             tensors = state.to_load()
             _read(local, tensors, step.uri)
             require_finite(((tensor.key, tensor.data) for tensor in tensors.values()), step.uri)
             state.loaded(Marker.read(local).state.updates)
+    if model.sharded:
+        model.sharded.publish()
 
 
 def require_digests(step: Folder, names: Iterable[str] | None = None, where: str = "") -> bool:
