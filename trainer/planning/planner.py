@@ -81,7 +81,7 @@ class LayoutPlanner:
         return sorted(found, key=_order)
 
     def built(self, layout: Layout) -> bool:
-        """Return whether the trainer can run it: sharded over more than a node, 72B has no room for a whole vocabulary."""
+        """Return whether the trainer can run it: it shards over a node at most."""
         return layout.weight_shards <= self._node
 
     def _splits(self, gpus: int) -> Iterator[tuple[int, int]]:
