@@ -57,6 +57,7 @@ def test_weights_and_biases_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # seconds that its process may take to start, where all are busy
     said: list[str] = []
     run(trackers.Wandb, said)
     assert said == []
