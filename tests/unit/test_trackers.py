@@ -18,6 +18,7 @@ def nothing_is_set_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for service in SERVICES:
         for variable in service.variables:
             monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 300)  # a machine that is busy takes a minute to import a service
     monkeypatch.chdir(tmp_path)
 
 
