@@ -14,6 +14,6 @@ class Llava(Dataset):
         return RawSample(
             messages=conversation(field(row, "conversations", list), "from", "value", row.get("system")),
             images=image_fields(row),
-            tools=tools(row.get("tools")),
+            tools=tools(row.get("tools"), row.get("functions")),
             image_field="the row's " + " or ".join(IMAGE_FIELDS),
         )

@@ -11,6 +11,6 @@ class Messages(Dataset):
         return RawSample(
             messages=conversation(field(row, "messages", list), "role", "content", row.get("system")),
             images=image_fields(row),
-            tools=tools(row.get("tools")),
+            tools=tools(row.get("tools"), row.get("functions")),
             image_field="the row's " + " or ".join(IMAGE_FIELDS),
         )
