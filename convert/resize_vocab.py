@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from convert.checks import Layout, require_finite
 from convert.hf_weights import HFWeights
 from convert.hf_writer import HFWriter, Planned
 from convert.output import new_folder
+from kanyun.cli.progress import track
 from kanyun.errors import UserError
 from kanyun.fingerprint import copy_tokenizer, largest_token
 from kanyun.storage import Folder
@@ -39,12 +39,12 @@ def resize_vocab(source: Path, out: Path, overwrite: bool = False) -> int:
     layout = Layout.of(source, config, rows)
     weights.require(rows, layout.hf)
     names = [name for row in rows for name in row.hf]
-    resized = {*EMBEDDING.hf, *HEAD.hf}
+    resized = {name for row in rows if row.megatron in (EMBEDDING.megatron, HEAD.megatron) for name in row.hf}
     planned = [
         Planned(
             name,
             (vocab_size, *layout.hf[name][1:]) if name in resized else layout.hf[name],
-            weights[name].dtype,
+            weights.dtype(name),
         )
         for name in names
     ]
@@ -55,7 +55,7 @@ def resize_vocab(source: Path, out: Path, overwrite: bool = False) -> int:
         settings = json.loads((source / "config.json").read_bytes())
         (attempt / "config.json").write_text(json.dumps(_with_vocab_size(settings, vocab_size), indent=2) + "\n")
         with HFWriter(attempt, planned) as writer:
-            for name in tqdm(names, "copying", unit=" tensors"):
+            for name in track(names, "copying", "tensors"):
                 tensor = weights[name]
                 require_finite(source, name, tensor)
                 writer.add(name, _grown(tensor, vocab_size) if name in resized else tensor)

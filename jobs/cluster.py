@@ -5,7 +5,6 @@ knows and writes is in one folder: cluster.json (settings, pids), conf/ (HADOOP_
 data, which outlives `down`. Tests use the class Cluster, and its methods that break things.
 """
 
-import argparse
 import http.client
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any, cast
 import psutil
 
 from jobs.hadoop import CACHE, HEAP, JAVA_OPTIONS, SPARK_HOME, hadoop_command, run, write_conf
+from kanyun.cli.parser import Parser
 from kanyun.errors import UserError, run_cli
 
 HOST = "127.0.0.1"
@@ -360,7 +360,8 @@ def _end(processes: list[psutil.Process], number: signal.Signals = signal.SIGTER
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.cluster", description="HDFS and Spark on this machine.")
+    prog = "python -m jobs.cluster"
+    parser = Parser(prog=prog, description="HDFS and Spark on this machine.", example=f"{prog} up --spark-port 7078")
     parser.add_argument("command", choices=["up", "down", "status"])
     parser.add_argument("--state", type=Path, default=CACHE / "cluster", help="folder of the cluster (%(default)s)")
     for f in fields(Settings):

@@ -21,6 +21,7 @@ class StageEntry:
     name: str  # its module in this package, too
     class_name: str
     text: str  # one line of help
+    example: str = field(kw_only=True)  # arguments of a command, for help
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # name of a setting -> arguments of argparse
     per_path: bool = False  # runs once a data path; the others, once for all
     folder: str = ""  # in a recipe's output; "" = the stage's name
@@ -42,21 +43,24 @@ STAGES = (
         "preprocess",
         "PreprocessStage",
         "raw rows to checked samples, images to blobs",
-        {"dataset": {"required": True, "metavar": "NAME", "help": "messages, llava, text, or one you added"}},
+        example="raw/charts work/preprocess --dataset llava",
+        options={"dataset": {"required": True, "metavar": "NAME", "help": "messages, llava, text, or one you added"}},
         per_path=True,
     ),
     StageEntry(
         "filter",
         "FilterStage",
         "clean rows to data/, bad ones and duplicates to quarantine/",
-        {"near_duplicates": {"choices": ["keep", "drop"], "default": "keep", "help": "images that look alike"}},
+        example="work/preprocess work/filter/charts",
+        options={"near_duplicates": {"choices": ["keep", "drop"], "default": "keep", "help": "images that look alike"}},
         per_path=True,
     ),
     StageEntry(
         "sample",
         "SampleStage",
         "how many copies of each sample an epoch has",
-        {
+        example="work/filter work/sample --ratios ratios.yaml --epoch 0",
+        options={
             "ratios": {"metavar": "YAML", "help": "data path: ratio; default: pipeline/constants.py"},
             "epoch": _NUMBER,
             "seed": _NUMBER,
@@ -66,7 +70,8 @@ STAGES = (
         "build",
         "BuildStage",
         "chat template, tokens, loss mask",
-        {
+        example="work/sample work/build --tokenizer models/Qwen2.5-VL-3B-Instruct --length 8192",
+        options={
             "tokenizer": {"required": True, "metavar": "DIR", "help": "Hugging Face folder"},
             "length": {**_LENGTH, "help": "token slots a pack"},
             "overflow": {"choices": ["drop", "split"], "default": "drop", "help": "over-long text documents"},
@@ -76,7 +81,8 @@ STAGES = (
         "pack",
         "PackStage",
         "samples to packs: OUT/packed_length_N_PART_epoch_EPOCH_v4",
-        {
+        example="work/build packed --length 8192",
+        options={
             "length": {**_LENGTH, "help": "token slots a pack, as in build"},
             "part": {**_NUMBER, "help": "tells several packed folders apart"},
             "epoch": {"type": int, "metavar": "N", "help": "as in sample; default: what was sampled"},

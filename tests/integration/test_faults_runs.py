@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from convert.to_hf import to_hf
 from jobs.cluster import Cluster
 from kanyun.errors import UserError
 from kanyun.storage import Folder
@@ -115,7 +116,7 @@ def test_a_rank_that_hangs_is_named(job: dict[str, Any]) -> None:
         _, err = process.communicate(timeout=200)
     assert process.returncode == HUNG, err
     assert f"no progress for 8 s (hang_after): waited for rank 1 (process {stopped.pid} on " in err.splitlines()[-1]
-    assert err.splitlines()[-1].endswith("which gives no sign")
+    assert "which gives no sign; rank 0 is in gloo:" in err.splitlines()[-1]  # by torch's flight recorder
     assert time.monotonic() - began < 150  # torchrun gives the stopped one 30 s
 
 
@@ -147,6 +148,97 @@ def test_the_newest_whole_checkpoint_is_taken_and_nothing_is_lost(whole: dict[st
     (aside,) = root.glob("aside-*")
     assert sorted(path.name for path in aside.iterdir()) == ["step_00000006", "step_00000008"]
     assert len(Path(job["output"], "metrics.aside.jsonl").read_text().splitlines()) == 4
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_newest_checkpoint_with_a_flipped_byte_is_passed_over(
+    whole: dict[str, Any], job: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copy_of(whole, job)
+    flip_a_byte(root / "step_00000008" / "__0_1.distcp")
+    flip_a_byte(root / "step_00000006" / "__0_0.distcp")
+    train(job)
+    said = capsys.readouterr().out
+    for name in ("step_00000008/__0_1.distcp", "step_00000006/__0_0.distcp"):
+        assert re.search(rf"^passed over step_0000000\d: .*{name} is damaged \(its digest is ", said, re.MULTILINE)
+    assert f"going on from {root}/step_00000004" in said
+    assert "step_00000006, step_00000008: newer than step 4, moved to" in said
+    assert curve(job) == curve(whole)
+
+    # One that was asked for by its name is refused, and a run whose content is all damaged does not start anew.
+    for name in ("step_00000004", "step_00000006", "step_00000008"):
+        flip_a_byte(root / name / "__0_1.distcp")
+    with pytest.raises(UserError, match=r"step_00000006/__0_1.distcp is damaged .*; `resume: 6` chose it"):
+        train(job | {"resume": 6})
+    before = metrics_of(job)
+    flip_a_byte(root / "step_00000002" / "__0_1.distcp")
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole \(passed over step_00000008: .*is damaged"):
+        train(job)
+    assert metrics_of(job) == before
+
+
+def test_conversion_takes_the_newest_checkpoint_without_damage_and_says_so(
+    whole: dict[str, Any], job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copy_of(whole, job)
+    flip_a_byte(root / "step_00000008" / "__0_0.distcp")
+    flip_a_byte(root / "step_00000006" / "hf" / "config.json")
+    flip_a_byte(root / "step_00000004" / "__0_2.distcp")  # the optimizer's: not read
+    to_hf(job["output"], tmp_path / "a")
+    said = capsys.readouterr().out
+    assert re.search(r"^passed over step_00000008: .*__0_0.distcp is damaged", said, re.MULTILINE)
+    assert re.search(r"^passed over step_00000006: .*hf/config.json is damaged", said, re.MULTILINE)
+    to_hf(str(root / "step_00000004"), tmp_path / "b")
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"step_00000006/hf/config.json is damaged"):
+        to_hf(str(root / "step_00000006"), tmp_path / "c")
+
+
+@pytest.mark.parametrize("key", ["init", "continue_from"])
+def test_another_run_s_newest_checkpoint_with_a_flipped_byte_is_passed_over(
+    key: str, whole: dict[str, Any], job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole["output"], tmp_path / "source")
+    newest = tmp_path / "source" / "checkpoints" / "step_00000008"
+    flip_a_byte(newest / "__0_0.distcp")
+    train(job | {key: str(tmp_path / "source"), "steps": 1, "warmup_steps": 0})
+    assert re.search(r"^passed over step_00000008: .* is damaged", capsys.readouterr().out, re.MULTILINE)
+    flip_a_byte(newest / "__0_0.distcp")
+    earlier = job | {key: str(newest.with_name("step_00000006")), "output": job["output"] + "-2"}
+    assert train(earlier | {"steps": 1, "warmup_steps": 0})[0]["loss"] == metrics_of(job)[0]["loss"]
+    flip_a_byte(newest / "__0_0.distcp")
+    with pytest.raises(UserError, match=r"step_00000008/__0_0.distcp is damaged"):
+        train(job | {key: str(newest), "output": job["output"] + "-3"})
+
+
+def test_a_refused_command_leaves_no_output_folder(job: dict[str, Any], tmp_path: Path) -> None:
+    output = tmp_path / "new" / "runs" / "x"
+    for change in ("data=/nowhere", "trainable=nothing"):
+        done = launch(job, f"output={output}", change)
+        assert done.returncode == 2, done.stderr
+        assert not (tmp_path / "new").exists()
+    output.mkdir(parents=True)
+    launch(job, f"output={output}", "data=/nowhere")
+    assert list(output.iterdir()) == []
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    whole: dict[str, Any], job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, clock = random.Random(1), time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + draw.uniform(-1e6, 1e6))  # 12 days
+    train(job | {"steps": STEPS - 3})
+    assert steps_of(job) == [f"step_{step:08d}" for step in (2, 4, 5)]
+    train(job)
+    assert curve(job, "trained_tokens") == curve(whole, "trained_tokens")
+    assert curve(job)[-1] == pytest.approx(curve(whole)[-1], rel=0.05)  # the schedule was another one up to step 5
+    assert all(0 < seconds < 1000 for seconds in curve(job, "seconds"))
 
 
 def test_no_whole_checkpoint_is_no_start_at_step_0(whole: dict[str, Any], job: dict[str, Any]) -> None:

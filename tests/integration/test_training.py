@@ -231,7 +231,10 @@ def test_finished_work_is_not_done_again(whole: dict[str, Any], capsys: pytest.C
 
 def refusals(whole: dict[str, Any], text: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     yield {"length": 128}, "packed to length 64, but the config has length: 128"
-    yield {"data": text["data"]}, "was built with tokenizer"
+    yield (
+        {"data": text["data"]},
+        "built for a model with no image processor, but the model folder has an image",
+    )
     yield {"data": whole["model"]}, "no packed dataset"
     yield {"model": whole["data"]}, "no tokenizer.json"
     yield {"output": whole["model"]}, "holds something else"
@@ -282,8 +285,8 @@ def test_metrics_are_there_for_people_and_programs(whole: dict[str, Any]) -> Non
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(Path(whole["output"], "tensorboard"))).Reload()
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(curve(whole), rel=1e-6)
-    assert [event.step for event in events.Scalars("validation_loss")] == [3, 6]
+    assert [event.value for event in events.Scalars("loss/train")] == pytest.approx(curve(whole), rel=1e-6)
+    assert [event.step for event in events.Scalars("loss/held-out")] == [3, 6]
     for line in metrics_of(whole):
         assert line["mfu"] is None  # no GPU
         assert line["tokens_per_second"] * line["seconds"] == pytest.approx(4 * useful_tokens(whole), rel=1e-6)

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from kanyun.errors import DatasetError
-from kanyun.fingerprint import Fingerprint
+from kanyun.fingerprint import Fingerprint, difference
 from kanyun.manifest import digest_of
 from kanyun.naming import discover
 from kanyun.reader import PackedDataset
@@ -97,6 +97,17 @@ class PackedData:
         """Digest of all data."""
         return self.all.digest
 
+    @cached_property
+    def names(self) -> set[str]:
+        """Names of the datasets that samples come from: the data paths that were sampled."""
+        names = set()
+        for dataset in self.datasets:
+            paths = set(dataset.manifest.ratios)
+            # Packed from one output of filter: its samples have the name of their dataset class.
+            first = dataset.read_batch(0) if paths == {"."} and len(dataset) else []
+            names |= {name for pack in first for name in pack.dataset} if first else paths
+        return names
+
     @property
     def vision_budget(self) -> int:
         """The most patches any pack has; 0 = text only."""
@@ -110,7 +121,10 @@ class PackedData:
                 f"set length: {manifest.length}, or pack the data with --length {self.length}"
             )
         if not model.is_of(manifest.tokenizer, dataset.folder / "tokenizer"):
+            built, own = difference(manifest.processor, model.processor)
+            if not built:
+                built, own = f"the tokenizer {manifest.tokenizer}", f"the tokenizer {model.digest}"
             raise DatasetError(
-                f"{uri} was built with tokenizer and processor {manifest.tokenizer}, but the model folder has "
-                f"{model.digest}: build and pack the data with the model folder as --tokenizer, or train its own model"
+                f"{uri} was built for a model with {built}, but the model folder has {own}: build and pack the data "
+                "with the model folder as --tokenizer, or train the model that it was built for"
             )
