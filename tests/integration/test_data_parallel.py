@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,26 +31,47 @@ TOLERANCE = 1e-3  # of a sum of squares, relative
 NAP = 0.5  # seconds that rank 1 works longer, in one step
 
 
-@pytest.mark.parametrize(("images", "global_batch"), [(False, 4), (True, 2)])
-def test_two_ranks_train_as_one(images: bool, global_batch: int, tmp_path: Path) -> None:
-    values = write_job(tmp_path, images=images) | {"global_batch": global_batch, "steps": STEPS}
-    one = report(values | {"output": str(tmp_path / "one")}, 1)
-    two = launch(values | {"output": str(tmp_path / "two")})
+@pytest.fixture(scope="module", params=["text", "images"])
+def reports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The job, what one rank has, here, and what each of two has."""
+    folder, images = tmp_path_factory.mktemp(request.param), request.param == "images"
+    values = write_job(folder, images=images) | {"global_batch": 2 if images else 4, "steps": STEPS}
+    one = report(values | {"output": str(folder / "one")}, 1)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    worker = ["-m", "tests.integration.test_data_parallel", json.dumps(values)]
+    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, one, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_two_ranks_train_as_one(reports: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
+    job, one, two = reports
     assert one["buckets"] >= 4
     assert two["buckets"] >= 4
-    assert two["text only on one rank"] == images
+    assert two["text only on one rank"] == (job == "images")
     for what in ("gradients", "weights"):
         assert different(two[what], one[what]) == []
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["made"] == pytest.approx(one["made"], rel=1e-4)  # summed over the ranks, as the loss of all
     assert two["tokens"] == one["tokens"]
     assert len(set(one["losses"])) == STEPS
-    # Whichever the bucket. (All weights of a bucket gathered twice are what they were gathered once.)
+
+
+def test_an_exchange_that_is_forgotten_or_done_twice_is_seen(
+    reports: tuple[str, dict[str, Any], dict[str, Any]],
+) -> None:
+    """Whichever the bucket. (A bucket's weights gathered twice are what they were gathered once.)"""
+    _, _, two = reports
     assert two["caught"] == {
         what: ["caught"] * two["buckets"]
         for what in ("reduce-scatter forgotten", "reduce-scatter twice", "gather forgotten")
     }
-    work, waited = two["times"]
+
+
+def test_every_rank_knows_which_one_is_slow(reports: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
+    work, waited = reports[2]["times"]
     assert work[1] - work[0] > NAP / 2
     assert max(waited) < NAP / 2
 
@@ -60,15 +80,6 @@ def different(found: dict[str, float], expected: dict[str, float]) -> list[str]:
     """Names whose sums of squares differ by more than noise, which is all of a key bias's gradient: 0 in theory."""
     assert found.keys() == expected.keys()
     return [name for name, value in expected.items() if found[name] != pytest.approx(value, rel=TOLERANCE, abs=1e-10)]
-
-
-def launch(values: dict[str, Any]) -> dict[str, Any]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = ["-m", "tests.integration.test_data_parallel", json.dumps(values)]
-    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def report(values: dict[str, Any], world: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kanyun.errors import UserError
 from kanyun.vision import windows
-from trainer.data.images import layout_of
+from trainer.data.patches import layout_of
 from trainer.data.shapes import shape_buckets, static_shape
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.qwen2_5.windows import WindowGeometry
