@@ -191,7 +191,7 @@ def test_gpu_is_found_by_cudas_name_for_it() -> None:
 def test_layouts_stay(
     size: str, gpu: str, gpus: int, patches: int, layout: tuple[int, int, int, int, int, str]
 ) -> None:
-    """Of packs of 8192, 16 a GPU: weight shards, tensor-parallel size, micro-batch, recomputed layers and blocks, GB."""
+    """With 16 packs a GPU: weight shards, tensor-parallel size, micro-batch, recomputed layers and blocks, GB."""
     chosen = plan(SIZES[size], gpus, gpu, 8192, 16 * gpus, patches)
     compute, memory = chosen.compute, f"{(chosen.memory or 0) / 1e9:.1f}"
     recomputed = compute.recomputed_layers, compute.recomputed_blocks
