@@ -104,11 +104,10 @@ def line(row: str, gpus: int, result: dict[str, Any]) -> str:
 def _curves(args: argparse.Namespace, out: Path) -> None:
     """The same batches from the same weights, on each number of GPUs, with whole weights and with sharded ones."""
     from benchmarks.loss_curves import write
-    from trainer.planning.planner import MOST_WEIGHT_SHARDS
 
     losses: dict[str, list[float]] = {}
     for gpus in args.gpus:
-        for shards in (1, gpus) if 1 < gpus <= MOST_WEIGHT_SHARDS else (1,):
+        for shards in sorted({1, gpus}):
             name = f"{gpus} GPU(s), {'sharded' if shards > 1 else 'whole'} weights"
             result = _launch(f"{CURVE}:{8 // gpus}:{shards}", gpus, args.seconds * 4)
             if "error" in result:

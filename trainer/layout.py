@@ -55,11 +55,11 @@ def main() -> int:
     print(table(ranked[: args.top], args.gpus, packs * args.length, flops))
     print(f"""
 Predicted; tokens/s and TFLOP/s of a GPU, in samples of about {SEGMENT} tokens. The parts of a step, in s, add up to it;
-exchange is what no compute hides. What has not been measured, sharded weights among it, is ranked as if
-{MARGIN - 1:.0%} slower.""")
+exchange is what no compute hides. Recomputation with several packs a micro-batch, which has not been measured, is
+ranked as if {MARGIN - 1:.0%} slower.""")
     for number, layout in enumerate(ranked[: args.top], 1):
         print(f"{number}: {layout.reason}; {_why(layout, ranked)}")
-    unbuilt = f"the trainer cannot do that over {ranked[0].weight_shards} GPUs yet"
+    unbuilt = f"the trainer cannot shard weights over {ranked[0].weight_shards} GPUs yet"
     try:
         chosen = planner.plan(**data)
         number = ranked.index(chosen) + 1
@@ -115,7 +115,7 @@ def values(layout: Layout, gpus: int, tokens: int, flops: float) -> dict[str, An
 
 def sharding(layout: Layout) -> str:
     if layout.weight_shards > 1:
-        return f"{'all ' if layout.all_sharded else ''}sharded over {layout.weight_shards}"
+        return f"sharded over {layout.weight_shards}"
     return "whole" if layout.tensor_parallel == 1 else f"tensor parallel {layout.tensor_parallel}"
 
 

@@ -23,10 +23,8 @@ MOST_TOKENS = 65_536
 MICRO_BATCHES = (8, 4, 2, 1)
 TENSOR_PARALLEL = (1, 2, 4, 8)  # within a node
 MOST_GPUS = 512
-# GPUs over which runs get sharded weights. 1: none, the best of the other layouts is taken.
-MOST_WEIGHT_SHARDS = 512
-# Sharded weights, and recomputation with several packs a micro-batch, have not been measured: they are taken where they
-# are predicted to be faster by more than this, a third of what predictions are off by.
+# Recomputation with several packs a micro-batch has not been measured: it is taken where it is predicted to be faster
+# by more than this, a third of what predictions are off by.
 MARGIN = 1.02
 
 
@@ -40,8 +38,6 @@ class Layout:
     # 1: every rank has whole weights. N: weights, gradients and optimizer state are sharded over N neighbouring ranks.
     weight_shards: int = 1
     step: StepTime | None = None  # predicted
-    # Embedding, output head and vision tower are sharded too. The trainer has no code for it: they are whole.
-    all_sharded: bool = False
 
 
 class LayoutPlanner:
@@ -62,7 +58,7 @@ class LayoutPlanner:
         ranked = self.ranked(length=length, global_batch=global_batch, patches=patches)
         built = next((layout for layout in ranked if self.built(layout)), None)
         if built is None:
-            raise UserError(self._does_not_fit(self._gpu, length, patches, planned=False))
+            raise UserError(self._does_not_fit(self._gpu, length, patches, self._node))
         return built
 
     def ranked(self, *, length: int, global_batch: int, patches: int = 0) -> list[Layout]:
@@ -78,15 +74,15 @@ class LayoutPlanner:
             if (layout := self._fit(tensor_parallel, weight_shards, micro_batch, length, global_batch, patches))
         ]
         if not found:
-            raise UserError(self._does_not_fit(self._gpu, length, patches, planned=True))
+            raise UserError(self._does_not_fit(self._gpu, length, patches, MOST_GPUS))
         if any(1 < layout.weight_shards <= self._node for layout in found):
             # Between nodes NCCL would gather, which nobody has measured: only for what does not fit a node.
             found = [layout for layout in found if layout.weight_shards <= self._node]
         return sorted(found, key=_order)
 
     def built(self, layout: Layout) -> bool:
-        """Return whether the trainer can run it."""
-        return layout.weight_shards <= MOST_WEIGHT_SHARDS and not layout.all_sharded
+        """Return whether the trainer can run it: it shards over a node at most."""
+        return layout.weight_shards <= self._node
 
     def _splits(self, gpus: int) -> Iterator[tuple[int, int]]:
         """Yield tensor-parallel sizes with whole weights, then the numbers of ranks that weights are sharded over."""
@@ -109,10 +105,8 @@ class LayoutPlanner:
         share = max(global_batch * tensor_parallel // self._gpus, 1)
         if share % micro_batch or (micro_batch > 1 and micro_batch * length > MOST_TOKENS):
             return None
-        tokens, all_patches = micro_batch * length, micro_batch * patches
-        # Planned for what no node holds, and else not worth its code: also what is beside the layers.
-        for compute, all_sharded in self._computes(self._gpu, beyond=weight_shards > self._node):
-            memory = self._peak(tensor_parallel, weight_shards, tokens, all_patches, compute, all_sharded=all_sharded)
+        for compute in self._computes(self._gpu):
+            memory = self._peak(tensor_parallel, weight_shards, micro_batch * length, micro_batch * patches, compute)
             if memory <= self._gpu.usable:
                 break
         else:
@@ -126,29 +120,18 @@ class LayoutPlanner:
             micro_batches=share // micro_batch,
             weight_shards=weight_shards,
         )
-        layout = Layout(tensor_parallel, micro_batch, "", compute, memory, weight_shards, step, all_sharded)
+        layout = Layout(tensor_parallel, micro_batch, "", compute, memory, weight_shards, step)
         return replace(layout, reason=self._reason(self._gpu, layout, length, memory))
 
-    def _computes(self, gpu: GPU, *, beyond: bool) -> Iterator[tuple[Compute, bool]]:
-        """Yield ways to compute, from no recomputation to all of it, with layers alone sharded; then, if `beyond`, with
-        everything sharded.
-        """
+    def _computes(self, gpu: GPU) -> Iterator[Compute]:
+        """Yield ways to compute, from no recomputation to all of it."""
         fp8, depth = self._fp8(gpu), self._vision_depth
-        for all_sharded in (False, True) if beyond else (False,):
-            # To save 0.7 GB a recomputed vision block costs 1.4 ms (18,816 patches), a layer of 3B 2 ms (8192 tokens).
-            yield from ((Compute(fp8, 0, blocks), all_sharded) for blocks in range(depth + 1))
-            yield from ((Compute(fp8, n, depth), all_sharded) for n in range(1, self._model.num_layers + 1))
+        # To save 0.7 GB a recomputed vision block costs 1.4 ms (18,816 patches), a layer of 3B 2 ms (8192 tokens).
+        yield from (Compute(fp8, 0, blocks) for blocks in range(depth + 1))
+        yield from (Compute(fp8, layers, depth) for layers in range(1, self._model.num_layers + 1))
 
     def _peak(
-        self,
-        tensor_parallel: int,
-        weight_shards: int,
-        tokens: int,
-        patches: int,
-        compute: Compute,
-        *,
-        gpus: int = 0,
-        all_sharded: bool = False,
+        self, tensor_parallel: int, weight_shards: int, tokens: int, patches: int, compute: Compute, gpus: int = 0
     ) -> float:
         return self._memory.peak(
             tensor_parallel=tensor_parallel,
@@ -157,7 +140,8 @@ class LayoutPlanner:
             patches=patches,
             compute=compute,
             weight_shards=weight_shards,
-            all_sharded=all_sharded,
+            # Planned for sharding between nodes, which is not built: within a node the layers alone are sharded.
+            all_sharded=weight_shards > self._node,
         )
 
     def _reason(self, gpu: GPU, layout: Layout, length: int, memory: float) -> str:
@@ -168,8 +152,7 @@ class LayoutPlanner:
             "fp8 in the layers' matrix products" if compute.fp8 else "bfloat16",
         ]
         if layout.weight_shards > 1:
-            which = "all weights" if layout.all_sharded else "the layers' weights"
-            parts.insert(0, f"{which}, gradients and optimizer state sharded over {layout.weight_shards} GPUs")
+            parts.insert(0, f"weights, gradients and optimizer state sharded over {layout.weight_shards} GPUs")
         else:
             split = layout.tensor_parallel
             whole = "the whole model on each GPU" if split == 1 else f"tensor parallel over {split} GPUs"
@@ -180,13 +163,13 @@ class LayoutPlanner:
             parts.append(f"recompute {compute.recomputed_layers} of {self._model.num_layers} layers")
         return f"{', '.join(parts)}: {memory / GB:.0f} of {gpu.usable / GB:.0f} usable GB a GPU predicted"
 
-    def _does_not_fit(self, gpu: GPU, length: int, patches: int, *, planned: bool) -> str:
+    def _does_not_fit(self, gpu: GPU, length: int, patches: int, most_shards: int) -> str:
         """Return the error: what the least memory would be, and the fewest GPUs that have it."""
-        least, how = self._least_memory(gpu, self._gpus, length, patches, planned=planned)
+        least, how = self._least_memory(gpu, self._gpus, length, patches, most_shards)
         missing = (least - gpu.usable) / GB
         way_out = f"no number of them up to {MOST_GPUS} can: use a smaller model or shorter packs"
         for gpus in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, MOST_GPUS) if n > self._gpus):
-            if self._least_memory(gpu, gpus, length, patches, planned=planned)[0] <= gpu.usable:
+            if self._least_memory(gpu, gpus, length, patches, most_shards)[0] <= gpu.usable:
                 way_out = f"{gpus} are the fewest that can"
                 break
         return (
@@ -195,19 +178,12 @@ class LayoutPlanner:
             f"missing; {way_out}"
         )
 
-    def _least_memory(self, gpu: GPU, gpus: int, length: int, patches: int, *, planned: bool) -> tuple[float, str]:
-        """Return the least peak, with one pack a micro-batch and everything recomputed, and how it is reached.
-
-        `planned`: also by what the trainer has no code for yet.
-        """
+    def _least_memory(self, gpu: GPU, gpus: int, length: int, patches: int, most_shards: int) -> tuple[float, str]:
+        """Return the least peak, with one pack a micro-batch and everything recomputed, and how it is reached."""
         compute = Compute(self._fp8(gpu), self._model.num_layers, self._vision_depth)
-        found = []
-        for tensor_parallel, shards in self._splits(gpus):
-            if planned or shards <= MOST_WEIGHT_SHARDS:
-                beyond = planned and shards > self._node
-                peak = self._peak(tensor_parallel, shards, length, patches, compute, gpus=gpus, all_sharded=beyond)
-                found.append((peak, tensor_parallel, shards))
-        memory, tensor_parallel, shards = min(found)
+        splits = [split for split in self._splits(gpus) if split[1] <= most_shards]
+        peaks = ((self._peak(*split, length, patches, compute, gpus), split) for split in splits)
+        memory, (tensor_parallel, shards) = min(peaks)
         if shards > 1:
             return memory, f"weights, gradients and optimizer state sharded over {shards} GPUs"
         return memory, f"tensor parallelism over {tensor_parallel} GPUs" if tensor_parallel > 1 else "whole weights"
@@ -224,5 +200,5 @@ def _order(layout: Layout) -> tuple[float, int, int]:
     """Return what layouts are sorted by: predicted seconds, then the least exchange and the fewest micro-batches."""
     assert layout.step is not None
     recomputed = layout.compute.recomputed_layers + layout.compute.recomputed_blocks > 0
-    margin = MARGIN if layout.weight_shards > 1 or (recomputed and layout.micro_batch > 1) else 1.0
+    margin = MARGIN if recomputed and layout.micro_batch > 1 else 1.0
     return margin * layout.step.seconds, layout.weight_shards, -layout.micro_batch
