@@ -86,8 +86,8 @@ def _charts(runs: Sequence[History], names: Sequence[str]) -> list[Chart]:
         held_out = [replace(line, name=f"{line.name} held-out") for line in of_runs("validation_loss", dots=True)]
         add("loss", "mean over trained tokens", of_runs("loss") + held_out, log=True)
     else:
-        trained, held_out = runs[0].column("loss").curve(), runs[0].column("validation_loss").curve()
-        both = [Line("trained on", 0, trained), Line("held-out", 1, held_out, dots=True)]
+        trained, unseen = runs[0].column("loss").curve(), runs[0].column("validation_loss").curve()
+        both = [Line("trained on", 0, trained), Line("held-out", 1, unseen, dots=True)]
         add("loss", "mean over trained tokens", both, log=True)
     for key, title, dots in (("loss_by_dataset", "loss", False), ("validation_loss_by_dataset", "held-out loss", True)):
         if several:
