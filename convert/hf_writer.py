@@ -1,6 +1,7 @@
 """Safetensors files written tensor by tensor: no more than the tensor at hand is in memory."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -54,12 +55,14 @@ class HFWriter:
         self._open = ExitStack()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor at its place. Raises ValueError if it is not as planned."""
+        """Write one tensor at its place; threads may do so at once. Raises ValueError if it is not as planned."""
         place = self._places.pop(name)
         if (tuple(tensor.shape), tensor.dtype) != (place.tensor.shape, place.tensor.dtype):
             raise ValueError(f"{name} is {list(tensor.shape)} {tensor.dtype}, planned was {place.tensor}")
-        place.file.seek(place.offset)
-        place.file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        data, offset = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()), place.offset
+        while data:  # one call writes at most 2 GiB
+            written = os.pwrite(place.file.fileno(), data, offset)
+            data, offset = data[written:], offset + written
 
     def __enter__(self) -> Self:
         for name, shard in zip(self._names, self._shards):
@@ -110,4 +113,5 @@ def _begin(file: BinaryIO, shard: Sequence[Planned]) -> Mapping[str, _Place]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
+    file.flush()  # what follows is written at offsets, past the stream
     return {tensor.name: _Place(file, 8 + len(text) + offsets[tensor.name], tensor) for tensor in shard}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -10,13 +11,15 @@ from convert.checks import TRAINED, Layout, require_finite
 from convert.hf_writer import HFWriter, Planned
 from convert.megatron_weights import MegatronWeights
 from convert.output import new_folder
-from kanyun.cli.progress import track
+from kanyun.cli.progress import Progress
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from trainer import checkpoint
 from trainer.models.config import ModelConfig
+from trainer.models.names import Row
 from trainer.models.registry import family_of
 
+THREADS = 2  # that read, convert and write a tensor each
 TENSORS = ".distcp"  # how the names of files with tensors end
 
 
@@ -37,12 +40,20 @@ def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
     planned = [Planned(name, layout.hf[name], dtype or weights.dtype(row.megatron)) for row in rows for name in row.hf]
     with new_folder(out, folder, overwrite) as attempt:
         shutil.copytree(folder / "hf", attempt, dirs_exist_ok=True)
-        with HFWriter(attempt, planned) as writer:
-            for row in track(rows, "converting", "tensors"):
+        with (
+            HFWriter(attempt, planned) as writer,
+            Progress("converting", len(rows), "tensors") as progress,
+            ThreadPoolExecutor(THREADS) as pool,
+        ):
+
+            def convert(row: Row) -> None:
                 parts = row.transform.to_hf(weights[row.megatron].to(dtype), config)
                 for name, part in zip(row.hf, parts, strict=True):
                     require_finite(folder, name, part)
                     writer.add(name, part)
+
+            for _ in pool.map(convert, rows):
+                progress.advance()
 
 
 def newest_undamaged(source: str) -> Folder:

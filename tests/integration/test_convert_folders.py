@@ -16,7 +16,7 @@ from convert.to_hf import to_hf
 from convert.to_megatron import to_megatron
 from convert.verify import compare
 from kanyun.errors import UserError
-from tests.support.odd_folders import EMBEDDING, HEAD, LOADED, REFUSED, WEIGHTS, tokens_added
+from tests.support.odd_folders import EMBEDDING, HEAD, LOADED, REFUSED, WEIGHTS, forget_digests, tokens_added
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -65,6 +65,7 @@ def test_a_checkpoint_of_other_shapes_or_with_a_nan_is_refused(tmp_path: Path) -
     source = model(tmp_path / "hf", "tied")
     to_megatron(source, tmp_path / "megatron")
     settings = tmp_path / "megatron/checkpoints/step_00000000/hf/config.json"
+    forget_digests(settings.parents[1])
     text = settings.read_text()
     settings.write_text(text.replace('"intermediate_size": 128', '"intermediate_size":  96'))
     with pytest.raises(UserError, match=r"mlp\.linear_fc1\.weight has shape \[256, 64\], by config.json \[192, 64\]"):
