@@ -14,8 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch a hub
 os.environ["SPARK_MASTER"] = "local[2]"
 os.environ.setdefault("KANYUN_TIME_SCALE", "0.2")  # daemons that a test stops are back within seconds
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing by more threads
-# JVMs live for a minute here: with C1 alone a run of the pipeline takes 37 s of CPU time, with C2 behind it 58.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
+# JVMs live for a minute here: with C1 alone a run of the pipeline takes 37 s of CPU time, with C2 behind it 58. By
+# itself C1 has 48 MB for its code, which three runs of the pipeline fill; from then on Java would be interpreted.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m")
 
 # What needs the daemons of one cluster, and what needs a Spark session alone.
 _GROUPS = ("cluster", "spark")

@@ -23,6 +23,7 @@ from convert.to_megatron import to_megatron
 from convert.verify import compare
 from kanyun.errors import UserError
 from kanyun.storage import Folder
+from tests.support.processes import run_python, run_ranks
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.support.training_job import train, write_job
 from trainer import checkpoint
@@ -33,7 +34,6 @@ from trainer.runtime import Runtime
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 
 
@@ -58,8 +58,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def convert(*arguments: Any) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "convert", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return run_python(["-m", "convert", *map(str, arguments)])
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -148,9 +147,7 @@ def test_a_converted_model_starts_training_and_a_run_of_two_processes_converts(t
     """Weights that tensor parallel ranks saved in pieces are the ones that were loaded."""
     source = hf_model(tmp_path / "hf", vision=True, tied=False)
     to_megatron(source, tmp_path / "megatron")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = ["-m", "tests.integration.test_convert", str(tmp_path / "megatron"), str(tmp_path / "split")]
-    subprocess.run([*torchrun, *worker], cwd=ROOT, check=True, timeout=300)
+    run_ranks(2, "-m", "tests.integration.test_convert", str(tmp_path / "megatron"), str(tmp_path / "split"))
     files = (tmp_path / "split/checkpoints/step_00000000").glob("*.distcp")
     assert {file.name.split("_")[2] for file in files} == {"0", "1"}  # __RANK_N.distcp
     to_hf(str(tmp_path / "split"), tmp_path / "back")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import islice
@@ -15,7 +14,8 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
-from tests.support.training_job import ROOT, write_job
+from tests.support.processes import run_ranks
+from tests.support.training_job import write_job
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.optim.optimizer import learning_rate
@@ -41,11 +41,8 @@ def test_two_ranks_train_as_one(images: bool, global_batch: int, tmp_path: Path)
 
 
 def run(values: dict[str, Any], world: int) -> dict[str, Any]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    worker = ["-m", "tests.integration.test_data_parallel", json.dumps(values)]
-    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    printed = run_ranks(world, "-m", "tests.integration.test_data_parallel", json.dumps(values))
+    result: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return result
 
 

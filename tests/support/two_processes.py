@@ -1,7 +1,6 @@
 """A tiny training by two processes, as data-parallel ranks or as one model's two halves, beside the same by one."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.training_job import ROOT, metrics_of, train, write_job
+from tests.support.processes import run_ranks
+from tests.support.training_job import metrics_of, train, write_job
 from trainer.config import TrainConfig
 from trainer.optim.data_parallel import OverlappedDataParallel
 from trainer.runtime import Runtime
@@ -23,7 +23,7 @@ def assert_two_train_as_one(folder: Path, *, tensor_parallel: int, tolerance: fl
     one = write_job(folder, images=True)
     two = one | {"output": str(folder / "two")}
     train(one)
-    _launch(two, str(tensor_parallel), "as it is")
+    run_ranks(2, *_worker(two, str(tensor_parallel), "as it is"))
     for values in (one, two):
         train(values | {"steps": one["steps"] + 2})
     for expected, found in zip(metrics_of(one), metrics_of(two), strict=True):
@@ -44,16 +44,13 @@ def assert_overlap_changes_nothing(folder: Path) -> None:
     curves = {}
     for exchange in ("in turns", "late"):
         job = values | {"output": str(folder / exchange)}
-        _launch(job, "1", exchange)
+        run_ranks(2, *_worker(job, "1", exchange))
         curves[exchange] = [(line["loss"], line["grad_norm"], line["validation_loss"]) for line in metrics_of(job)]
     assert curves["late"] == curves["in turns"]
 
 
-def _launch(values: dict[str, Any], *arguments: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = ["-m", "tests.support.two_processes", json.dumps(values), *arguments]
-    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def _worker(values: dict[str, Any], *arguments: str) -> list[str]:
+    return ["-m", "tests.support.two_processes", json.dumps(values), *arguments]
 
 
 def set_exchange(ddp: OverlappedDataParallel, exchange: str) -> None:
