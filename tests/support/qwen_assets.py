@@ -174,7 +174,7 @@ def language_config(tokenizer_json: str, layers: int) -> dict[str, Any]:
         "rms_norm_eps": 1e-6,
         "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
         "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-        "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+        # No pad_token_id, as in Qwen's own: transformers gives the embedding of that token no gradient.
     }
 
 
