@@ -67,7 +67,7 @@ class Trainer:
         self._open.callback(self.watch.close)
         form = BatchFormat.of(run.model, pinned=runtime.cuda)
         self.static = static_shape(run.data.all, layout.micro_batch, form.geometry)
-        place = {"micro_batch": layout.micro_batch, "rank": runtime.data_rank, "world": runtime.data_world}
+        place = {"micro_batch": layout.micro_batch, "dp_rank": runtime.data_rank, "dp_size": runtime.data_world}
         self.stream = self._open.enter_context(
             PackStream(
                 run.data,

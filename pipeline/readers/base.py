@@ -94,7 +94,7 @@ def as_row(value: Any) -> dict[str, Any] | RowError:
 
 
 def row_text(fields: dict[str, Any]) -> str:
-    """Return a row as text; bytes in it as their number."""
+    """Return a row as text, with binary values replaced by their length."""
     return json.dumps(fields, ensure_ascii=False, default=_text_of)
 
 

@@ -1,4 +1,4 @@
-"""Two processes that share a model make the same weights, logits, loss and gradients as one that has all of it."""
+"""Two tensor-parallel ranks make the same weights, logits, loss and gradients as one process with the whole model."""
 
 import json
 import sys
