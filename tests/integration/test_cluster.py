@@ -1,4 +1,4 @@
-"""Storage, copies and packed datasets on real HDFS daemons, whole and broken; and Spark's real master and workers."""
+"""Storage, copies and packed datasets on real HDFS daemons, whole and broken; and the cluster of the tests."""
 
 import json
 import os
@@ -16,7 +16,8 @@ import psutil
 import pytest
 import xxhash
 
-from jobs.cluster import DAEMONS, Cluster, Settings
+from jobs.cluster import Cluster
+from jobs.daemons import DAEMONS, Settings
 from kanyun.errors import UserError
 from kanyun.naming import MANIFEST, dataset_name
 from kanyun.reader import PackedDataset
@@ -289,40 +290,7 @@ def test_fetch_refuses_a_dataset_with_a_flipped_byte(hdfs: Folder, tmp_path: Pat
     assert not (tmp_path / "back" / NAME / MANIFEST).exists()
 
 
-# --- Spark, and the cluster itself
-
-JOB = """
-import sys
-from pyspark.sql import SparkSession
-from pipeline.spark import map_rows, spark_session
-import pyarrow as pa
-schema = pa.schema([("square", pa.int64()), ("code", pa.string()), ("master", pa.string())])
-def square(batches, master):
-    import kanyun.storage
-    for batch in batches:
-        ids = batch["id"].to_pylist()
-        yield pa.record_batch([[i * i for i in ids], [kanyun.storage.__file__] * len(ids), [master] * len(ids)], schema)
-from functools import partial
-spark = spark_session()
-out = sys.argv[1]
-spark.range(0, 1000, 1, 4).write.parquet(out + "/in")
-rows = map_rows(spark.read.parquet(out + "/in"), partial(square, master=spark.sparkContext.master), schema)
-rows.write.parquet(out + "/out")
-"""
-
-
-def test_spark_job_on_the_cluster_reads_and_writes_hdfs(cluster: Cluster, hdfs: Folder, tmp_path: Path) -> None:
-    (tmp_path / "job.py").write_text(JOB)
-    env = os.environ | cluster.env | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    job = subprocess.run([sys.executable, str(tmp_path / "job.py"), hdfs.uri], env=env, capture_output=True, text=True)
-    assert job.returncode == 0, job.stderr[-3000:]
-    import pyarrow.parquet as pq
-
-    copy_folder(hdfs / "out", Folder(str(tmp_path / "out")), "fetch")
-    rows = pq.read_table(str(tmp_path / "out")).to_pydict()
-    assert sorted(rows["square"]) == [i * i for i in range(1000)]
-    assert set(rows["master"]) == {cluster.spark}
-    assert cluster.executors() == [] or _until(lambda: not cluster.executors())
+# --- the cluster itself
 
 
 def test_taken_port_is_named_with_its_holder(tmp_path: Path) -> None:
