@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from tests.support.chat_templates import QWEN3
+from tests.support.chat_templates import QWEN3 as TEMPLATE
 from tests.support.qwen_assets import (
     language_config,
     real_tokenizer_json,
@@ -23,7 +23,7 @@ ADDED = ["<tool_response>", "</tool_response>", "<think>", "</think>"]  # ids 15
 
 def qwen3_tokenizer_folder(path: Path | str, *, real_vocabulary: bool = True) -> Path:
     """Qwen3's tokenizer and template; no weights."""
-    return write_folder(Path(path), _tokenizer_json(real_vocabulary), False, template=QWEN3)
+    return write_folder(Path(path), _tokenizer_json(real_vocabulary), False, template=TEMPLATE)
 
 
 def tiny_qwen3_folder(

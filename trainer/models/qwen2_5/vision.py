@@ -18,7 +18,7 @@ from trainer.models.qwen2_5.vision_layers import VisionLayers
 
 
 class VisionTower(nn.Module):
-    """Patches to visual tokens. The first `recomputed` blocks are recomputed in the backward pass."""
+    """Patches to visual tokens. `recomputed` blocks keep only their input and run again in the backward pass."""
 
     def __init__(
         self, config: VisionConfig, layers: VisionLayers, device: torch.device, dtype: torch.dtype, recomputed: int = 0
