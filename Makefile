@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt jobs/setup.sh
 	@jobs/setup.sh
 	@touch $@
 
-.PHONY: help setup setup-gpu demo test test-unit soak test-gpu lint format clean cluster-up cluster-down cluster-status \
+.PHONY: help setup setup-gpu demo test test-unit soak test-gpu test-docker lint format clean cluster-up cluster-down cluster-status \
   spark-preprocess spark-filter spark-sample spark-build spark-pack train convert-megatron convert-hf
 
 help: ## this list
@@ -48,6 +48,10 @@ soak: $(STAMP) ## kill -9 a training run 40 times at random moments, 15 of them 
 test-gpu: $(STAMP) ## tests that need a CUDA machine
 #example make test-gpu
 	@$(PYTHON) -m pytest tests/gpu $(ARGS)
+
+test-docker: $(STAMP) ## build the pipeline's image with buildah, as root on Debian, and run the demo's pipeline in it
+#example make test-docker
+	@docker/test.sh
 
 lint: $(STAMP) ## ruff, mypy and the walls between the packages
 #example make lint

@@ -2,10 +2,12 @@
 
 Half of --rows are documents (ratio 0.7), half chats (ratio 1.4); --images are rows with a small picture (ratio 0.5).
 Each stage is its own command (python -m pipeline), so that its memory is its own: the highest resident size (VmHWM)
-of the driver's Python, of the JVM and of the largest Python worker. Tasks and shuffle bytes come from Spark's event
-log; tasks are those of the Spark stage with most. A figure more than 20 % above its formula is marked.
+of the driver's Python, of the JVM and of the largest Python worker. CPU seconds are those of all its processes, seen
+every half second. Tasks and shuffle bytes come from Spark's event log; tasks are those of the Spark stage with most.
+A figure more than 20 % above its formula is marked. In a FOLDER that is named, a step that has been measured is not
+run again, so that a run of hours can be stopped, or made with --steps in parts.
 
-usage: python -m benchmarks.scale --rows N --images N [--cores N] [FOLDER]     (needs 12 kB of disk a row)
+usage: python -m benchmarks.scale --rows N --images N [--cores N] [--steps N] [FOLDER]     (12 kB of disk a row)
 """
 
 import argparse
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -31,50 +33,78 @@ from tests.support.qwen_assets import real_tokenizer_folder
 LENGTH = 8192
 DATASETS = {"documents": "text", "chats": "messages", "pictures": "messages"}  # data path -> dataset class
 RATIOS = {"documents": 0.7, "chats": 1.4, "pictures": 0.5}
-COLUMNS = "stage | rows | s | tasks / formula | shuffle, MB / formula | driver, MB | JVM, MB | worker, MB / formula"
+COLUMNS = (
+    "stage | rows | s | CPU s, of the JVM | tasks / formula | shuffle, MB / formula | driver, MB / formula | JVM, MB | "
+    "worker, MB / formula"
+)
+LOOK_SECONDS = 0.5
+LOG_SECONDS = 120  # the JVM finishes its event log after the driver's Python has ended
 
 
 @dataclass(frozen=True)
 class Use:
-    """Resources of a stage, measured or by formula."""
+    """Resources of a stage, measured or by formula; 0 = none, or no formula."""
 
-    tasks: float
-    shuffle: float  # bytes written
-    worker: float  # bytes resident of the largest Python worker, at most
+    tasks: float = 0.0
+    shuffle: float = 0.0  # bytes written
+    worker: float = 0.0  # bytes resident of the largest Python worker, at most
     driver: float = 0.0  # of the driver's Python
     jvm: float = 0.0
     seconds: float = 0.0  # of the whole command
+    cpu: float = 0.0  # seconds, of all its processes
+    jvm_cpu: float = 0.0  # of them, the JVM's
 
 
 def run_stage(arguments: Sequence[str], logs: Path, environment: dict[str, str]) -> Use:
     """Run `python -m pipeline ARGUMENTS` and measure it. Raises SystemExit if it fails."""
-    known, started = set(logs.iterdir()), time.time()
-    peaks = {"driver": 0, "jvm": 0, "worker": 0}
+    started, watch = time.time(), _Watch()
     with subprocess.Popen([sys.executable, "-m", "pipeline", *arguments], env=environment) as process:
         while process.poll() is None:
-            for kind, size in resident(process.pid):
-                peaks[kind] = max(peaks[kind], size)
-            time.sleep(0.2)
+            watch.look(process.pid)
+            time.sleep(LOOK_SECONDS)
     if process.returncode:
         raise SystemExit(f"pipeline {' '.join(arguments)} ended with {process.returncode}: see above")
     seconds = time.time() - started
-    (log,) = set(logs.iterdir()) - known
-    return Use(*read_log(log), **peaks, seconds=seconds)
+    cpu = {"cpu": sum(watch.cpu.values()), "jvm_cpu": sum(watch.cpu[process] for process in watch.jvms)}
+    return Use(*read_log(_finished_log(logs)), **watch.peaks, **cpu, seconds=seconds)
 
 
-def resident(driver: int) -> Iterator[tuple[str, int]]:
-    """Yield (driver | jvm | worker, highest resident bytes so far) of each process of a command."""
-    try:
-        processes = [psutil.Process(driver), *psutil.Process(driver).children(recursive=True)]
-    except psutil.Error:
-        return
-    for process in processes:
+class _Watch:
+    """Highest resident bytes by kind of process, and CPU seconds of each process, of a command that runs."""
+
+    def __init__(self) -> None:
+        self.peaks = {"driver": 0, "jvm": 0, "worker": 0}
+        self.cpu: dict[psutil.Process, float] = {}
+        self.jvms: set[psutil.Process] = set()
+
+    def look(self, driver: int) -> None:
         try:
-            kind = "driver" if process.pid == driver else "jvm" if process.name() == "java" else "worker"
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except (psutil.Error, OSError):
-            continue  # it has ended
-        yield from ((kind, int(line.split()[1]) << 10) for line in status.splitlines() if line.startswith("VmHWM:"))
+            processes = [psutil.Process(driver), *psutil.Process(driver).children(recursive=True)]
+        except psutil.Error:
+            return
+        for process in processes:
+            try:
+                times, name = process.cpu_times(), process.name()
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except (psutil.Error, OSError):
+                continue  # it has ended
+            self.cpu[process] = times.user + times.system
+            kind = "driver" if process.pid == driver else "jvm" if name == "java" else "worker"
+            if kind == "jvm":
+                self.jvms.add(process)
+            if kind != "worker" or name.startswith("python"):
+                for line in status.splitlines():
+                    if line.startswith("VmHWM:"):
+                        self.peaks[kind] = max(self.peaks[kind], int(line.split()[1]) << 10)
+
+
+def _finished_log(folder: Path) -> Path:
+    for _ in range(LOG_SECONDS):
+        logs = list(folder.iterdir())
+        if len(logs) == 1 and logs[0].suffix != ".inprogress":
+            return logs[0]
+        time.sleep(1)
+    raise SystemExit(f"no finished event log in {folder} after {LOG_SECONDS} s, but {logs}")
 
 
 def read_log(log: Path) -> tuple[int, int]:
@@ -98,23 +128,40 @@ class Run:
     datasets: dict[str, int]
     cores: int
 
-    def measure(self) -> None:
-        """Generate the rows, run the stages, and print a row of the table for each."""
-        folder, logs = self.folder, self.folder / "events"
-        logs.mkdir(parents=True)
-        tokenizer = real_tokenizer_folder(folder / "tokenizer")
-        (folder / "ratios.yaml").write_text(yaml.safe_dump({name: RATIOS[name] for name in self.datasets}))
-        row_bytes = {n: write_raw(folder / "raw" / n, n, rows, self.cores) for n, rows in self.datasets.items()}
+    def measure(self, steps: int | None) -> None:
+        """Generate the rows, run the stages (at most `steps` that are new), and print a row of the table for each."""
+        tokenizer = self.folder / "tokenizer"
+        if not tokenizer.exists():
+            real_tokenizer_folder(tokenizer)
+        (self.folder / "ratios.yaml").write_text(yaml.safe_dump({name: RATIOS[name] for name in self.datasets}))
+        row_bytes = {name: self._raw_bytes(name, rows) for name, rows in self.datasets.items()}
         print(f"{sum(row_bytes.values()) / 1e6:,.0f} MB of text as JSON: {row_bytes}\n\n| {COLUMNS} |")
         print("|---" + "|--:" * COLUMNS.count("|") + "|", flush=True)
+        for stage, name, options in self._commands(tokenizer):
+            measured = self.folder / f"{stage}-{name}.json"
+            if not measured.exists():
+                if steps == 0:
+                    return
+                steps = steps and steps - 1
+                measured.write_text(json.dumps(asdict(self._run(stage, name, options))))
+            self._show(stage, name, Use(**json.loads(measured.read_text())), self._formula(stage, name, row_bytes))
+
+    def _raw_bytes(self, name: str, rows: int) -> int:
+        """Return the bytes of a data path's rows as JSON, which are made unless they are there."""
+        counted = self.folder / f"raw-{name}.txt"
+        if not counted.exists():
+            counted.write_text(str(write_raw(self.folder / "raw" / name, name, rows, self.cores)))
+        return int(counted.read_text())
+
+    def _run(self, stage: str, name: str, options: list[str]) -> Use:
+        logs = self.folder / "events" / f"{stage}-{name}-{time.time_ns()}"
+        logs.mkdir(parents=True)
         environment = os.environ | {
             "SPARK_MASTER": f"local[{self.cores}]",
             "PYSPARK_SUBMIT_ARGS": f"{_event_log(logs)} pyspark-shell",
         }
-        for stage, name, options in self._commands(tokenizer):
-            source, output = (folder / part / name for part in (_BEFORE[stage], stage))
-            used = run_stage([stage, str(source), str(output), *options], logs, environment)
-            self._show(stage, name, used, self._formula(stage, name, row_bytes))
+        source, output = (self.folder / part / name for part in (_BEFORE[stage], stage))
+        return run_stage([stage, str(source), str(output), *options, "--overwrite"], logs, environment)
 
     def _commands(self, tokenizer: Path) -> Iterator[tuple[str, str, list[str]]]:
         """Yield (stage, data path or "", options)."""
@@ -129,26 +176,33 @@ class Run:
         """What docs/scale.md says of a stage that has run."""
         least = 4 * self.cores
         if stage == "preprocess":
-            return Use(max(least, _bytes(self.folder / "raw" / name) / (64 << 20)), 0, 0.35e9)
+            return Use(max(least, _bytes(self.folder / "raw" / name) / (64 << 20)), worker=0.35e9)
         if stage == "filter":
             images = self.datasets[name] if name == "pictures" else 0
-            return Use(0, 31.0 * self.datasets[name] + 172.0 * images, 0)
+            return Use(shuffle=31.0 * self.datasets[name] + 172.0 * images)
         if stage == "sample":
-            return Use(0, 0.875 * sum(row_bytes.values()), 0)
+            return Use(shuffle=0.875 * sum(row_bytes.values()))
         if stage == "build":
             size = _bytes(self.folder / "sample" / "data")
-            return Use(max(min(least, size / (4 << 20)), size / (128 << 20)), 0, 0.36e9)
+            return Use(max(min(least, size / (4 << 20)), size / (128 << 20)), worker=0.36e9, driver=0.25e9)
         manifest = self._manifest()
         sampled = self.datasets.get("pictures", 0) * RATIOS["pictures"]
         shards = len(manifest.shards)
-        return Use(shards, 2.25 * manifest.tokens + 120 * sampled, 0.4e9 + 7 * manifest.tokens / shards)
+        return Use(
+            shards, 2.25 * manifest.tokens + 120 * sampled, 0.4e9 + 7 * manifest.tokens / shards, 72.0 * manifest.packs
+        )
 
     def _show(self, stage: str, name: str, used: Use, formula: Use) -> None:
         output = self._packed() if stage == "pack" else self.folder / stage / name
         rows = Report.load(Folder(str(output)), stage).counts.rows_in
-        cells = [f"{stage} {name}".strip(), f"{rows:,}", f"{used.seconds:,.0f}"]
+        cells = [
+            f"{stage} {name}".strip(),
+            f"{rows:,}",
+            f"{used.seconds:,.0f}",
+            f"{used.cpu:,.0f}, {used.jvm_cpu:,.0f}",
+        ]
         cells += [_beside(used.tasks, formula.tasks), _beside(used.shuffle / 1e6, formula.shuffle / 1e6)]
-        cells += [f"{used.driver / 1e6:,.0f}", f"{used.jvm / 1e6:,.0f}"]
+        cells += [_beside(used.driver / 1e6, formula.driver / 1e6), f"{used.jvm / 1e6:,.0f}"]
         print(f"| {' | '.join([*cells, _beside(used.worker / 1e6, formula.worker / 1e6)])} |", flush=True)
 
     def _packed(self) -> Path:
@@ -183,12 +237,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="of text")
     parser.add_argument("--images", type=int, default=2_000, help="rows with a picture")
     parser.add_argument("--cores", type=int, default=2, help="of Spark's local mode")
-    parser.add_argument("folder", nargs="?", help="a new folder; a temporary one if left out")
+    parser.add_argument("--steps", type=int, help="stop after so many steps that had not been measured")
+    parser.add_argument("folder", nargs="?", help="a temporary one if left out")
     args = parser.parse_args()
     rows = {"documents": args.rows // 2, "chats": args.rows - args.rows // 2, "pictures": args.images}
     datasets = {name: count for name, count in rows.items() if count}
     with tempfile.TemporaryDirectory() as temporary:
-        Run(Path(args.folder or temporary).absolute() / "scale", datasets, args.cores).measure()
+        folder = Path(args.folder or temporary).absolute() / "scale"
+        folder.mkdir(parents=True, exist_ok=True)
+        Run(folder, datasets, args.cores).measure(args.steps)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ DOCUMENT, QUESTION, ANSWER = (200, 5_000), (20, 400), (100, 1_200)  # characters
 
 def write_raw(folder: Path, kind: str, rows: int, processes: int) -> int:
     """Write `rows` rows of a kind (documents | chats | pictures) in files of FILE_ROWS; return their bytes of JSON."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # a run that was stopped
     counts = [min(FILE_ROWS, rows - start) for start in range(0, rows, FILE_ROWS)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         size = len(counts)

@@ -1,8 +1,10 @@
 """python -m convert to-megatron | to-hf | verify | resize-vocab: Hugging Face folders and megatron checkpoints."""
 
 import argparse
+import json
 import os
 
+from kanyun.cli.parser import Parser, command_line
 from kanyun.errors import run_cli
 
 # Before torch starts: conversion copies bits, verification wants float32, and a model may be larger than a GPU.
@@ -40,38 +42,76 @@ def _resize_vocab(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from convert.output import local_path
-    from convert.verify import compare, report
+    from convert.verify import compare, report, summary
 
     first, second = local_path(args.a), local_path(args.b)
-    return 0 if report(first, second, *compare(first, second), tolerance=args.tolerance) else 1
+    sample, found = compare(first, second)
+    if args.json:
+        values = summary(found, args.tolerance)
+        print(json.dumps(values, indent=2))
+        return 0 if values["within"] else 1
+    return 0 if report(first, second, sample, found, tolerance=args.tolerance) else 1
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert", description="Convert Qwen2.5 and Qwen2.5-VL between Hugging Face and megatron."
+def parser() -> Parser:
+    top = command_line(
+        "convert",
+        "kanyun-convert",
+        "Convert models between Hugging Face folders and checkpoints of the trainer.",
+        "{prog} to-megatron models/Qwen2.5-7B checkpoints/qwen2_5_7b\n{prog} to-hf runs/qwen2_5_7b runs/qwen2_5_7b_hf",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
     checkpoint = "a run's output folder, its checkpoints folder, or one step_... folder"
-    for name, run, source, text in (
-        ("to-megatron", _to_megatron, "Hugging Face folder", "make a checkpoint that the trainer takes as `init`"),
-        ("to-hf", _to_hf, checkpoint, "make a Hugging Face folder of a checkpoint"),
-        ("resize-vocab", _resize_vocab, "Hugging Face folder", "add embedding rows for the tokenizer's added tokens"),
+    hf = "Hugging Face folder"
+    for name, run, source, text, example in (
+        (
+            "to-megatron",
+            _to_megatron,
+            hf,
+            "make a checkpoint that the trainer takes as `init`",
+            "models/Qwen2.5-7B checkpoints/qwen2_5_7b",
+        ),
+        (
+            "to-hf",
+            _to_hf,
+            checkpoint,
+            "make a Hugging Face folder of a checkpoint",
+            "runs/qwen2_5_7b hf/qwen2_5_7b",
+        ),
+        (
+            "resize-vocab",
+            _resize_vocab,
+            hf,
+            "add embedding rows for the tokenizer's added tokens",
+            "models/Qwen2.5-7B models/Qwen2.5-7B-more",
+        ),
     ):
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, example=f"{top.prog} {name} {example}")
         command.add_argument("source", help=source)
         command.add_argument("out", help="folder to write")
         command.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
         command.set_defaults(run=run)
     text = "run two models on the same input; exit code 1 if their logits differ"
-    command = commands.add_parser("verify", help=text, description=text)
+    example = f"{top.prog} verify models/Qwen2.5-7B runs/qwen2_5_7b"
+    command = commands.add_parser("verify", help=text, description=text, example=example)
     for name in ("a", "b"):
         command.add_argument(name, help=f"Hugging Face folder, or {checkpoint}")
     command.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (1e-4)")
+    command.add_json()
     command.set_defaults(run=_verify)
-    args = parser.parse_args()
+    return top
+
+
+def main() -> int:
+    args = parser().parse_args()
     code: int = args.run(args)
     return code
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The console script kanyun-convert."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    entry()

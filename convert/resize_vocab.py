@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from convert.checks import Layout, require_finite
 from convert.hf_weights import HFWeights
 from convert.hf_writer import HFWriter, Planned
 from convert.output import new_folder
+from kanyun.cli.progress import track
 from kanyun.errors import UserError
 from kanyun.fingerprint import copy_tokenizer, largest_token
 from kanyun.storage import Folder
@@ -55,7 +55,7 @@ def resize_vocab(source: Path, out: Path, overwrite: bool = False) -> int:
         settings = json.loads((source / "config.json").read_bytes())
         (attempt / "config.json").write_text(json.dumps(_with_vocab_size(settings, vocab_size), indent=2) + "\n")
         with HFWriter(attempt, planned) as writer:
-            for name in tqdm(names, "copying", unit=" tensors"):
+            for name in track(names, "copying", "tensors"):
                 tensor = weights[name]
                 require_finite(source, name, tensor)
                 writer.add(name, _grown(tensor, vocab_size) if name in resized else tensor)

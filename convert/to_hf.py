@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from convert.checks import TRAINED, Layout, require_finite
 from convert.hf_writer import HFWriter, Planned
 from convert.megatron_weights import MegatronWeights
 from convert.output import new_folder
+from kanyun.cli.progress import track
 from kanyun.errors import UserError
 from trainer import checkpoint
 from trainer.models.config import ModelConfig
@@ -37,7 +37,7 @@ def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
     with new_folder(out, folder, overwrite) as attempt:
         shutil.copytree(folder / "hf", attempt, dirs_exist_ok=True)
         with HFWriter(attempt, planned) as writer:
-            for row in tqdm(rows, "converting", unit=" tensors"):
+            for row in track(rows, "converting", "tensors"):
                 parts = row.transform.to_hf(weights[row.megatron].to(dtype), config)
                 for name, part in zip(row.hf, parts, strict=True):
                     require_finite(folder, name, part)

@@ -6,12 +6,12 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from convert.checks import Layout, require_finite
 from convert.hf_weights import HFWeights
 from convert.megatron_weights import WholeTensors
 from convert.output import new_folder
+from kanyun.cli.progress import track
 from kanyun.fingerprint import check_vocabulary, fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
@@ -34,8 +34,8 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
     rows, weights = family_of(config).table(config), HFWeights(source, config)
     weights.require(rows, Layout.of(source, config, rows).hf)
     with new_folder(out, source, overwrite) as attempt:
-        bar = tqdm(rows, "reading", unit=" tensors")
-        tensors = WholeTensors({row.megatron: _converted(row, weights, config, source) for row in bar})
+        read = track(rows, "reading", "tensors")
+        tensors = WholeTensors({row.megatron: _converted(row, weights, config, source) for row in read})
         print(f"writing {out}", flush=True)
         with Runtime.start():
             # It asks a model for nothing but its tensors.

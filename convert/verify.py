@@ -71,6 +71,18 @@ def compare(first: Path, second: Path) -> tuple[Input, Comparison]:
     return sample, Comparison(*(_logits(folder, sample) for folder in (first, second)))
 
 
+def summary(found: Comparison, tolerance: float) -> dict[str, Any]:
+    """Return the comparison for a script; `within`: no logit differs by more than `tolerance`."""
+    largest = found.difference.max().item()
+    return {
+        "largest_difference": largest,
+        "mean_difference": found.difference.mean().item(),
+        "same_most_likely_token": float(found.agreement),
+        "tolerance": tolerance,
+        "within": largest <= tolerance,  # false for NaN
+    }
+
+
 def report(first: Path, second: Path, sample: Input, found: Comparison, tolerance: float) -> bool:
     """Print the comparison; return whether no logit differs by more than `tolerance`."""
     from transformers import AutoTokenizer

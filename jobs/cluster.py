@@ -5,7 +5,6 @@ knows and writes is in one folder: cluster.json (settings, pids), conf/ (HADOOP_
 data, which outlives `down`. Tests use the class Cluster, and its methods that break things.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ from jobs.daemons import (
     refuse_taken_ports,
 )
 from jobs.hadoop import CACHE, HEAP, JAVA_OPTIONS, SPARK_HOME, hadoop_command, run
+from kanyun.cli.parser import Parser
 from kanyun.errors import UserError, run_cli
 
 _PATIENCE = 120  # seconds for daemons to come up: 10 s on two idle cores, more when they are busy
@@ -281,7 +281,8 @@ def temporary_cluster(state: Path, **settings: Any) -> Iterator[Cluster]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.cluster", description="HDFS and Spark on this machine.")
+    prog = "python -m jobs.cluster"
+    parser = Parser(prog=prog, description="HDFS and Spark on this machine.", example=f"{prog} up --spark-port 7078")
     parser.add_argument("command", choices=["up", "down", "status"])
     parser.add_argument("--state", type=Path, default=CACHE / "cluster", help="folder of the cluster (%(default)s)")
     for f in fields(Settings):

@@ -2,6 +2,7 @@
 # The whole way on one laptop, in a few minutes, all of it below demo/: raw scans and text -> five Spark stages -> packs
 # -> training -> Hugging Face -> held-out scans, answered by transformers alone. `make demo` calls it.
 # usage: jobs/demo.sh
+set -euo pipefail
 source "$(dirname "$0")/common.sh"
 cd "$root"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

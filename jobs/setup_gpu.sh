@@ -2,6 +2,7 @@
 # Add Transformer Engine, which training on a GPU needs. Its torch part is compiled here unless NVIDIA has it ready for the
 # torch that is there: minutes, with g++ and CUDA headers from PyPI; no CUDA toolkit is needed.
 # usage: jobs/setup_gpu.sh
+set -euo pipefail
 source "$(dirname "$0")/common.sh"
 cd "$root"
 header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h

@@ -1,8 +1,10 @@
 """python -m kanyun info | verify | preview | put | fetch: inspect and copy packed datasets."""
 
 import argparse
+import json
 import sys
 
+from kanyun.cli.parser import Parser, command_line
 from kanyun.errors import UserError, run_cli
 from kanyun.manifest import Manifest
 from kanyun.naming import discover
@@ -10,38 +12,30 @@ from kanyun.storage import Folder
 
 
 def _info(args: argparse.Namespace) -> int:
-    for folder in discover(args.dir):
-        m = Manifest.load(folder)
-        size = sum(shard.bytes for shard in m.shards)
-        print(folder.uri)
-        for name, value in {
-            "packs": f"{m.packs:,} x {m.length:,} tokens in {len(m.shards)} shards, {size / 1e6:,.1f} MB",
-            "fill": f"{m.fill:.2%} ({m.tokens:,} useful tokens; lower bound {m.packs_lower_bound:,} packs)",
-            "samples": f"{m.counts.rows_in:,} in + {m.counts.added:,} added = {m.counts.packed:,} packed + "
-            f"{m.counts.quarantined:,} quarantined + {m.counts.dropped:,} dropped",
-            "vision": f"{m.patches:,} patches, at most {m.vision_budget:,} a pack" if m.vision_budget else "none",
-            "part, epoch, seed": f"{m.part}, {m.epoch}, {m.seed}",
-            "ratios": ", ".join(f"{path}: {ratio}" for path, ratio in m.ratios.items()),
-            "tokenizer": m.tokenizer,
-            "content digest": m.content_digest,
-            "code version": m.code_version,
-        }.items():
-            print(f"  {name:18} {value}")
+    from kanyun.cli import info
+
+    datasets = [(folder, Manifest.load(folder)) for folder in discover(args.dir)]
+    if args.json:
+        print(json.dumps(info.values(datasets), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(info.table(datasets) if len(datasets) > 1 else info.lines(*datasets[0])))
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     from kanyun.verify import verify
 
-    faults = 0
+    faults: dict[str, list[str]] = {}
     for folder in discover(args.dir):
-        before = faults
+        found = faults[folder.uri] = []
         for fault in verify(folder):
             print(f"fault: {fault}", file=sys.stderr)
-            faults += 1
-        if faults == before:
+            found.append(fault)
+        if not found and not args.json:
             print(f"{folder.uri}: every checksum and every count is right")
-    return 1 if faults else 0
+    if args.json:
+        print(json.dumps(faults, indent=2, ensure_ascii=False))
+    return 1 if any(faults.values()) else 0
 
 
 def _preview(args: argparse.Namespace) -> int:
@@ -67,29 +61,49 @@ def _copy(args: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m kanyun", description="Inspect and copy packed datasets.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for run, text in (
-        (_info, "print what a dataset contains"),
-        (_verify, "check every checksum and count; exit code 1 and the file, batch and offset at fault"),
-        (_preview, "draw packs as a page: segments, trained tokens, images"),
+def parser() -> Parser:
+    top = command_line(
+        "kanyun",
+        "kanyun",
+        "Inspect and copy packed datasets.",
+        "{prog} info work/packed\n{prog} verify work/packed\n{prog} preview work/packed packs.html",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for run, text, example in (
+        (_info, "print what a dataset contains; of several below a parent, a table of parts and epochs", "work/packed"),
+        (_verify, "check every checksum and count; exit code 1 and the file, batch and offset at fault", "work/packed"),
+        (_preview, "draw packs as a page: segments, trained tokens, images", "work/packed packs.html --packs 4"),
     ):
-        command = commands.add_parser(run.__name__.strip("_"), help=text, description=text)
+        name = run.__name__.strip("_")
+        command = commands.add_parser(name, help=text, description=text, example=f"{top.prog} {name} {example}")
         command.add_argument("dir", help="a packed dataset, or the folder it lies in")
         command.set_defaults(run=run)
+        if run is not _preview:
+            command.add_json()
     command.add_argument("out", help="the page to write, .html")
     command.add_argument("--packs", type=int, default=12, help="number of packs to draw (12)")
-    for title, source, target in (("put", "LOCAL", "URI"), ("fetch", "URI", "LOCAL")):
+    for title, source, target, example in (
+        ("put", "LOCAL", "URI", "raw/charts hdfs://namenode:9820/raw/charts"),
+        ("fetch", "URI", "LOCAL", "hdfs://namenode:9820/packed /local/packed"),
+    ):
         text = f"copy the files below {source} to below {target}, in parallel and verified; the same command resumes it"
-        command = commands.add_parser(title, help=text, description=text)
+        command = commands.add_parser(title, help=text, description=text, example=f"{top.prog} {title} {example}")
         command.add_argument("source", metavar=source, help="a folder: a packed dataset, a parent of several, or any")
         command.add_argument("target", metavar=target, help="the folder that it becomes")
         command.set_defaults(run=_copy, title=title)
-    args = parser.parse_args()
+    return top
+
+
+def main() -> int:
+    args = parser().parse_args()
     code: int = args.run(args)
     return code
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The console script kanyun."""
     run_cli(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,5 +1,6 @@
 """Errors that a user can act on: one sentence, with the value, the limit and the way out."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -25,10 +26,20 @@ class DatasetError(UserError):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a command line's `main`: a UserError becomes one sentence on stderr and exit code 2, without a traceback."""
+    """Run a command line's `main`: a UserError becomes one sentence on stderr and exit code 2, without a traceback.
+
+    So does Ctrl-C, with 130; and where nobody reads the output any more (`| head`), the command ends as by SIGPIPE.
+    """
     try:
         code = main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on or starts again", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        code = 141
     sys.exit(code or 0)

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import xxhash
-from tqdm import tqdm
 
+from kanyun.cli.progress import Progress
 from kanyun.errors import UserError
 from kanyun.manifest import Manifest
 from kanyun.naming import BATCHES, MANIFEST, lineage_name
@@ -47,8 +47,8 @@ def copy_folder(source: Folder, target: Folder, title: str) -> Copied:
     last = [file for file in files if posixpath.basename(file[0]) == MANIFEST]
     first = [file for file in files if posixpath.basename(file[0]) != MANIFEST]
     total = sum(size for _, size in files)
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, unit_divisor=1000, disable=None) as bar:
-        copy = _Copy(source, target, digests, bar)
+    with Progress(title, total, "B") as progress:
+        copy = _Copy(source, target, digests, progress)
         skipped = copy.run(first) + copy.run(last)
     return Copied(len(files), skipped, total)
 
@@ -56,10 +56,9 @@ def copy_folder(source: Folder, target: Folder, title: str) -> Copied:
 class _Copy:
     """Threads that copy files; the first error stops all of them within a piece."""
 
-    def __init__(self, source: Folder, target: Folder, digests: dict[str, str], bar: tqdm):
-        self._source, self._target, self._digests, self._bar = source, target, digests, bar
+    def __init__(self, source: Folder, target: Folder, digests: dict[str, str], progress: Progress):
+        self._source, self._target, self._digests, self._progress = source, target, digests, progress
         self._stopped = threading.Event()
-        self._lock = threading.Lock()
 
     def run(self, files: Sequence[tuple[str, int]]) -> int:
         """Copy the files. Return how many of them the target already had."""
@@ -75,7 +74,7 @@ class _Copy:
         if self._target.exists(name) and self._target.size(name) == size:
             digest = self._digests.get(name) or self._source.digest(name)
             if self._target.digest(name) == digest:
-                self._advance(size)
+                self._progress.advance(size)
                 return True
         hidden = posixpath.join(posixpath.dirname(name), f".{posixpath.basename(name)}{_HIDDEN}")
         digest = call_with_retry(lambda: self._write(name, size, hidden))
@@ -95,10 +94,10 @@ class _Copy:
                     stream.write(piece)
                     total.update(piece)
                     done += len(piece)
-                    self._advance(len(piece))
+                    self._progress.advance(len(piece))
             self._check(name, size, done, total.hexdigest())
         except BaseException:
-            self._advance(-done)
+            self._progress.advance(-done)
             raise
         return total.hexdigest()
 
@@ -111,10 +110,6 @@ class _Copy:
                 f"{where} has digest {digest}, its manifest says {self._digests[name]}: it is damaged; "
                 "fetch or pack the dataset again"
             )
-
-    def _advance(self, count: int) -> None:
-        with self._lock:
-            self._bar.update(count)
 
 
 def _packed(names: Sequence[str]) -> list[str]:

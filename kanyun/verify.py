@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
+from kanyun.cli.progress import track
 from kanyun.errors import DatasetError
 from kanyun.manifest import Manifest
 from kanyun.naming import lineage_name
@@ -38,7 +38,7 @@ def verify(folder: Folder) -> Iterator[str]:
         if not faults:
             totals["samples"] += int(pq.read_metadata(pa.BufferReader(folder.read(lineage))).num_rows)
         yield from faults
-    for number in tqdm(range(len(dataset)), desc=f"verify {folder.name}", unit="batch", disable=None):
+    for number in track(range(len(dataset)), f"verify {folder.name}", "batches"):
         try:
             packs = dataset.read_batch(number)
         except (DatasetError, OSError) as error:

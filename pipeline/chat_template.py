@@ -6,7 +6,7 @@ tools, wrap tool results) is in the tokens. It costs 30 to 40 us of CPU a conver
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class ChatTemplate:
     def __init__(self, source: str | None, variables: Mapping[str, str]):
         self._template = _compile(source) if source else None
         self._variables = dict(variables)
+        self._takes_text = _takes_text(self._apply) if source else False
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: str | None) -> Rendered:
         """Render `messages` (schema.MESSAGE) and `tools` (JSON) as `apply_chat_template(messages, tools=tools)` does.
@@ -38,7 +39,7 @@ class ChatTemplate:
         Raises ValueError if the template drops tools, a call or a result, or if its assistant turns cannot be told
         apart; jinja2's errors and any other that the template, which is a program, runs into.
         """
-        conversation = [_for_template(message) for message in messages]
+        conversation = [self._for_template(message) for message in messages]
         tool_list = json.loads(tools) if tools else None
         text = self._apply(conversation, tool_list)
         marked = self._without_markers_of_texts(conversation, tool_list, text)
@@ -62,6 +63,21 @@ class ChatTemplate:
             messages=conversation, tools=tools, documents=None, add_generation_prompt=False, **self._variables
         )
 
+    def _for_template(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message as its raw row has it. Content is plain text, which all templates take, unless it has an image."""
+        parts = message["content"]
+        content: Any = None
+        if parts is not None and any(part["type"] == "image" for part in parts):
+            content = [{"type": "text", "text": part["text"]} if part["type"] == "text" else _IMAGE for part in parts]
+        elif parts is not None:
+            content = "".join(part["text"] for part in parts)
+        fields = message.get("extra")
+        extra = json.loads(fields) if fields else {}
+        if not self._takes_text:
+            for call in extra.get("tool_calls", ()):
+                _parse_arguments(call.get("function", call))
+        return {"role": message["role"], "content": content, **extra}
+
     def _without_markers_of_texts(self, conversation: list[dict[str, Any]], tools: Any, text: str) -> str:
         """`text`, in which only the template's own turn markers are markers: those in the row's texts are hidden."""
         hidden_conversation, hidden_tools = _hide(conversation), _hide(tools)
@@ -73,19 +89,32 @@ class ChatTemplate:
         return marked
 
 
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as its raw row has it. Content is plain text, which every template takes, unless it has an image."""
-    parts = message["content"]
-    content: Any = None
-    if parts is not None and any(part["type"] == "image" for part in parts):
-        content = [{"type": "text", "text": part["text"]} if part["type"] == "text" else _IMAGE for part in parts]
-    elif parts is not None:
-        content = "".join(part["text"] for part in parts)
-    extra = message.get("extra")
-    return {"role": message["role"], "content": content, **(json.loads(extra) if extra else {})}
-
-
 _IMAGE = {"type": "image"}
+
+
+def _takes_text(apply: Callable[[list[dict[str, Any]], Any], str]) -> bool:
+    """Whether a template prints arguments that are JSON text, as OpenAI's API has them, as they are.
+
+    Qwen3's does. Qwen2.5's quotes them once more, which no parser of its calls would take for arguments.
+    """
+    text = '{"a":1}'
+    call = {"type": "function", "function": {"name": "f", "arguments": text}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    try:
+        return text in apply(turns, None)
+    except Exception:  # a template is a program
+        return False
+
+
+def _parse_arguments(function: dict[str, Any]) -> None:
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            function["arguments"] = json.loads(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise ValueError(
+                f"the arguments of {function['name']} are no JSON ({error}): {arguments!r:.200}"
+            ) from error
 
 
 def _assistant_turns(marked: str) -> list[tuple[int, int]]:

@@ -26,6 +26,7 @@ class Reason(StrEnum):
     MALFORMED_ROW = "malformed_row"
     ROW_TOO_LARGE = "row_too_large"
     VIDEO = "video"
+    AUDIO = "audio"
     IMAGE_COUNT_MISMATCH = "image_count_mismatch"
     TEXT_TOO_SHORT = "text_too_short"
     IMAGE_PATH_ESCAPES = "image_path_escapes"
@@ -119,8 +120,15 @@ def _messages(candidate: Candidate) -> str | None:
 
 
 def _video(row: Mapping[str, object]) -> str | None:
-    names = [name for name in ("video", "videos") if row.get(name)]
-    return f"the row has {names[0]}: {row[names[0]]!r:.200}" if names else None
+    return _has(row, "video", "videos")
+
+
+def _audio(row: Mapping[str, object]) -> str | None:
+    return _has(row, "audio", "audios")
+
+
+def _has(row: Mapping[str, object], *names: str) -> str | None:
+    return next((f"the row has {name}: {row[name]!r:.200}" for name in names if row.get(name)), None)
 
 
 def _image_count(candidate: Candidate) -> str | None:
@@ -164,6 +172,7 @@ CHECKS = (
     ),
     Check(Reason.ROW_TOO_LARGE, "is longer than a row may be, its images not counted", f"{MAX_ROW >> 20} MiB"),
     Check(Reason.VIDEO, "has a video: only images are trained on so far", on=On.ROW, rule=_video),
+    Check(Reason.AUDIO, "has a sound: only images are trained on so far", on=On.ROW, rule=_audio),
     Check(
         Reason.IMAGE_COUNT_MISMATCH,
         "has more or fewer `<image>` places than images",

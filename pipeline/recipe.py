@@ -11,6 +11,7 @@ overflow: split                       # optional, as are epoch, seed, part, near
 
 import difflib
 import posixpath
+import re
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, get_origin
 
@@ -18,12 +19,18 @@ import yaml
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
+from pipeline.datasets import dataset
 from pipeline.flow import INDEX, Done, write_index
 from pipeline.ratios import ratio_of
+from pipeline.readers.raw_folder import RawFolder
+from pipeline.reports.report import REPORT
 from pipeline.stages.attempt import is_attempt
-from pipeline.stages.table import STAGES, StageEntry
+from pipeline.stages.table import STAGES, StageEntry, check_settings
+from pipeline.tokenizer_settings import Settings
 from pipeline.yaml_file import load_yaml
 
+_ODD = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, halves of surrogate pairs
+MOST_NAME = 200  # bytes: file systems take 255, and an attempt's name has 43 more
 RATIOS = "ratios.yaml"  # in the output: the recipe's ratios, as `sample --ratios` takes them
 
 
@@ -48,18 +55,30 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str) -> "Recipe":
-        """Read a recipe. Raises UserError: no file, no YAML, a key unknown, missing or of a wrong type, a bad name."""
+        """Read a recipe.
+
+        Raises UserError: no file, no YAML; a key that is unknown, missing or of a wrong type; a value out of its range,
+        an unknown dataset class, a name that no folder can have.
+        """
         recipe = _checked(cls, load_yaml(path, "recipe (a YAML file; pipeline/recipe.py shows one)"), path)
         if not recipe.datasets:
             raise UserError(f"{path}: datasets is empty, give at least one as NAME: {{raw: DIR, dataset: CLASS}}")
         datasets = {name: _checked(RecipeDataset, one, f"{path}: {name}") for name, one in recipe.datasets.items()}
         _check_names(list(datasets), path)
+        check_settings({field.name: getattr(recipe, field.name) for field in fields(cls)}, f"{path}: ")
         for name, one in datasets.items():
             ratio_of(name, one.ratio)
+            dataset(one.dataset)
         return replace(recipe, datasets=datasets)
 
     def run(self, overwrite: bool) -> None:
-        """Run the stages; finished work is skipped. Raises what they raise."""
+        """Run the stages; finished work is skipped. Raises what they raise.
+
+        Whether raw folders and tokenizer can be read is looked at first: hours of other stages come before the last.
+        """
+        for one in self.datasets.values():
+            RawFolder(one.raw)
+        Settings.load(self.tokenizer)
         out = Folder(self.output)
         done: list[Done] = []
 
@@ -90,8 +109,10 @@ def _check_names(names: list[str], recipe: str) -> None:
     """Raise UserError if a data path cannot be a folder below the output, or lies in another one."""
     for name in names:
         parts = name.split("/")
-        if any(part in ("", ".", "..") or is_attempt(part) for part in parts):
+        if any(part in ("", ".", "..", REPORT) or is_attempt(part) for part in parts) or _ODD.search(name):
             raise UserError(f"{recipe}: {name!r} is no name for a dataset: give one like charts or web/en")
+        if (longest := max(len(part.encode()) for part in parts)) > MOST_NAME:
+            raise UserError(f"{recipe}: {name!r:.60}... has {longest} bytes, a name may have {MOST_NAME}: shorten it")
         for count in range(1, len(parts)):
             if (outer := "/".join(parts[:count])) in names:
                 raise UserError(
@@ -111,6 +132,8 @@ def _checked[T: (Recipe, RecipeDataset)](kind: type[T], values: Any, where: str)
         expected = _keys(kind)[key]
         if isinstance(value, bool) or not isinstance(value, (int, float) if expected is float else expected):
             raise UserError(f"{where}: {key} is {value!r:.100}, {_WORDS[expected]} is needed")
+        if isinstance(value, str) and _ODD.search(value):
+            raise UserError(f"{where}: {key} is {value!r:.100}, which has characters that no path should have")
     for field in fields(kind):
         if field.default is MISSING and field.name not in values:
             raise UserError(f"{where}: the key {field.name!r} is missing, add it")

@@ -20,8 +20,8 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from pyspark.sql.types import StructType
-from tqdm import tqdm
 
+from kanyun.cli.progress import Progress
 from kanyun.errors import UnavailableError, UserError
 from kanyun.storage import Folder
 from kanyun.storage.waits import scaled
@@ -79,8 +79,9 @@ def spark_session() -> SparkSession:
         master = os.environ.get("SPARK_MASTER", "local[*]")
         builder = builder.master(master)
         settings |= _LOCAL_SETTINGS
-        if master.startswith("local"):  # a laptop's own name may lead nowhere
+        if master.startswith("local"):  # the name of a laptop or of a container may lead nowhere
             settings["spark.driver.host"] = "127.0.0.1"
+            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # else the JVM looks the name up, and ends
     if user := os.environ.get("HADOOP_USER_NAME"):  # JVMs pass it on, Python workers read it
         settings["spark.executorEnv.HADOOP_USER_NAME"] = user
     for key, value in settings.items():
@@ -151,32 +152,21 @@ def map_rows(
     return rows.mapInArrow(run, spark_schema(schema))
 
 
-@contextmanager
-def progress(session: SparkSession, title: str) -> Iterator[None]:
-    """Show a bar on stderr over the tasks that run in the `with` block."""
-    tracker = session.sparkContext.statusTracker()
-    ended = threading.Event()
-    tasks: dict[int, tuple[int, int]] = {}  # Spark stage -> (tasks done, tasks)
+class SparkProgress(Progress):
+    """The progress over the tasks that a session runs in the `with` block; more of them come with each of its jobs."""
 
-    def watch(bar: tqdm) -> None:
-        while not ended.wait(0.5):
-            for stage in tracker.getActiveStageIds():
-                if info := tracker.getStageInfo(stage):
-                    tasks[stage] = (info.numCompletedTasks, info.numTasks)
-            running = set(tracker.getActiveStageIds())
-            done = sum(count if stage in running else total for stage, (count, total) in tasks.items())
-            bar.total = sum(total for _, total in tasks.values())
-            bar.update(done - bar.n)
+    def __init__(self, session: SparkSession, title: str):
+        super().__init__(title, 0, "tasks")
+        self._tracker = session.sparkContext.statusTracker()
+        self._tasks: dict[int, tuple[int, int]] = {}  # Spark stage -> (tasks done, tasks)
 
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    with tqdm(desc=title, unit=" tasks", mininterval=interval, maxinterval=interval, leave=False) as bar:
-        thread = threading.Thread(target=watch, args=(bar,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+    def update(self) -> None:
+        running = set(self._tracker.getActiveStageIds())
+        for stage in running:
+            if info := self._tracker.getStageInfo(stage):
+                self._tasks[stage] = (info.numCompletedTasks, info.numTasks)
+        self.done = sum(done if stage in running else total for stage, (done, total) in self._tasks.items())
+        self.total = sum(total for _, total in self._tasks.values())
 
 
 @contextmanager

@@ -10,10 +10,12 @@ from typing import Any
 # Read when CUDA and NCCL start. Without the first, freed blocks of one size do not serve another, and a layout that
 # takes 93 % of a GPU runs out of memory. The second is set whatever it was: with 1, as megatron.core's scripts have it,
 # all streams share a hardware queue, and the exchange of gradients holds up compute. By the third, NCCL does not
-# register buffers of captured collectives: not safe with the first, megatron.core's own graphs refuse to start so.
+# register buffers of captured collectives: not safe with the first, megatron.core's own graphs refuse to start so. The
+# last makes NCCL's watchdog write what its flight recorder has (torch: TORCH_FR_DUMP_TEMP_FILE), should it end a rank.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
 os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 # What megatron.core says when it is imported (no Apex, no Transformer Engine), builds a GPTModel (deprecated in 0.19,
 # but its successor has no mrope), steps its optimizer or loads a checkpoint is known; it hides what people should read.

@@ -68,9 +68,21 @@ def _sentence(failure: ProcessFailure) -> str:
     return f"a rank hung (exit code {HUNG})" if failure.exitcode == HUNG else f"exit code {failure.exitcode}, see above"
 
 
+def this_machine() -> list[str]:
+    """Return torchrun's options for one node: a process for each GPU, or one on the CPU; NPROC says otherwise."""
+    import torch
+
+    processes = os.environ.get("NPROC") or ("gpu" if torch.cuda.is_available() else "1")
+    return ["--standalone", "--nproc-per-node", processes]
+
+
+def restarts() -> int:
+    return int(os.environ.get("RESTARTS", "3"))
+
+
 def main() -> None:
     at = sys.argv.index("--")
-    sys.exit(Launcher(sys.argv[1:at], sys.argv[at + 1 :]).run(int(os.environ.get("RESTARTS", "3"))))
+    sys.exit(Launcher(sys.argv[1:at], sys.argv[at + 1 :]).run(restarts()))
 
 
 if __name__ == "__main__":

@@ -26,18 +26,18 @@ def main() -> int:
 
     import torch
 
-    from kanyun.storage.claim import only_writer
-    from trainer.run import Run, open_output
+    from trainer.run import Run, claimed
     from trainer.runtime import Runtime
     from trainer.stopping import PREEMPTED, StopSignals
     from trainer.trainer import Trainer
 
     stop = StopSignals()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    with only_writer(open_output(config.output)) if rank == 0 else nullcontext() as claim:
+    with claimed(config.output) if rank == 0 else nullcontext() as claim:
         run = Run.prepare(config, world, torch.cuda.is_available())
+        split, hang_after = run.layout.tensor_parallel, config.hang_after
         with (
-            Runtime.start(tensor_parallel=run.layout.tensor_parallel, seed=config.seed) as runtime,
+            Runtime.start(tensor_parallel=split, seed=config.seed, hang_after=hang_after) as runtime,
             Trainer(run, runtime, stop=stop, owns=claim.is_there if claim else None) as trainer,
         ):
             return 0 if trainer.train() else PREEMPTED

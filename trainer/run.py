@@ -1,19 +1,25 @@
 """What a run is made of, read and checked before any process group or model: data, layout, where it starts."""
 
-from dataclasses import asdict, dataclass, replace
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from kanyun.errors import UserError
 from kanyun.fingerprint import Fingerprint, check_vocabulary, fingerprint
 from kanyun.storage import Folder
+from kanyun.storage.claim import Claim, only_writer
 from trainer import checkpoint
-from trainer.checkpoint import State
+from trainer.checkpoint import DamagedError, State
 from trainer.config import TrainConfig
 from trainer.data.source import PackedData
 from trainer.models.config import ModelConfig
+from trainer.models.language import LanguageModel
 from trainer.optim.optimizer import learning_rate
 from trainer.planning.gpus import find_gpu
 from trainer.planning.planner import Layout, LayoutPlanner
@@ -36,37 +42,58 @@ class Run:
     resume: Folder | None  # that checkpoint
     weights: Folder | None  # at step 0: the checkpoint to take the first weights from
     notes: tuple[str, ...] = ()  # sentences about how the start was chosen
+    damaged: Mapping[str, str] = field(default_factory=dict)  # checkpoints passed over for their content: URI -> why
 
     @classmethod
-    def prepare(cls, config: TrainConfig, world: int, cuda: bool) -> Self:
-        """Raises UserError for anything that does not fit together. Writes nothing; makes the output folder."""
+    def prepare(cls, config: TrainConfig, world: int, cuda: bool, damaged: Mapping[str, str] | None = None) -> Self:
+        """Raises UserError for anything that does not fit together. Writes nothing."""
         tokenizer = fingerprint(Folder(config.model))
         check_vocabulary(Folder(config.model))
         model = ModelConfig.from_hf(config.model)
         data = PackedData(config.data, config.length, tokenizer)
         validation = PackedData(config.validation, config.length, tokenizer) if config.validation else None
-        output = open_output(config.output)
+        output, damaged = open_output(config.output), damaged or {}
         fixed = {name: getattr(config, name) for name in ("length", "global_batch", "seed", "trainable")}
         run = {"data digest": data.digest, **fixed}
         start = State(0, 0, 0, tokenizer.digest, asdict(model), run, resume=_name(config.resume))
-        resume, notes = _resumed(config, output)
+        resume, notes = _resumed(config, output, damaged)
         weights = None
         if resume is not None:
             state = _state(resume, tokenizer)
             state.require(start, resume.uri)
             start = replace(state, resume=start.resume)
         elif config.continue_from:
-            weights, start = _continued(config.continue_from, start, tokenizer)
+            weights, start, passed_over = _continued(config.continue_from, start, tokenizer, damaged)
+            notes += passed_over
             notes += (
                 f"continuing {weights.path}: its weights and optimizer are kept; the position in the data starts anew "
                 "at the first pack, the schedule at step 0",
             )
         elif config.init != "random":
-            weights = checkpoint.resolve(config.init)
+            weights, passed_over = _looked_up(config.init, damaged)
+            notes += passed_over
             replace(_state(weights, tokenizer), run={}).require(start, weights.uri)
-        planner = LayoutPlanner(model, find_gpu(torch.cuda.get_device_name()) if cuda else None, world)
+        gpu = find_gpu(torch.cuda.get_device_name()) if cuda else None
+        planner = LayoutPlanner(model, gpu, world, node=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
         layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
-        return cls(config, output, model, data, validation, layout, start, resume, weights, notes)
+        return cls(config, output, model, data, validation, layout, start, resume, weights, notes, damaged)
+
+    def load(self, model: LanguageModel, optimizer: ChainedOptimizer | None = None) -> Self:
+        """Fill model, and optimizer if given, from the checkpoint that the run starts from. Every rank calls it.
+
+        Return the run as it starts from there: where the content of the newest is damaged, an earlier one is taken.
+        Raises UserError as `checkpoint.load`, and if none is left, or if the damaged one was chosen by the user.
+        """
+        source = self.resume or self.weights
+        assert source is not None
+        try:
+            checkpoint.load(source, model, optimizer)
+        except DamagedError as error:
+            damaged = {**self.damaged, source.uri: str(error)}
+            other = self.prepare(self.config, dist.get_world_size(), torch.cuda.is_available(), damaged)
+            other.require_agreement()
+            return other.load(model, optimizer)
+        return self
 
     def require_agreement(self) -> None:
         """Raises UserError if ranks found different checkpoints. Every rank calls it."""
@@ -96,19 +123,38 @@ class Run:
         )
 
 
+@contextmanager
+def claimed(path: str) -> Iterator[Claim]:
+    """Make the output folder and claim it for the block. If nothing is written to it, what was made goes again.
+
+    Raises UserError as `open_output`, or if another run writes there.
+    """
+    output = open_output(path)
+    new = [output]
+    while not new[-1].exists() and new[-1].parent.path != new[-1].path:
+        new.append(new[-1].parent)
+    output.make()
+    try:
+        with only_writer(output) as claim:
+            yield claim
+    finally:
+        for folder in new[:-1]:
+            if not folder.names():
+                folder.delete()
+
+
 def open_output(path: str) -> Folder:
     """Return the output folder: a new or empty one, or a run's. Raises UserError if it holds something else."""
     output = Folder(path)
     names = [name for name in output.names() if not name.startswith((".", "_writer-"))]
     if names and RUN not in names:
         raise UserError(f"{output.path} holds something else ({names[0]}): choose an empty or new output folder")
-    output.make()
     return output
 
 
-def _resumed(config: TrainConfig, output: Folder) -> tuple[Folder | None, tuple[str, ...]]:
+def _resumed(config: TrainConfig, output: Folder, damaged: Mapping[str, str]) -> tuple[Folder | None, tuple[str, ...]]:
     """Return the checkpoint to resume, if any, and sentences about the choice."""
-    search = checkpoint.find(output)
+    search = checkpoint.find(output, damaged)
     if config.resume is None:
         if search.newest is None and search.passed_over:
             raise UserError(
@@ -118,26 +164,40 @@ def _resumed(config: TrainConfig, output: Folder) -> tuple[Folder | None, tuple[
         return search.newest, tuple(search.sentences)
     wanted = _name(config.resume)
     if search.newest is not None and checkpoint.read_state(search.newest).resume == wanted:
-        return search.newest, (f"{search.newest.name} was made since `resume: {wanted}` and is taken",)
+        made_since = f"{search.newest.name} was made since `resume: {wanted}` and is taken"
+        return search.newest, (*search.passed_over, made_since)
     if wanted.isdecimal():
         chosen = checkpoint.checkpoints_of(output) / checkpoint.step_name(int(wanted))
         checkpoint.require_whole(chosen)
     else:
         chosen = checkpoint.resolve(wanted)
+    if chosen.uri in damaged:
+        raise UserError(f"{damaged[chosen.uri]}; `resume: {wanted}` chose it")
     return chosen, (f"`resume: {wanted}` chose {chosen.path}",)
 
 
-def _continued(path: str, start: State, tokenizer: Fingerprint) -> tuple[Folder, State]:
-    """Return the checkpoint and the state at step 0 of a run that keeps its optimizer.
+def _looked_up(path: str, damaged: Mapping[str, str]) -> tuple[Folder, tuple[str, ...]]:
+    """Return the checkpoint that `path` stands for, and a sentence for each newer one that was passed over."""
+    found = checkpoint.look_up(path, damaged)
+    assert found.newest is not None
+    if found.newest.uri in damaged:
+        raise UserError(damaged[found.newest.uri])
+    return found.newest, tuple(found.passed_over)
+
+
+def _continued(
+    path: str, start: State, tokenizer: Fingerprint, damaged: Mapping[str, str]
+) -> tuple[Folder, State, tuple[str, ...]]:
+    """Return the checkpoint, the state at step 0 of a run that keeps its optimizer, and sentences about the choice.
 
     Raises UserError if model, tokenizer or the trained parts differ: its moments are of other weights.
     """
-    source = checkpoint.resolve(path)
+    source, passed_over = _looked_up(path, damaged)
     state = _state(source, tokenizer)
     if not state.run:
         raise UserError(f"{source.uri} is a converted model without an optimizer: use it as `init`")
     replace(state, run={"trainable": state.run["trainable"]}).require(start, source.uri)
-    return source, replace(start, updates_before=state.updates)
+    return source, replace(start, updates_before=state.updates), passed_over
 
 
 def _state(step: Folder, tokenizer: Fingerprint) -> State:

@@ -7,6 +7,7 @@ only place where anything is emulated.
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Self
 
@@ -17,6 +18,8 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_p
 
 from kanyun.errors import UserError
 from trainer.cpu_emulation import CpuAsCuda
+
+_PATIENCE = timedelta(minutes=30)  # at least, of a collective
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,10 @@ class Runtime:
     _open: ExitStack = field(repr=False)
 
     @classmethod
-    def start(cls, *, tensor_parallel: int = 1, seed: int = 0) -> "Runtime":
+    def start(cls, *, tensor_parallel: int = 1, seed: int = 0, hang_after: float = 600) -> "Runtime":
         """Join the job that torchrun's environment variables describe; without them this process is the whole job.
+
+        `hang_after`: seconds after which trainer/stopping.py ends a rank that waits for another and names that one.
 
         Use it as a context manager, or call `shutdown` at the end. One runtime a process at a time. Raises UserError on
         a machine that has a GPU and no Transformer Engine.
@@ -59,8 +64,12 @@ class Runtime:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
 
             store = None if "RANK" in os.environ else dist.HashStore()
+            # Both of NCCL's watchdogs would end a rank with a stack that names nobody, after 600 and 480 s.
+            patience = max(_PATIENCE, timedelta(seconds=2 * hang_after))
+            os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(patience.total_seconds())))
             # gloo beside NCCL: objects of the host (checkpoint plans, metrics) need no trip over the GPU.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
             stack.callback(dist.destroy_process_group)
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
             stack.callback(parallel_state.destroy_model_parallel)

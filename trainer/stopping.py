@@ -2,7 +2,10 @@
 
 A rank that waits in a collective cannot know for whom. So each has a thread that writes its count of phases begun, and
 a beat, to the job's store. A rank whose own count stands still for `hang_after` seconds reads those of the others: all
-wait for whoever no longer beats, else for whoever has the lowest count.
+wait for whoever no longer beats, else for whoever has the lowest count. It says so, with the collective that it waits
+in itself, and ends some 10 s later; torchrun then ends the others, within 30 s. Where nothing is watched, at the start
+and in a save, a collective's own time-out ends the run, without a name: 30 minutes, or twice `hang_after` if that is
+longer; 6 hours in a save.
 """
 
 import json
@@ -18,6 +21,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch import nn
+from torch._C import _distributed_c10d
 
 from kanyun.errors import UserError
 
@@ -136,11 +140,22 @@ class Watch:
             who = f"all {self._world} ranks wait in {self._phase}: see to GPUs and network"
         else:
             who = f"waited for {'; '.join(behind[:4])}{' ...' if len(behind) > 4 else ''}"
-        sentence = f"no progress for {self._hang_after:.0f} s (hang_after): {who}"
+        waits_in = f"; rank {self._rank} is in {collective}" if (collective := pending_collective()) else ""
+        sentence = f"no progress for {self._hang_after:.0f} s (hang_after): {who}{waits_in}"
         if self._store.add("said", 1) == 1:
             print(f"error: {sentence}", file=sys.stderr, flush=True)
         report_failure(sentence)
         os._exit(HUNG)
+
+
+def pending_collective() -> str:
+    """Return the first collective of this rank that has not ended, by torch's flight recorder; "" if there is none."""
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # NCCL's and gloo's
+        record = getattr(_distributed_c10d, name)(includeCollectives=True, onlyActive=True)
+        for entry in json.loads(record).get("entries", []):
+            if not entry["retired"]:
+                return f"{entry['profiling_name']}, collective {entry['collective_seq_id']} of its group"
+    return ""
 
 
 def report_failure(sentence: str) -> None:

@@ -4,7 +4,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Self
 
 import psutil
@@ -21,7 +22,8 @@ from trainer.data.batch import Batch, BatchFormat
 from trainer.data.shapes import static_shape
 from trainer.data.stream import PackStream, ValidationStream
 from trainer.graph import Graphed
-from trainer.metrics import Metrics, StepMetrics, peak_memory_gb
+from trainer.metrics import Metrics, RankTimes, StepMetrics, StepResult, WorkClock, peak_memory_gb
+from trainer.metrics.by_dataset import DatasetSums, Losses, told_apart
 from trainer.models.costs import TRAINING
 from trainer.models.initialize import build_model
 from trainer.models.registry import costs_of
@@ -33,17 +35,6 @@ from trainer.runtime import Runtime
 from trainer.stopping import BAD_STEPS, FiniteGuard, Watch
 
 __all__ = ["BAD_STEPS", "Run", "StepResult", "Trainer"]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step made of its global batch."""
-
-    loss: float  # mean over its trained tokens
-    trained_tokens: int
-    flops: float
-    grad_norm: float  # before clipping; not finite: the weights are unchanged
-    stop: bool = False  # some rank was told to stop
 
 
 class Trainer:
@@ -58,14 +49,14 @@ class Trainer:
         owns: Callable[[], bool] | None = None,  # whether the output is still this run's
     ) -> None:
         config, layout = run.config, run.layout
-        self.run, self.config, self.runtime, self._stop = run, config, runtime, stop
-        self.step, self.skipped = run.start.step, run.start.skipped
+        self.config, self.runtime, self._stop = config, runtime, stop
         self.costs = costs_of(run.model)
         self._open = ExitStack()
         run.require_agreement()
         self.watch = Watch(runtime.rank, runtime.world, config.hang_after)
         self._open.callback(self.watch.close)
-        form = BatchFormat.of(run.model, pinned=runtime.cuda)
+        names = told_apart(run.data, run.validation)
+        form = BatchFormat.of(run.model, pinned=runtime.cuda, datasets=names)
         self.static = static_shape(run.data.all, layout.micro_batch, form.geometry)
         place = {"micro_batch": layout.micro_batch, "dp_rank": runtime.data_rank, "dp_size": runtime.data_world}
         self.stream = self._open.enter_context(
@@ -80,14 +71,15 @@ class Trainer:
         )
         held_out = ValidationStream(run.validation, form, **place) if run.validation else None
         self.held_out = self._open.enter_context(held_out) if held_out else None
+        self.clock = WorkClock(lambda: self.stream.wait_seconds, runtime.cuda)
         self.steps = config.steps or self.stream.steps(config.epochs or 0)
 
         self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
         if run.weights is not None and not config.continue_from:
-            checkpoint.load(run.weights, self.model)
+            run = run.load(self.model)
         self.ddp = OverlappedDataParallel(self.model.config, self.model)
         self.guard = FiniteGuard(self.model, config.lr)
-        self.loss_sum, self.trained = self._zero(), self._zero()  # over this rank's micro-batches of a step
+        self.sums = DatasetSums(names, runtime.device)  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
         if self.graph:
             from trainer.models.layers_te import accumulate_in_place
@@ -95,9 +87,9 @@ class Trainer:
             self._open.callback(self.graph.close)
             accumulate_in_place(self.model)
         self.optimizer = build_optimizer(config, self.ddp, runtime)
-        stored = run.resume or (run.weights if config.continue_from else None)
-        if stored is not None:
-            checkpoint.load(stored, self.model, self.optimizer)
+        if run.resume is not None or config.continue_from:
+            run = run.load(self.model, self.optimizer)
+        self.run, self.step, self.skipped = run, run.start.step, run.start.skipped
         self.saver = checkpoint.Saver(
             run.output,
             Folder(config.model),
@@ -124,7 +116,8 @@ class Trainer:
         self._begin()
         batches, stop = self.stream.batches(self.step * self.config.global_batch), False
         while self.step < self.steps and not stop:
-            started, waited = time.perf_counter(), self.stream.wait_seconds
+            started = time.perf_counter()
+            self.clock.start()
             lr = learning_rate(self.config, self.step, self.steps)
             self.watch.begin(f"reading the data of step {self.step + 1}")
             result = self.train_step(next(batches), lr)
@@ -132,12 +125,12 @@ class Trainer:
                 age = time.time() - psutil.Process().create_time()
                 self._say(f"first step done {age:.0f} s after this process was started")
             self.step, stop = self.step + 1, result.stop
-            seconds, waited = time.perf_counter() - started, self.stream.wait_seconds - waited
+            seconds = time.perf_counter() - started
             self.skipped += self.guard.check_gradient(result.grad_norm, self.step)
             held_out = self.held_out_loss() if self._due(self.config.validate_every) else None
-            self._report(result, lr, seconds, waited, held_out)
+            self._report(result, lr, seconds, held_out)
             if self.step == self.steps:
-                self.guard.check_losses(result.loss, held_out, self.step)
+                self.guard.check_losses(result.loss, held_out.mean if held_out else None, self.step)
             if self._due(self.config.save_every) or stop:
                 self.save()
         self.watch.begin("")
@@ -150,12 +143,14 @@ class Trainer:
 
     def _begin(self) -> None:
         """Ready the output folder for the first step."""
+        self.run.output.make()
         notes = self.saver.prepare(self.model, self.optimizer, self.runtime.device)
         if self.runtime.rank == 0:
             checkpoint.remove_leftovers(self.run.output)
             notes.append(checkpoint.set_aside(self.run.output, self.step))
             self.run.output.write(RUN, (self.config.model_dump_json(indent=2) + "\n").encode())
-            self.metrics = self._open.enter_context(Metrics(self.run.output, self.step, self.steps))
+            more = {"ranks": self.runtime.data_world, "config": self.config.model_dump()}
+            self.metrics = self._open.enter_context(Metrics(self.run.output, self.step, self.steps, **more))
             notes.append(self.metrics.notes)
         for note in filter(None, notes):
             self._say(note)
@@ -170,9 +165,9 @@ class Trainer:
             self.graph.prepare(micro_batches[0], self.static.patches[-1])
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self.loss_sum.zero_()
-        self.trained.zero_()
+        self.sums.clear()
         flops = 0
+        self.clock.start()
         self.watch.begin(f"computing step {self.step + 1}")
         for batch in micro_batches:
             if self.graph:
@@ -180,39 +175,36 @@ class Trainer:
             else:
                 self._forward_backward(batch)
             flops += TRAINING * self.costs.forward_flops(batch)
+        self.clock.stop()
         self.watch.begin(f"the exchange of gradients of step {self.step + 1}")
-        # Reduces the gradients and `trained` over the ranks, and divides the ones by the other.
-        finalize_model_grads([self.ddp], self.trained)
+        # Reduces the gradients and the trained tokens over the ranks, and divides the ones by the other.
+        finalize_model_grads([self.ddp], self.sums.trained())
         set_rates(self.optimizer, self.config, lr)
         norm = take_step(self.optimizer, self.config.clip_grad)
-        loss_sum, flops_sum, stop = self._reduce(self.loss_sum, self._zero() + flops, self._zero() + self._stop())
+        own = self._zero() + flops, self._zero() + self._stop(), self.sums.values, self.clock.slots(self.runtime)
+        flops_sum, stop, *totals = self._reduce(*own)
         if self.runtime.tensor_parallel > 1:  # each tensor-parallel rank has asked a different data-parallel group
             stops = self._zero() + stop
             dist.all_reduce(stops, group=parallel_state.get_tensor_model_parallel_group())
             stop = stops.item()
-        tokens = self.trained.item()
-        return StepResult(loss_sum / max(tokens, 1), round(tokens), flops_sum, norm, stop > 0)
+        losses, times = self.sums.losses(totals), RankTimes.of(totals[self.sums.values.numel() :])
+        return StepResult(losses, flops_sum, norm, times, stop > 0)
 
     def _forward_backward(self, batch: Batch) -> None:
         """Add a micro-batch on the device to the gradients and sums. No host sync: it is captured in a CUDA graph."""
-        loss = self.ddp(batch)
-        loss.backward()
-        self.loss_sum += loss.detach()
-        self.trained += batch.loss_mask.sum()
+        self.ddp(batch, partial(self.sums.add, batch)).backward()
 
     @torch.no_grad()
-    def held_out_loss(self) -> float | None:
+    def held_out_loss(self) -> Losses | None:
         """Return the mean over the trained tokens of all validation packs; None if there are none."""
         if self.held_out is None:
             return None
-        total, tokens = self._zero(), self._zero()
+        self.sums.clear()
         for number, batch in enumerate(self.held_out.batches()):
             self.watch.begin(f"held-out micro-batch {number} after step {self.step}")
             batch = batch.to(self.runtime.device)
-            total += self.model(batch)
-            tokens += batch.loss_mask.sum()
-        loss_sum, count = self._reduce(total, tokens)
-        return loss_sum / max(count, 1)
+            self.model(batch, partial(self.sums.add, batch))
+        return self.sums.losses(self._reduce(self.sums.values))
 
     def save(self) -> None:
         """Copy what a checkpoint needs; it is written beside the next steps. Waits for the save before.
@@ -236,29 +228,30 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.steps
 
-    def _report(self, result: StepResult, lr: float, seconds: float, waited: float, held_out: float | None) -> None:
+    def _report(self, result: StepResult, lr: float, seconds: float, held_out: Losses | None) -> None:
         if self.metrics is None:  # only rank 0 has them
             return
-        if failed := self.saver.news():
-            self.metrics.tell_failed_save(failed, self.saver.last)
-        elif not self.saver.failures:
-            self.metrics.tell_saved()
-        peak = self.peak * self.runtime.world * seconds if self.peak else None
+        failed, before = self.saver.news(), self.step - 1
+        self.metrics.tell_saves(failed, self.saver.failures, self.saver.last)
+        saves, stops = self._due(self.config.save_every) or result.stop, result.stop and self.step < self.steps
+        events = {"start": before == self.run.start.step, "save failed": failed, "save": saves, "stop": stops}
         self.metrics.report(
             StepMetrics(
                 step=self.step,
-                loss=result.loss,
+                steps=self.steps,
+                **result.losses.figures(),
                 lr=lr,
                 grad_norm=result.grad_norm,
                 skipped=self.skipped,
-                trained_tokens=result.trained_tokens,
                 tokens_per_second=self.config.global_batch * self.tokens_per_pack / seconds,
-                mfu=result.flops / peak if peak else None,
-                data_wait=waited / seconds,
-                imbalance=self.stream.imbalance((self.step - 1) * self.config.global_batch),
+                mfu=result.flops / (self.peak * self.runtime.world * seconds) if self.peak else None,
+                **result.ranks.figures(seconds),
+                imbalance=self.stream.imbalance(before * self.config.global_batch),
                 seconds=seconds,
                 memory_gb=peak_memory_gb(self.runtime.device),
-                validation_loss=held_out,
+                validation_loss=held_out.mean if held_out else None,
+                events=[name for name, is_so in events.items() if is_so],
+                validation_loss_by_dataset=held_out.by_dataset if held_out else {},
             )
         )
 
@@ -269,12 +262,11 @@ class Trainer:
         packs = sum(dataset.manifest.packs for dataset in self.run.data.datasets)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.model.parameters())
-        resume = self.run.resume
         lines = [
             f"{trained:,} of {whole:,} parameters train on {packs:,} packs, {self.steps:,} steps",
             f"layout: {self.run.layout.reason}",
             *self.run.notes,
-            f"going on from {resume.path}" if resume else f"starting at step 0 in {output}",
+            f"going on from {self.run.resume.path}" if self.run.resume else f"starting at step 0 in {output}",
             self.run.schedule_change(self.steps),
         ]
         return "\n".join(line for line in lines if line)
@@ -288,7 +280,7 @@ class Trainer:
 
     def _reduce(self, *values: Tensor) -> list[float]:
         """Return sums over the data-parallel ranks."""
-        sums = torch.stack(values).double()
+        sums = torch.cat([value.flatten() for value in values]).double()
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         totals: list[float] = sums.tolist()
         return totals

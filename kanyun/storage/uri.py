@@ -18,8 +18,11 @@ _LOCAL = LocalBackend()
 def locate(uri: str) -> tuple[Backend, str]:
     """Return the backend and the path of a local path, a file: URI or an hdfs:// URI.
 
-    Paths are the same however they were spelt (`../x/raw`, `raw/.`, `a//b`). Raises UserError for other URIs.
+    Paths are the same however they were spelt (`../x/raw`, `raw/.`, `a//b`). Raises UserError for other URIs, and for
+    an empty path: a script's variable that is not set would else be the current folder, to be read, or replaced.
     """
+    if not uri:
+        raise UserError(f"a path is empty: {_KNOWN}, and . for the current folder")
     found = _SCHEME.match(uri)
     if found is None and not uri.lower().startswith("hdfs:"):
         return _LOCAL, absolute(uri)

@@ -6,10 +6,8 @@ A further dataset is a class in a new file of this folder; it is found by its `n
         name = "sharegpt"
 
         def sample(self, row: Row) -> RawSample:
-            roles = {"human": "user", "gpt": "assistant"}
-            turns = [need(turn, "conversation", dict) for turn in field(row, "items", list)]
-            messages = [message(roles.get(turn.get("from"), "?"), turn.get("value")) for turn in turns]
-            return RawSample(messages=messages, images=images(row.get("images")))
+            messages = conversation(field(row, "items", list), "from", "value", row.get("system"))
+            return RawSample(messages=messages, images=images(row.get("images")), tools=tools(row.get("functions")))
 """
 
 from collections.abc import Mapping
@@ -17,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pipeline.checks import MIN_TEXT, Message, malformed
+from pipeline.datasets.conversation import conversation, message
 from pipeline.datasets.fields import need
-from pipeline.datasets.parts import content, images, place
-from pipeline.datasets.tools import extra_fields, is_trained, tools
+from pipeline.datasets.parts import images, place
+from pipeline.datasets.tools import tools
 
-__all__ = ["Dataset", "RawSample", "Row", "field", "images", "message", "need", "tools"]
+__all__ = ["Dataset", "RawSample", "Row", "conversation", "field", "images", "message", "need", "tools"]
 
 Row = Mapping[str, Any]
 
@@ -67,18 +66,3 @@ def field[T](row: Row, name: str, kind: type[T]) -> T:
     if name not in row:
         raise malformed(f"the row has no field {name!r}, it has {', '.join(map(repr, row)) or 'none'}")
     return need(row[name], name, kind)
-
-
-def message(role: Any, value: Any, fields: Row | None = None) -> Message:
-    """Return a message.
-
-    value: its content, a string, in which each `<image>` stands for an image, or a list of parts, taken as it is.
-    fields: the raw message, for its `loss` or `weight`, `tool_calls` and what else chat templates read.
-    Raises RowError.
-    """
-    fields = fields or {}
-    extra = extra_fields(fields)
-    made: Message = {"role": need(role, "a message's role", str)}
-    made |= {"content": None if value is None and fields.get("tool_calls") else content(value)}
-    made |= {} if is_trained(fields) else {"loss": False}
-    return made | ({"extra": extra} if extra else {})

@@ -1,4 +1,4 @@
-from pipeline.datasets.base import Dataset, RawSample, Row, field, message, need, tools
+from pipeline.datasets.base import Dataset, RawSample, Row, conversation, field, tools
 from pipeline.datasets.parts import IMAGE_FIELDS, image_fields
 
 
@@ -8,9 +8,8 @@ class Messages(Dataset):
     name = "messages"
 
     def sample(self, row: Row) -> RawSample:
-        turns = [need(turn, "a message", dict) for turn in field(row, "messages", list)]
         return RawSample(
-            messages=[message(turn.get("role"), turn.get("content"), turn) for turn in turns],
+            messages=conversation(field(row, "messages", list), "role", "content", row.get("system")),
             images=image_fields(row),
             tools=tools(row.get("tools")),
             image_field="the row's " + " or ".join(IMAGE_FIELDS),

@@ -15,7 +15,11 @@ MARKER = "<image>"
 IMAGE_FIELDS = ("images", "image")  # of a row, in this order
 # Where people put a place for an image: first, last, or alone in a line. Within a sentence it is a word.
 _STANDS_APART = re.compile(rf"\A\s*{MARKER}|{MARKER}\s*\Z|^\s*{MARKER}\s*$", re.MULTILINE)
-_TEXT, _IMAGE, _VIDEO = ("text", "input_text"), ("image", "image_url", "input_image"), ("video", "video_url")
+_NONE = (None, "", b"", [])  # what tables and LLaVA's rows of text alone have in IMAGE_FIELDS
+# Base64 of 100 bytes and more without the head of a data: URI: no path, which has a dot.
+_BARE_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{132,}={0,2}\s*")
+_TEXT, _IMAGE = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
+_VIDEO, _AUDIO = ("video", "video_url"), ("audio", "audio_url", "input_audio")
 
 Image = str | bytes  # a path relative to the raw file, or the encoded image
 
@@ -27,7 +31,7 @@ def images(value: Any) -> tuple[Image, ...]:
 
 def image_fields(row: Mapping[str, Any]) -> tuple[Image, ...]:
     """Return the images in the first of IMAGE_FIELDS that the row has: a list of them, or one alone."""
-    value = next((row[name] for name in IMAGE_FIELDS if row.get(name) is not None), None)
+    value = next((row[name] for name in IMAGE_FIELDS if row.get(name) not in _NONE), None)
     return images(value if isinstance(value, list | None) else [value])
 
 
@@ -83,6 +87,8 @@ def _part(part: Any) -> Part:
     kind = fields.get("type") or next((name for name in ("text", "image", "video") if name in fields), None)
     if kind in _VIDEO:
         raise RowError(Reason.VIDEO, f"{what} is {part!r:.200}")
+    if kind in _AUDIO:
+        raise RowError(Reason.AUDIO, f"{what} is {part!r:.200}")
     if kind in _TEXT and isinstance(fields.get("text"), str):
         return _text(fields["text"])
     if kind in _IMAGE:
@@ -95,10 +101,14 @@ def _image(value: Any) -> Image:
     match value:
         case str() if value[:5].lower() == "data:":
             return _data_uri(value)
-        case str() | bytes():
+        case str() if _BARE_BASE64.fullmatch(value):
+            return _base64(value, value)
+        case str() | bytes() if value:
             return value
         case {"bytes": bytes(data)}:
             return data
+        case {"bytes": str(text)} if text:  # JSON has no bytes
+            return _base64(text, text)
         case {"path": str(named)} | {"url": str(named)}:
             return _image(named)
     raise malformed(f"an image is {value!r:.200}, a path or bytes are needed")
@@ -107,8 +117,18 @@ def _image(value: Any) -> Image:
 def _data_uri(uri: str) -> bytes:
     """The bytes in data:[TYPE][;base64],DATA (RFC 2397)."""
     header, _, data = uri.partition(",")
+    quoted = unquote_to_bytes(data.encode(errors="backslashreplace"))
+    return _base64(quoted, uri) if header.lower().endswith(";base64") else quoted
+
+
+def _base64(text: str | bytes, shown: str) -> bytes:
+    """The bytes in base64, with `+/` or `-_` as its last two characters, padded or not."""
+    data = text.encode(errors="backslashreplace") if isinstance(text, str) else text
+    data = b"".join(data.split()).rstrip(b"=").translate(_URL_SAFE)
     try:
-        quoted = unquote_to_bytes(data)
-        return base64.b64decode(quoted) if header.lower().endswith(";base64") else quoted
-    except (binascii.Error, UnicodeEncodeError) as error:
-        raise RowError(Reason.IMAGE_UNREADABLE, f"{uri[:60]!r}... is no data URI: {error}") from error
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error as error:
+        raise RowError(Reason.IMAGE_UNREADABLE, f"{shown[:60]!r}... is no base64: {error}") from error
+
+
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")

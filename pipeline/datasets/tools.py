@@ -7,48 +7,71 @@ from typing import Any
 from pipeline.checks import malformed
 from pipeline.datasets.fields import need
 
-_EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content")  # what templates read of a message
+_EXTRA = ("tool_call_id", "name", "reasoning_content")  # what templates read of a message, beside its tool_calls
+# ms-swift's and OpenAI's, then axolotl's (message_field_training).
+_FLAGS = ("loss", "weight", "loss_scale", "train", "training")
+_DETAILS = ("train_detail", "training_detail")  # axolotl's ranges of characters
 
 
 def is_trained(message: Mapping[str, Any]) -> bool:
-    """Return False if the raw message has `loss: false` or `weight: 0`. Raises RowError for any value but 0 and 1."""
-    flags = [(name, message[name]) for name in ("loss", "weight") if message.get(name) is not None]
+    """Return False if one of the raw message's loss flags (`loss`, `weight` ...) is false or 0.
+
+    Raises RowError for any value but 0 and 1, and if only parts of the message are to be trained.
+    """
+    flags = [(name, message[name]) for name in _FLAGS if message.get(name) is not None]
     for name, value in flags:
-        if value not in (0, 1):
+        if isinstance(value, str) or value not in (0, 1):
             raise malformed(f"a message's {name} is {value!r:.200}, known are 0 or false and 1 or true")
+    for name in _DETAILS:
+        if message.get(name):
+            raise malformed(f"a message's {name} is {message[name]!r:.200}: only whole messages are trained or not")
     return all(value for _, value in flags)
 
 
-def extra_fields(message: Mapping[str, Any]) -> str | None:
-    """Return the raw message's fields that chat templates read, as JSON; None if it has none. Raises RowError."""
+def extra_fields(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the raw message's fields that chat templates read, as they came. Raises RowError."""
+    calls = calls_in(message.get("tool_calls")) + openai_calls(message.get("function_call"))
     extra = {name: message[name] for name in _EXTRA if message.get(name) is not None}
-    calls = _parsed(extra.pop("tool_calls", None))
-    for call in need([] if calls is None else calls, "a message's tool_calls", list):
-        function = need(call, "a tool call", dict).get("function", call)
-        need(need(function, "a tool call's function", dict).get("name"), "a tool call's function name", str)
-    return _dump(extra | ({"tool_calls": calls} if calls else {}))
+    return extra | ({"tool_calls": calls} if calls else {})
+
+
+def openai_calls(value: Any) -> list[dict[str, Any]]:
+    """Return the calls in `value`, of which {"name": ..., "arguments": ...} may stand alone, in OpenAI's spelling."""
+    calls = calls_in(value)
+    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
+
+
+def calls_in(value: Any) -> list[dict[str, Any]]:
+    """Return the calls in `value`: null, an object or a list of objects, each as itself or as JSON text.
+
+    Raises RowError.
+    """
+    value = _parsed(value, "tool calls")
+    value = [value] if isinstance(value, dict) else value
+    calls = []
+    for one in need([] if value is None else value, "a message's tool_calls", list):
+        call = need(_parsed(one, "a tool call"), "a tool call", dict)
+        function = need(call.get("function", call), "a tool call's function", dict)
+        need(function.get("name"), "a tool call's function name", str)
+        calls.append(call)
+    return calls
 
 
 def tools(value: Any) -> str | None:
     """Return a row's tools as JSON for the chat template; None if it has none. Raises RowError.
 
-    value: null, a list of objects, or the JSON text of one, as tables have it.
+    value: null, a list of objects, or the JSON text of the list or of each object, as tables have it.
     """
-    offered = _parsed(value)
-    for tool in need([] if offered is None else offered, "tools", list):
-        need(tool, "a tool", dict)
-    return _dump(offered)
+    parsed = _parsed(value, "tools")
+    listed = need([] if parsed is None else parsed, "tools", list)
+    offered = [need(_parsed(tool, "a tool"), "a tool", dict) for tool in listed]
+    return json.dumps(offered, ensure_ascii=False) if offered else None
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: Any, what: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise malformed(f"tools or tool calls are a text that is no JSON: {error}") from error
-
-
-def _dump(value: Any) -> str | None:
-    """Half of a surrogate pair stays what it is: whoever hashes the row finds it."""
-    return json.dumps(value, ensure_ascii=False) if value else None
+        raise malformed(f"{what}: a text that is no JSON ({error}): {value!r:.200}") from error

@@ -2,11 +2,13 @@
 
 import os
 import posixpath
+import re
 import uuid
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import IO, Any
+from urllib.parse import unquote
 
 import xxhash
 
@@ -16,6 +18,7 @@ from pipeline.checks import MAX_IMAGE_BYTES, Reason, RowError
 from pipeline.images.guard import decoder
 
 BLOB_BYTES = 1 << 30  # a task starts another blob after this many
+_FILE_URI = re.compile(r"file:(//(localhost)?(?=/))?(?P<path>[^/].*|/[^/].*)", re.DOTALL)
 _REMEMBERED = 4096  # images of a task, about 500 B each: rows that share an image often follow each other
 
 
@@ -72,14 +75,19 @@ class ImageCopier:
 
     def _resolve(self, image: str, file: str) -> str:
         """Full path of the image, which must lie in the raw folder."""
-        root = self._root.path
+        root, folder = self._root.path, posixpath.join(self._root.path, posixpath.dirname(file))
+        uri = _FILE_URI.fullmatch(image) if self._root.is_local else None
         if image.startswith(f"{self._root.uri}/"):  # a URI into the raw folder is as good as a path
             path = root + image.removeprefix(self._root.uri)
+        elif "://" in image and not uri:
+            raise RowError(Reason.IMAGE_PATH_ESCAPES, f"{image!r} is a URL, a path in the raw folder is needed")
         else:
-            path = posixpath.join(root, posixpath.dirname(file), image)
-            if "://" in image:
-                raise RowError(Reason.IMAGE_PATH_ESCAPES, f"{image!r} is a URL, a path in the raw folder is needed")
+            path = posixpath.join(folder, uri["path"] if uri else image)
+        if uri and "%" in path and not os.path.lexists(path):
+            path = posixpath.join(folder, unquote(uri["path"]))
         path = posixpath.normpath(path)
+        if path.startswith(f"{self._real_root}/"):  # the raw folder is a link, and the image's path is through no link
+            path = root + path.removeprefix(self._real_root)
         if not path.startswith(f"{root}/"):
             raise RowError(Reason.IMAGE_PATH_ESCAPES, f"{image!r} is not in the raw folder {root}")
         if self._root.is_local and "\0" not in path:

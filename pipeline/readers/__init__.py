@@ -57,21 +57,23 @@ def _storable(row: RawRow) -> RawRow:
 
 
 def plan(files: list[tuple[str, int]], task_bytes: int) -> list[list[Split]]:
-    """Tasks of about `task_bytes` each: large files are split if their format can be, small ones put together.
+    """Tasks of about `task_bytes` each: files are split where their format can be, small ones put together.
 
-    files: (name, bytes).
+    files: (name, bytes). What a task has room for is filled, unless it is under an eighth.
     """
     tasks: list[list[Split]] = []
     room = 0
     for name, size in files:
-        step = task_bytes if _reader(name).splittable else max(size, 1)
-        for start in range(0, size, step):
-            split = Split(name, start, min(start + step, size), size)
-            if split.end - start > room:
+        splittable, start = _reader(name).splittable, 0
+        while start < size:
+            most = room if room > task_bytes // 8 else task_bytes
+            end = min(start + most, size) if splittable else size
+            if end - start > room:
                 tasks.append([])
                 room = task_bytes
-            tasks[-1].append(split)
-            room -= split.end - start
+            tasks[-1].append(Split(name, start, end, size))
+            room -= end - start
+            start = end
     return tasks
 
 

@@ -15,6 +15,7 @@ from kanyun.storage.retries import call_with_retry
 from pipeline.readers import IMAGES, SUFFIXES, holds_rows
 
 HIDDEN = (".", "_", "cache-")  # how files and folders start that are no data; the last is what datasets.map leaves
+NO_FILE = "pipes, devices and links to nothing"
 LINK = "links to folders around or within the raw folder"
 _IMAGES = tuple(f".{suffix}" for suffix in IMAGES)
 _SUFFIX = re.compile(r"\.(?=\w*[a-z])\w{1,10}$", re.ASCII)  # of what is left out, if it is one
@@ -111,6 +112,9 @@ class RawFolder:
                 listing.folders.append(name)
             elif entry.is_link and self._is_folder(name):
                 listing.links.append(name)
+            elif not entry.is_file:
+                listing.count += 1
+                listing.leave_out(NO_FILE, 1, 0)
             else:
                 listing.add(name, entry)
         return listing

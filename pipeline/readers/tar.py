@@ -51,14 +51,11 @@ class WebDataset(Reader):
                     row = _row(key, list(members))
                     yield row
                     after = row.position + 1
-                end = tar.offset
-                assert tar.fileobj is not None
-                tar.fileobj.seek(end)
-                rest = tar.fileobj.read(_BLOCK)
+                end, rest = tar.offset, _after_zeros(tar) is not None
         except _DAMAGE as error:
             yield RawRow(after, "", malformed(f"{split.file} is damaged after its byte {after}: {error}"))
             return
-        if any(rest):  # tarfile takes a header that it cannot read for the end
+        if rest:  # tarfile takes a header that it cannot read for the end
             yield RawRow(end, "", malformed(f"{split.file} is no tar from its byte {end} on"))
 
 
@@ -104,9 +101,27 @@ def _target(info: tarfile.TarInfo) -> str:
 
 
 def _infos(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while info := tar.next():
-        tar.members.clear()  # type: ignore[attr-defined]  # it would remember all
-        yield info
+    """All members; behind the end of a tar those of the next one, where several were joined by `cat`."""
+    while True:
+        while info := tar.next():
+            tar.members.clear()  # type: ignore[attr-defined]  # it would remember all
+            yield info
+        following = _after_zeros(tar)
+        if following in (None, tar.offset):
+            return
+        tar.offset = following
+
+
+def _after_zeros(tar: tarfile.TarFile) -> int | None:
+    """Return where the first block from `tar.offset` on begins that is not zero; None if there is none."""
+    stream, position = tar.fileobj, tar.offset
+    assert stream is not None
+    stream.seek(position)
+    while data := stream.read(STEP):
+        if rest := data.lstrip(b"\0"):
+            return position + (len(data) - len(rest)) // _BLOCK * _BLOCK
+        position += len(data)
+    return None
 
 
 def _members(tar: tarfile.TarFile, links: _Links) -> Iterator[_Member]:

@@ -43,7 +43,7 @@ from kanyun.storage import Folder
 from pipeline.reports import summary
 from pipeline.reports.report import Report, RowCounts
 from pipeline.schema import QUARANTINE, VERSIONS
-from pipeline.spark import plain_errors, progress, read_parquet, spark_session
+from pipeline.spark import SparkProgress, plain_errors, read_parquet, spark_session
 from pipeline.stages.attempt import Attempt
 
 SHUFFLE_ROWS = 50_000  # a partition, before Spark joins small ones; its fixed number of 200 is too large or too small
@@ -131,7 +131,7 @@ class Stage:
             with attempt.timed("start Spark"):
                 spark = spark_session()
             spark.conf.set("spark.sql.shuffle.partitions", max(SHUFFLE_PARTITIONS, attempt.rows_in // SHUFFLE_ROWS))
-            with progress(spark, self.name):
+            with SparkProgress(spark, self.name):
                 with attempt.timed("plan"):
                     rows = self.transform(self.read(spark, attempt), attempt)
                 counts = self.write(rows, attempt)

@@ -15,7 +15,7 @@ from pyspark.sql import Row as SparkRow
 from kanyun.errors import UserError
 from kanyun.manifest import canonical
 from kanyun.storage import Folder
-from pipeline.checks import Candidate, On, RowError, malformed, run_checks
+from pipeline.checks import Candidate, On, RowError, malformed, run_checks, without_base64
 from pipeline.datasets import dataset
 from pipeline.datasets.base import RawSample, Row
 from pipeline.datasets.parts import MARKER
@@ -178,6 +178,8 @@ class SampleMaker:
             return row | {"reason": str(rejected.reason), "evidence": rejected.evidence}
         for image in images:
             hashed.update(image.digest)
+        if any(isinstance(image, bytes) for image in sample.images):
+            row["raw"] = without_base64(raw.raw)  # images that came as text
         return row | {
             "messages": sample.messages,
             "tools": sample.tools,

@@ -88,6 +88,23 @@ def test_float32_agrees_with_transformers(kind: str, runtime: Runtime, tmp_path:
         assert relative(model.get_parameter(name).main_grad, gradient) < 0.01, name
 
 
+@pytest.mark.parametrize("make", [tiny_text_folder, tiny_vl_folder])
+def test_the_loss_of_each_token_is_that_of_its_logits(make: Any, runtime: Runtime, tmp_path: Any) -> None:
+    model = build_model(ModelConfig.from_hf(str(make(tmp_path))), runtime)
+    pack = examples(model.model_config.vocab_size, 200, 1, 150, 33)
+    batch = batch_of(model.model_config, [pack], LENGTH).to(runtime.device)
+    seen: list[torch.Tensor] = []
+    in_ddp(model)(batch, seen.append).backward()
+    with torch.no_grad():
+        total, logits = model(batch), model.logits(batch).float()
+    (losses,) = seen
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none") * batch.loss_mask
+    assert not losses.requires_grad
+    assert ((losses == 0) == (batch.loss_mask == 0)).all()
+    assert losses.sum().item() == pytest.approx(total.item(), rel=1e-4)
+    assert torch.allclose(losses, expected, rtol=0.02, atol=0.02)
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 

@@ -37,6 +37,8 @@ def test_two_ranks_train_as_one(images: bool, global_batch: int, tmp_path: Path)
         for name, value in one[what].items():
             assert two[what][name] == pytest.approx(value, rel=1e-3, abs=1e-6), (what, name)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["made"] == pytest.approx(one["made"], rel=1e-4)  # summed over the ranks, as the loss of all
+    assert two["tokens"] == one["tokens"]
     assert len(set(one["losses"])) == STEPS
 
 
@@ -52,7 +54,8 @@ def report(values: dict[str, Any]) -> dict[str, Any]:
     with Runtime.start(seed=run.config.seed) as runtime, Trainer(run, runtime) as trainer:
         steps = list(islice(trainer.stream.batches(0), STEPS))
         first = gradients(trainer, steps[0])
-        losses = [trainer.train_step(packs, learning_rate(run.config, i, STEPS)).loss for i, packs in enumerate(steps)]
+        rates = [learning_rate(run.config, i, STEPS) for i in range(STEPS)]
+        losses = [trainer.train_step(packs, lr).losses for packs, lr in zip(steps, rates, strict=True)]
         weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
         for weight in weights.values():  # a gather that was forgotten leaves an old half
             others = weight.clone()
@@ -63,17 +66,19 @@ def report(values: dict[str, Any]) -> dict[str, Any]:
             "text only on one rank": any(text_only_on_one_rank(packs) for packs in steps),
             "gradients": {name: gradient.square().sum().item() for name, gradient in first.items()},
             "weights": {name: weight.square().sum().item() for name, weight in weights.items()},
-            "losses": losses,
+            "losses": [step.mean for step in losses],
+            "made": [step.by_dataset["made"] for step in losses],
+            "tokens": [step.tokens_by_dataset for step in losses],
         }
 
 
 def gradients(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, Tensor]:
     """Of one step, each whole: a rank has its part of every bucket."""
     trainer.ddp.zero_grad_buffer()
-    trainer.trained.zero_()
+    trainer.sums.clear()
     for pack in packs:
         trainer._forward_backward(pack)
-    finalize_model_grads([trainer.ddp], trainer.trained)
+    finalize_model_grads([trainer.ddp], trainer.sums.trained())
     for group in trainer.ddp.bucket_groups:
         for bucket in group.buckets:
             parts = bucket.grad_data.chunk(trainer.runtime.data_world)

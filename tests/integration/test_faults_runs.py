@@ -81,7 +81,7 @@ def test_a_rank_that_hangs_is_named(job: dict[str, Any]) -> None:
         _, err = process.communicate(timeout=200)
     assert process.returncode == HUNG, err
     assert f"no progress for 8 s (hang_after): waited for rank 1 (process {stopped.pid} on " in err.splitlines()[-1]
-    assert err.splitlines()[-1].endswith("which gives no sign")
+    assert "which gives no sign; rank 0 is in gloo:" in err.splitlines()[-1]  # by torch's flight recorder
     assert time.monotonic() - began < 150  # torchrun gives the stopped one 30 s
 
 

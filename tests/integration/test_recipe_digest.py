@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,18 @@ def test_one_digest_on_any_number_of_cores(
     recipe = write_recipe(tmp_path, str(tmp_path / "raw"), str(tmp_path / "out"), here / "hf")
     with spark_on(master, **settings):
         assert two_epochs(Recipe.load(recipe)) == (here / "digests").read_text().split()
+
+
+def test_one_digest_with_files_that_are_listed_in_another_order(here: Path, tmp_path: Path) -> None:
+    """Preprocess and filter are done; the parquet files of filter are named from the last to the first."""
+    shutil.copytree(here / "usual/out", tmp_path / "out", ignore=shutil.ignore_patterns("sample*", "build*", "packed*"))
+    for path in RATIOS:
+        files = sorted((tmp_path / "out/filter" / path / "data").glob("*.parquet"))
+        assert len(files) > 1
+        for number, file in enumerate(files):
+            file.rename(file.with_name(f"part-{len(files) - number:05}.zstd.parquet"))
+    recipe = Recipe.load(write_recipe(tmp_path, str(here / "raw"), str(tmp_path / "out"), here / "hf"))
+    assert two_epochs(recipe) == (here / "digests").read_text().split()
 
 
 def test_the_cluster_runs_our_code_and_makes_the_same_digest(cluster: Cluster, here: Path, tmp_path: Path) -> None:

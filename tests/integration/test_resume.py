@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,66 @@ def test_the_newest_whole_checkpoint_is_taken_and_nothing_is_lost(
     (aside,) = root.glob("aside-*")
     assert sorted(path.name for path in aside.iterdir()) == ["step_00000006", "step_00000008"]
     assert len(Path(job["output"], "metrics.aside.jsonl").read_text().splitlines()) == 4
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_newest_checkpoint_with_a_flipped_byte_is_passed_over(
+    text_run: dict[str, Any], job: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copy_of(text_run, job)
+    flip_a_byte(root / "step_00000008" / "__0_1.distcp")
+    flip_a_byte(root / "step_00000006" / "__0_0.distcp")
+    train(job)
+    said = capsys.readouterr().out
+    for name in ("step_00000008/__0_1.distcp", "step_00000006/__0_0.distcp"):
+        assert re.search(rf"^passed over step_0000000\d: .*{name} is damaged \(its digest is ", said, re.MULTILINE)
+    assert f"going on from {root}/step_00000004" in said
+    assert "step_00000006, step_00000008: newer than step 4, moved to" in said
+    assert curve(job) == curve(text_run)
+
+    # One that was asked for by its name is refused, and a run whose content is all damaged does not start anew.
+    for name in ("step_00000004", "step_00000006", "step_00000008"):
+        flip_a_byte(root / name / "__0_1.distcp")
+    with pytest.raises(UserError, match=r"step_00000006/__0_1.distcp is damaged .*; `resume: 6` chose it"):
+        train(job | {"resume": 6})
+    before = metrics_of(job)
+    flip_a_byte(root / "step_00000002" / "__0_1.distcp")
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole \(passed over step_00000008: .*is damaged"):
+        train(job)
+    assert metrics_of(job) == before
+
+
+@pytest.mark.parametrize("key", ["init", "continue_from"])
+def test_another_run_s_newest_checkpoint_with_a_flipped_byte_is_passed_over(
+    key: str, text_run: dict[str, Any], job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(text_run["output"], tmp_path / "source")
+    newest = tmp_path / "source" / "checkpoints" / "step_00000008"
+    flip_a_byte(newest / "__0_0.distcp")
+    train(job | {key: str(tmp_path / "source"), "steps": 1, "warmup_steps": 0})
+    assert re.search(r"^passed over step_00000008: .* is damaged", capsys.readouterr().out, re.MULTILINE)
+    flip_a_byte(newest / "__0_0.distcp")
+    earlier = job | {key: str(newest.with_name("step_00000006")), "output": job["output"] + "-2"}
+    assert train(earlier | {"steps": 1, "warmup_steps": 0})[0]["loss"] == metrics_of(job)[0]["loss"]
+    flip_a_byte(newest / "__0_0.distcp")
+    with pytest.raises(UserError, match=r"step_00000008/__0_0.distcp is damaged"):
+        train(job | {key: str(newest), "output": job["output"] + "-3"})
+
+
+def test_a_refused_command_leaves_no_output_folder(job: dict[str, Any], tmp_path: Path) -> None:
+    output = tmp_path / "new" / "runs" / "x"
+    for change in ("data=/nowhere", "trainable=nothing"):
+        done = launch(job, f"output={output}", change)
+        assert done.returncode == 2, done.stderr
+        assert not (tmp_path / "new").exists()
+    output.mkdir(parents=True)
+    launch(job, f"output={output}", "data=/nowhere")
+    assert list(output.iterdir()) == []
 
 
 def test_no_whole_checkpoint_is_no_start_at_step_0(text_run: dict[str, Any], job: dict[str, Any]) -> None:

@@ -275,8 +275,8 @@ def test_metrics_are_there_for_people_and_programs(whole: dict[str, Any]) -> Non
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(Path(whole["output"], "tensorboard"))).Reload()
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(curve(whole), rel=1e-6)
-    assert [event.step for event in events.Scalars("validation_loss")] == [3, 6]
+    assert [event.value for event in events.Scalars("loss/train")] == pytest.approx(curve(whole), rel=1e-6)
+    assert [event.step for event in events.Scalars("loss/held-out")] == [3, 6]
     for line in metrics_of(whole):
         assert line["mfu"] is None  # no GPU
         assert line["tokens_per_second"] * line["seconds"] == pytest.approx(4 * useful_tokens(whole), rel=1e-6)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from kanyun.writer import ShardWriter, publish
 from trainer.data.shapes import PATCH_BUCKETS, shape_buckets
 
 PAD, IMAGE = 900, 901  # token ids; text is below
+DATASETS = ("drawn", "made")
 MODEL = Fingerprint("the model's", None, {})
 
 
@@ -47,12 +49,14 @@ def write_packed(
     epoch: int = 0,
     shards: int = 2,
     tokenizer: str = MODEL.digest,
+    ratios: dict[str, str] | None = None,
 ) -> Manifest:
     """A finished packed dataset below `parent`, the packs dealt over `shards`."""
     folder = Folder(str(parent)) / dataset_name(length, part, epoch)
     results = []
+    names = sorted({sample.dataset for pack in packs for sample in pack})
     for index in range(shards):
-        with ShardWriter(folder, index, shards, length, PAD, ["made"]) as writer:
+        with ShardWriter(folder, index, shards, length, PAD, names) as writer:
             for pack in packs[index::shards]:
                 writer.add(pack)
         assert writer.result is not None
@@ -67,7 +71,7 @@ def write_packed(
         part=part,
         epoch=epoch,
         seed=0,
-        ratios={".": "1"},
+        ratios=ratios or dict.fromkeys(names, "1"),
         counts=Counts(rows_in=len(samples), packed=len(samples)),
         packs_lower_bound=1,
         tokenizer=tokenizer,
@@ -89,7 +93,7 @@ def random_packs(seed: int, count: int, length: int, images: bool = True) -> lis
             sample = random_sample(rng, seed << 32 | number << 8 | len(pack), int(rng.integers(3, 20)), grids)
             if len(sample.input_ids) > free:
                 sample = random_sample(rng, sample.sample_id, free)
-            pack.append(sample)
+            pack.append(replace(sample, dataset=DATASETS[len(pack) % len(DATASETS)]))
             free -= len(sample.input_ids)
         packs.append(pack)
     return packs

@@ -8,7 +8,7 @@ from pipeline.datasets.base import RawSample, message
 # The names are in users' scripts and in the documentation.
 CODES = """malformed_row image_missing image_unreadable image_too_small image_aspect_ratio image_too_large
 image_path_escapes image_count_mismatch processor_failed text_too_short too_long duplicate
-near_duplicate row_too_large video"""
+near_duplicate row_too_large video audio"""
 
 
 def verdict(on: On, *subject: object) -> tuple[str, str] | None:
@@ -127,9 +127,16 @@ def test_a_marker_in_a_row_without_images(question: str, answer: str, places: in
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"), [({"videos": ["a.mp4"]}, "video"), ({"video": "a.mp4"}, "video"), ({"videos": []}, None)]
+    ("row", "reason"),
+    [
+        ({"videos": ["a.mp4"]}, "video"),
+        ({"video": "a.mp4"}, "video"),
+        ({"videos": [], "audio": None}, None),
+        ({"audios": ["a.wav"]}, "audio"),
+        ({"audio": {"bytes": b"1"}}, "audio"),
+    ],
 )
-def test_videos(row: dict[str, object], reason: str | None) -> None:
+def test_videos_and_sounds(row: dict[str, object], reason: str | None) -> None:
     assert reason_of(On.ROW, row) == reason
 
 

@@ -92,24 +92,50 @@ def test_a_marker_beside_inline_images_alone_is_text() -> None:
         ("data:image/png;base64,aGVsbG8=", b"hello"),
         ("DATA:;base64,aGVsbG8=", b"hello"),
         ("data:image/svg+xml,%3Csvg%20a%3E", b"<svg a>"),
+        ("data:image/png;charset=utf-8;base64,aGVs\nbG8", b"hello"),
+        ("data:image/png;base64,_-8=", b"\xff\xef"),
+        ("_-8" + "A" * 129, b"\xff\xef" + bytes(97)),
+        (f"{'/+8A' * 33}\n", b"\xff\xef\x00" * 33),
     ],
 )
-def test_data_uris_are_their_bytes(uri: str, data: bytes) -> None:
+def test_data_uris_and_base64_are_their_bytes(uri: str, data: bytes) -> None:
     assert dataset("llava").sample({"image": uri, "conversations": []}).images == (data,)
+    assert dataset("messages").sample({"images": [{"url": uri}], "messages": []}).images == (data,)
+
+
+def test_bytes_that_came_through_json() -> None:
+    assert dataset("llava").sample({"image": {"bytes": "aGVsbG8", "path": None}, "conversations": []}).images == (
+        b"hello",
+    )
+
+
+def test_the_first_field_that_has_images() -> None:
+    row = {"messages": [], "images": [], "image": "a.jpg"}
+    assert dataset("messages").sample(row).images == ("a.jpg",)
+    assert dataset("messages").sample({"messages": [], "images": None, "image": ""}).images == ()
 
 
 def test_a_data_uri_that_is_none() -> None:
     with pytest.raises(RowError) as caught:
-        dataset("messages").sample({"messages": [], "images": ["data:image/png;base64,aGVsbG8" + "x" * 800]})
+        dataset("messages").sample({"messages": [], "images": ["data:image/png;base64,aGVsbG8" + "x" * 802]})
     assert caught.value.reason == "image_unreadable"
     assert len(caught.value.evidence) < 200
 
 
-@pytest.mark.parametrize("part", [{"type": "video", "video": "a.mp4"}, {"type": "video_url"}, {"video": "a.mp4"}])
-def test_videos_in_the_content(part: Any) -> None:
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video", "video": "a.mp4"},
+        {"type": "video_url"},
+        {"video": "a.mp4"},
+        {"type": "audio", "audio_url": "a.wav"},
+        {"type": "input_audio", "input_audio": {}},
+    ],
+)
+def test_videos_and_sounds_in_the_content(part: Any) -> None:
     with pytest.raises(RowError) as caught:
         dataset("messages").sample({"messages": [{"role": "user", "content": [part]}]})
-    assert caught.value.reason == "video"
+    assert caught.value.reason == ("audio" if "audio" in str(part) else "video")
 
 
 def test_what_a_message_carries_beside_its_content() -> None:
@@ -159,9 +185,10 @@ def test_a_document_is_taken_as_it_is() -> None:
         ("messages", {"messages": [{"role": 3, "content": "x"}]}, "role is a number"),
         ("messages", {"messages": [{"content": "x"}]}, "role is null"),
         ("messages", {"messages": [{"role": "user", "content": ["x"]}]}, "a part of a message's content is a string"),
-        ("messages", {"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "{'type': 'audio'}"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "tune"}]}]}, "{'type': 'tune'}"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "{'type': 'text'}"),
         ("messages", {"messages": [], "images": [None]}, "an image is None"),
+        ("messages", {"messages": [], "images": [""]}, "an image is ''"),
         ("messages", {"messages": [], "images": [{"bytes": None, "path": None}]}, "an image is {"),
         (
             "messages",
@@ -169,14 +196,37 @@ def test_a_document_is_taken_as_it_is() -> None:
             "loss is 0.5, known are 0",
         ),
         ("messages", {"messages": [{"role": "user", "content": "x", "weight": "0"}]}, "weight is '0'"),
+        ("messages", {"messages": [{"role": "user", "content": "x", "train": "no"}]}, "train is 'no', known are 0"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "x", "training_detail": [{"begin_offset": 0}]}]},
+            "only whole messages are trained or not",
+        ),
+        ("messages", {"messages": [{"role": "tool_call", "content": "f(1)"}]}, "tool calls: a text that is no JSON"),
+        ("messages", {"messages": [{"role": "tool_call", "content": ""}]}, "a turn of tool calls has none"),
+        (
+            "llava",
+            {
+                "conversations": [
+                    {"from": "gpt", "value": "x", "loss": False},
+                    {"from": "function_call", "value": '{"name": "f"}'},
+                ]
+            },
+            "only one of them is to be trained",
+        ),
+        ("llava", {"conversations": [], "system": ["Be brief."]}, "the row's system is a list"),
         ("messages", {"messages": [], "tools": [1]}, "a tool is a number"),
-        ("messages", {"messages": [], "tools": "[{"}, "tools or tool calls are a text that is no JSON"),
+        ("messages", {"messages": [], "tools": "[{"}, "tools: a text that is no JSON ("),
         ("messages", {"messages": [], "tools": "{}"}, "tools is an object"),
-        ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": ["f"]}]}, "a tool call is a str"),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": ["f"]}]},
+            "a tool call: a text that is no JSON",
+        ),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "function name is null"),
         ("llava", {"image": 5, "conversations": []}, "an image is 5"),
         ("llava", {"image": "a"}, "no field 'conversations', it has 'image'"),
-        ("llava", {"conversations": [{"from": None, "value": "x"}]}, "'from' is null"),
+        ("llava", {"conversations": [{"from": None, "value": "x"}]}, "a message's from is null"),
         ("llava", {"conversations": [{"from": "gpt", "value": None}]}, "content is null"),
         ("text", {"text": None}, "text is null, a string is needed"),
         ("text", {"text": True}, "text is a boolean"),
@@ -240,6 +290,12 @@ def test_plan_splits_large_files_and_joins_small_ones() -> None:
         [("a.jsonl", 20, 25), ("b.jsonl", 0, 3), ("c.parquet", 0, 2)],
         [("e.jsonl", 0, 9)],
         [("f.jsonl.gz", 0, 30)],
+    ]
+    tasks = plan([("a.jsonl", 6), ("b.jsonl", 15), ("c.jsonl.gz", 8)], 10)
+    assert [[(split.file, split.start, split.end) for split in task] for task in tasks] == [
+        [("a.jsonl", 0, 6), ("b.jsonl", 0, 4)],
+        [("b.jsonl", 4, 14)],
+        [("b.jsonl", 14, 15), ("c.jsonl.gz", 0, 8)],
     ]
 
 

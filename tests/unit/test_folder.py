@@ -38,6 +38,7 @@ def test_two_dots_after_a_link_lead_where_the_system_goes(tmp_path: Path) -> Non
     ("uri", "sentence"),
     [
         ("HDFS://h:8020/raw", r"give hdfs://h:8020/raw, or \./HDFS"),
+        ("", "a path is empty: give a local path"),
         ("hdfs:/raw", "give hdfs://HOST:PORT/raw, or"),
         ("hdfs:raw", "give hdfs://HOST:PORT/raw, or"),
         ("hdfs://h:port/raw", "give hdfs://HOST:PORT/"),

@@ -1,4 +1,6 @@
+import base64
 import io
+import json
 import os
 import struct
 import zlib
@@ -15,6 +17,8 @@ from pipeline.checks import RowError
 from pipeline.images import blobs
 from pipeline.images.blobs import CopiedImage, ImageCopier, thumbnail
 from pipeline.images.guard import decoder
+from pipeline.readers import RawRow
+from pipeline.stages.preprocess import SampleMaker
 
 
 def encoded(width: int, height: int, kind: str = "PNG", mode: str = "RGB", **options: object) -> bytes:
@@ -137,6 +141,18 @@ def test_refs_find_the_very_bytes(raw: Path) -> None:
     assert [(image.width, image.height) for image in copied] == [(30, 40), *[(64, 48)] * 4, (50, 60)]
 
 
+def test_an_image_that_came_as_base64_is_kept_once(raw: Path) -> None:
+    """In a blob; in the row's text no more than its beginning is left."""
+    text = base64.b64encode(encoded(50, 60)).decode()
+    turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A thing."}]
+    fields = {"messages": turns, "images": [text]}
+    with copier(raw) as copy:
+        row = SampleMaker("messages", copy)("a.jsonl", RawRow(0, json.dumps(fields), fields))
+    assert "reason" not in row
+    assert (row["images"][0]["width"], row["images"][0]["height"]) == (50, 60)
+    assert row["raw"] == json.dumps(fields | {"images": [f"{text[:24]}<{len(text)} characters>"]})
+
+
 def test_blobs_are_no_larger_than_their_limit(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [encoded(40 + n, 40) for n in range(5)]
     monkeypatch.setattr(blobs, "BLOB_BYTES", 2 * len(pictures[4]))
@@ -188,7 +204,20 @@ def test_paths(raw: Path, image: str, reason: str | None) -> None:
 def test_a_raw_folder_may_be_a_link_itself(raw: Path) -> None:
     (raw.parent / "alias").symlink_to(raw)
     with copier(raw.parent / "alias") as copy:
-        assert copy.copy("a.png", "x.jsonl").width == 64
+        for folder in (".", raw.parent / "alias", raw.resolve()):
+            assert copy.copy(f"{folder}/a.png", "x.jsonl").width == 64
+
+
+def test_uris_into_the_raw_folder(raw: Path) -> None:
+    (raw / "a b.png").symlink_to("a.png")
+    (raw / "50%20.png").symlink_to("a.png")
+    named = (raw / "a b.png").resolve().parent
+    uris = [f"file://{named}/a b.png", f"file://localhost{named}/a%20b.png", f"file:{named}/a b.png", "file:a%20b.png"]
+    with copier(raw) as copy:
+        for uri in [(named / "a b.png").as_uri(), *uris, f"file://{named}/50%20.png", "file:50%2520.png"]:
+            assert copy.copy(uri, "x.jsonl").width == 64
+        with pytest.raises(RowError, match="is a URL"):
+            copy.copy(f"file://host{named}/a.png", "x.jsonl")
 
 
 def test_images_beside_the_rows_of_a_linked_folder(raw: Path) -> None:

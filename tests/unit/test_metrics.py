@@ -3,13 +3,14 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from trainer.metrics import ASIDE, METRICS, Metrics
+from trainer.metrics import ASIDE, METRICS, Metrics, RankTimes, StepMetrics
 from trainer.stopping import BAD_STEPS, FiniteGuard
 
 
@@ -51,3 +52,39 @@ def test_numbers_that_are_not_finite_end_the_run_and_name_a_weight() -> None:
     model.weight.data[1, 0] = math.nan
     with pytest.raises(UserError, match=r"^the model at step 9: weight has 1 of 4 values that are NaN or infinite"):
         guard.check_losses(math.nan, None, 9)
+
+
+def step_metrics(times: RankTimes) -> StepMetrics:
+    others: dict[str, Any] = {
+        "loss": 1.0,
+        "lr": 0.1,
+        "grad_norm": 1.0,
+        "skipped": 0,
+        "trained_tokens": 9,
+        "tokens_per_second": 9.0,
+    }
+    others |= {"mfu": None, "imbalance": 1.02, "seconds": 2.0, "memory_gb": 1.0, "validation_loss": None}
+    return StepMetrics(step=1, **others, **times.figures(2.0))
+
+
+def test_the_slowest_rank_is_named_with_its_time_and_the_means(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks 0 to 2 work 1.2, 1.8 and 1.2 s, of which rank 1 waits 0.5 s for data."""
+    times = RankTimes.of([1.2, 1.8, 1.2, 0.0, 0.5, 0.1])
+    with Metrics(Folder(str(tmp_path)), 0, 1, ranks=3) as metrics:
+        metrics.report(step_metrics(times))
+    shown = capsys.readouterr().out
+    assert "data wait 25%  (mean 10%)  slowest rank 1: 1.80 s, 1.29 x mean  packs max/mean 1.02  " in shown
+    line = json.loads((tmp_path / METRICS).read_text())
+    assert (line["slowest_rank"], line["work_seconds"]) == (1, 1.8)
+    assert line["work_seconds_mean"] == pytest.approx(1.4)
+    assert (line["data_wait"], line["data_wait_mean"]) == (0.25, pytest.approx(0.1))
+
+
+def test_one_rank_is_not_called_the_slowest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(Folder(str(tmp_path)), 0, 1) as metrics:
+        metrics.report(step_metrics(RankTimes.of([1.2, 0.2])))
+    shown = capsys.readouterr().out
+    assert "data wait 10%  1.0 GB" in shown
+    assert "slowest" not in shown

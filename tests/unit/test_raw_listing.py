@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kanyun.errors import UserError
-from pipeline.readers.raw_folder import LINK, RawFolder
+from pipeline.readers.raw_folder import LINK, NO_FILE, RawFolder
 
 
 def listed(raw: Path) -> tuple[list[tuple[str, int]], str]:
@@ -77,6 +77,16 @@ def test_links_to_nowhere_or_themselves_and_folders_without_rows(tmp_path: Path)
     (tmp_path / "raw/loop.png").symlink_to("loop.png")
     with pytest.raises(UserError, match="none among 2 files"):
         listed(tmp_path / "raw")
+
+
+def test_what_is_no_file_is_left_out(raw: Path) -> None:
+    """A pipe would block for ever, and a link to nothing fail the task that reads it."""
+    before = [name for name, _ in RawFolder(str(raw)).listing.files]
+    os.mkfifo(raw / "pipe.jsonl")
+    (raw / "gone.parquet").symlink_to("nowhere.parquet")
+    listing = RawFolder(str(raw)).listing
+    assert [name for name, _ in listing.files] == before
+    assert listing.left_out()[NO_FILE] == "2 (0 bytes)"
 
 
 def test_what_is_left_out_is_counted_by_suffix(raw: Path) -> None:

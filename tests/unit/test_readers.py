@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +351,19 @@ def test_equal_names_and_names_that_differ_in_case(tmp_path: Path) -> None:
     (row,) = rows_of(tmp_path / "c.tar")
     assert isinstance(row.fields, RowError)
     assert "c.json and c.JSON" in row.fields.evidence
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_tars_joined_by_cat_are_read_to_the_end(pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    first, second = (tar([(f"{n}.txt", f"{n}".encode())]) for n in (1, 2))
+    name = "a.tar" if pack is bytes else "a.tar.gz"
+    (tmp_path / name).write_bytes(pack(first + second))
+    assert [(row.position, fields(row)["txt"]) for row in rows_of(tmp_path / name)] == [(0, "1"), (len(first), "2")]
+    (tmp_path / name).write_bytes(pack(first + b"no tar" * 200))
+    one, damage = rows_of(tmp_path / name)
+    assert fields(one)["txt"] == "1"
+    assert isinstance(damage.fields, RowError)
+    assert damage.fields.evidence == f"{name} is no tar from its byte {len(first)} on"
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "a.tar.bz2", "a.tar.xz"])

@@ -121,9 +121,9 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder(tmp_path_factory.mktemp("qwen3"), QWEN3)
 
 
-def sample_row(raw: dict[str, Any]) -> dict[str, Any]:
+def sample_row(raw: dict[str, Any], name: str = "messages") -> dict[str, Any]:
     """A raw row through dataset class and checks, as preprocess stores it."""
-    sample = dataset("messages").sample(raw).placed()
+    sample = dataset(name).sample(raw).placed()
     run_checks(On.CANDIDATE, Candidate(sample.messages, sample.text, len(sample.images), "the row", 4))
     return {"messages": sample.messages, "tools": sample.tools, "text": None, "images": []}
 
@@ -159,6 +159,114 @@ def test_arguments_and_tools_as_text(qwen3: Path) -> None:
     assert encoded.input_ids.tolist() == expected
 
 
+def test_arguments_as_text_are_no_text_within_text(qwen2_5: Path) -> None:
+    """Qwen2.5's template would print "arguments": "{\\"town\\"...": a call that no parser takes."""
+    calls = [{"function": {"name": "get_weather", "arguments": text}} for text in ('{"town":"Oslo"}', " ")]
+    messages = [u("Weather?"), a("", *calls)]
+    (encoded,) = Encoder(Settings.load(str(qwen2_5))).encode([sample_row({"messages": messages, "tools": [WEATHER]})])
+    parsed = [u("Weather?"), a("", call(town="Oslo"), call())]
+    expected = AutoTokenizer.from_pretrained(qwen2_5).apply_chat_template(parsed, tools=[WEATHER], return_dict=True)
+    assert isinstance(encoded, Encoded)
+    assert encoded.input_ids.tolist() == expected["input_ids"]
+
+
+CALL_TEXT = json.dumps({"name": "get_weather", "arguments": {"town": "Ålesund", "n": 1.5}}, ensure_ascii=False)
+ARGUMENTS = json.dumps(TOWN["function"]["arguments"], ensure_ascii=False)
+SWIFT = {
+    "tools": [json.dumps(WEATHER)],
+    "messages": [
+        u("Both?"), a("Let me look."), {"role": "tool_call", "content": CALL_TEXT},
+        {"role": "tool_call", "content": CALL_TEXT}, {"role": "tool_response", "content": "rain"},
+        {"role": "tool_response", "content": "sun"}, a("Rain, sun."),
+    ],
+}  # fmt: skip
+LLAMA_FACTORY = {
+    "system": "Be brief.",
+    "tools": json.dumps([WEATHER]),
+    "conversations": [
+        {"from": "human", "value": "Both?"},
+        {"from": "function_call", "value": f"[{CALL_TEXT}, {CALL_TEXT}]"},
+        {"from": "observation", "value": "rain"},
+        {"from": "gpt", "value": "Rain."},
+    ],
+}
+OPENAI_OLDER = {
+    "messages": [
+        {"role": "developer", "content": "Be brief."}, u("Weather?"),
+        {"role": "assistant", "content": None, "function_call": {**TOWN["function"], "arguments": ARGUMENTS}},
+        {"role": "function", "name": "get_weather", "content": "rain"}, a("It rains."),
+    ],
+}  # fmt: skip
+HERMES = {
+    "conversations": [
+        {"from": "system", "value": "<tools>[...]</tools>"},
+        {"from": "human", "value": "Weather?"},
+        {"from": "gpt", "value": CALLED},
+        {"from": "tool", "value": "rain"},
+        {"from": "gpt", "value": "It rains."},
+    ],
+}
+AXOLOTL = {
+    "conversations": [
+        {"from": "human", "value": "1+1", "train": False},
+        {"from": "gpt", "value": "3", "train": False},
+        {"from": "human", "value": "1+1", "weight": 0},
+        {"from": "gpt", "value": "2", "train": True, "train_detail": None},
+    ],
+}
+BRIEF = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "messages", "trained"),
+    [
+        (
+            "messages",
+            SWIFT,
+            [u("Both?"), a("Let me look.", TOWN, TOWN), result("rain"), result("sun"), a("Rain, sun.")],
+            [f"Let me look.\n{CALLED}\n{CALLED}", "Rain, sun."],
+        ),
+        (
+            "llava",
+            LLAMA_FACTORY,
+            [BRIEF, u("Both?"), a(None, TOWN, TOWN), result("rain"), a("Rain.")],
+            [f"{CALLED}\n{CALLED}", "Rain."],
+        ),
+        (
+            "messages",
+            OPENAI_OLDER,
+            [BRIEF, u("Weather?"), a(None, TOWN), result("rain"), a("It rains.")],
+            [CALLED, "It rains."],
+        ),
+        (
+            "llava",
+            HERMES,
+            [
+                {"role": "system", "content": "<tools>[...]</tools>"},
+                u("Weather?"),
+                a(CALLED),
+                result("rain"),
+                a("It rains."),
+            ],
+            [CALLED, "It rains."],
+        ),
+        ("llava", AXOLOTL, [u("1+1"), a("3"), u("1+1"), a("2")], ["2"]),
+    ],
+)
+def test_the_spellings_of_other_libraries(
+    name: str, raw: dict[str, Any], messages: Rows, trained: list[str], qwen2_5: Path
+) -> None:
+    (encoded,) = Encoder(Settings.load(str(qwen2_5))).encode([sample_row(raw, name)])
+    tokenizer = AutoTokenizer.from_pretrained(qwen2_5)
+    offered = [WEATHER] if "tools" in raw else None
+    assert isinstance(encoded, Encoded), encoded
+    assert (
+        encoded.input_ids.tolist()
+        == tokenizer.apply_chat_template(messages, tools=offered, return_dict=True)["input_ids"]
+    )
+    assert tokenizer.decode(encoded.input_ids[encoded.loss_mask]) == "".join(f"{turn}<|im_end|>" for turn in trained)
+
+
 IGNORES_ALL = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 DROPS_RESULTS = IGNORES_ALL.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
 
@@ -170,6 +278,8 @@ DROPS_RESULTS = IGNORES_ALL.replace("{% for m in messages %}", "{% for m in mess
         (IGNORES_ALL, {"messages": [u("hi"), a("ho", TOWN)]}, "processor_failed", "call 'get_weather' of message 1"),
         (DROPS_RESULTS, {"messages": [u("hi"), a("x"), result("rain"), a("y")]}, "processor_failed", "print message 2"),
         (QWEN3, {"messages": [u("hi"), a("<think>x</think>"), u("hi"), a("y")]}, "text_too_short", "empty as the chat"),
+        (QWEN2_5, {"messages": [u("hi"), a("", {"function": {"name": "f", "arguments": "{"}})]}, "processor_failed",
+         "the arguments of f are no JSON"),
         (QWEN2_5.replace("message.content", "(message.content | replace('<|im_end|>', ''))"),
          {"messages": [u("hi <|im_end|>"), a("ho")]}, "processor_failed", "changes texts with <|im_"),
     ],

@@ -5,9 +5,11 @@ from trainer.checkpoint.reader import load, require_digests, require_finite
 from trainer.checkpoint.saver import Saver, save
 from trainer.checkpoint.state import State
 from trainer.checkpoint.store import (
+    DamagedError,
     checkpoints_of,
     find,
     latest,
+    look_up,
     read_state,
     remove_leftovers,
     require_whole,
@@ -18,12 +20,14 @@ from trainer.checkpoint.store import (
 )
 
 __all__ = [
+    "DamagedError",
     "Saver",
     "State",
     "checkpoints_of",
     "find",
     "latest",
     "load",
+    "look_up",
     "read_metadata",
     "read_state",
     "remove_leftovers",

@@ -22,7 +22,7 @@ from kanyun.transfer import copy_folder
 from trainer.checkpoint.metadata import refuse_code
 from trainer.checkpoint.parts import weights_of
 from trainer.checkpoint.state import Marker
-from trainer.checkpoint.store import require_whole
+from trainer.checkpoint.store import DamagedError, require_whole
 from trainer.models.language import LanguageModel
 from trainer.optim.state import OptimizerState
 
@@ -32,8 +32,8 @@ _THREADS = 4  # files digested at a time by a rank
 def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None = None) -> None:
     """Fill model, and optimizer if given, from a checkpoint. Every rank calls it.
 
-    Raises UserError if the checkpoint is damaged, has other tensors, holds anything but plain data, or values that are
-    not finite.
+    Raises DamagedError, on every rank and with model and optimizer unchanged, if a file is not what was written; and
+    UserError if the checkpoint has other tensors, holds anything but plain data, or values that are not finite.
     """
     with _on_local_disk(step) as local:
         _check_digests(local, step.uri)
@@ -52,8 +52,8 @@ def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None 
 def require_digests(step: Folder, names: Iterable[str] | None = None, where: str = "") -> bool:
     """Compare files of a checkpoint with their recorded digests, all of them or those named.
 
-    Return False if none is recorded: checkpoints made before digests were. Raises UserError naming the first file that
-    differs.
+    Return False if none is recorded: checkpoints made before digests were. Raises DamagedError naming the first file
+    that differs.
     """
     require_whole(step)
     recorded = Marker.read(step).files
@@ -63,9 +63,9 @@ def require_digests(step: Folder, names: Iterable[str] | None = None, where: str
         wanted = list(recorded if names is None else names)
         for name, digest in zip(wanted, pool.map(step.digest, wanted), strict=True):
             if digest != recorded[name].xxh3:
-                raise UserError(
+                raise DamagedError(
                     f"{where or step.uri}/{name} is damaged (its digest is {digest}, recorded is "
-                    f"{recorded[name].xxh3}): use another checkpoint, with `resume: STEP` or from a copy"
+                    f"{recorded[name].xxh3}): use another checkpoint"
                 )
     return True
 
@@ -103,18 +103,18 @@ def _on_local_disk(step: Folder) -> Iterator[Folder]:
 
 
 def _check_digests(step: Folder, where: str) -> None:
-    """Each rank checks its share of the files. Raises UserError on every rank if one differs."""
+    """Each rank checks its share of the files. Raises DamagedError on every rank if one differs."""
     names = sorted(Marker.read(step).files or [])
     error: list[Any] = [None] * dist.get_world_size()
     mine = None
     try:
         if not require_digests(step, names[dist.get_rank() :: dist.get_world_size()], where) and dist.get_rank() == 0:
             print(f"{where}: no digest recorded, so its content cannot be checked", flush=True)
-    except UserError as damaged:
+    except (UserError, OSError) as damaged:
         mine = str(damaged)
     dist.all_gather_object(error, mine)
     for found in filter(None, error):
-        raise UserError(found)
+        raise DamagedError(found)
 
 
 def _read(step: Folder, tensors: dict[str, Any], where: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ by looking. What is newer than the step that a run is at is moved aside, never d
 import os
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
@@ -24,13 +25,18 @@ LATEST = "latest"
 _STEP = re.compile(r"step_\d{8}")
 
 
+class DamagedError(UserError):
+    """A checkpoint's content is not what was written, though its files are there and have their sizes."""
+
+
 @dataclass(frozen=True)
 class Search:
     """The newest whole checkpoint of a run, and what was passed over."""
 
     newest: Folder | None
-    passed_over: list[str]  # a sentence for each newer folder that is not whole
+    passed_over: list[str] = field(default_factory=list)  # a sentence for each newer folder that is not whole
     hint: str = ""  # a sentence if `latest` does not name the newest
+    named: bool = False  # this very step was asked for: no other one takes its place
 
     @property
     def sentences(self) -> list[str]:
@@ -50,17 +56,20 @@ def steps_of(output: Folder) -> list[str]:
     return [name for name in checkpoints_of(output).names() if _STEP.fullmatch(name)]
 
 
-def find(output: Folder) -> Search:
-    """Look for the newest whole checkpoint; see `require_whole`."""
+def find(output: Folder, damaged: Mapping[str, str] | None = None) -> Search:
+    """Look for the newest whole checkpoint; see `require_whole`. `damaged`: URI of a step -> why it is none."""
     passed_over: list[str] = []
     root = checkpoints_of(output)
     for name in reversed(steps_of(output)):
+        step = root / name
         try:
-            require_whole(root / name)
+            if damaged and step.uri in damaged:
+                raise DamagedError(damaged[step.uri])
+            require_whole(step)
         except UserError as error:
             passed_over.append(f"passed over {name}: {error}")
             continue
-        return Search(root / name, passed_over, _hint(root, name))
+        return Search(step, passed_over, _hint(root, name))
     return Search(None, passed_over)
 
 
@@ -78,21 +87,25 @@ def latest(output: Folder) -> Folder | None:
 
 
 def resolve(path: str) -> Folder:
-    """Return the checkpoint that a run folder, its checkpoints folder, or a step folder stands for.
+    """Return the checkpoint that a path stands for, see `look_up`."""
+    found = look_up(path).newest
+    assert found is not None
+    return found
 
-    Raises UserError if there is none, or the step is not whole.
+
+def look_up(path: str, damaged: Mapping[str, str] | None = None) -> Search:
+    """Find the checkpoint that a run folder, its checkpoints folder, or a step folder stands for.
+
+    `damaged`: see `find`. Raises UserError if there is none, or the step is not whole.
     """
     folder = Folder(path)
-    if _STEP.fullmatch(folder.name) and folder.exists():
+    if (_STEP.fullmatch(folder.name) and folder.exists()) or folder.exists("state.json"):
         require_whole(folder)
-        return folder
-    if folder.exists("state.json"):
-        require_whole(folder)
-        return folder
+        return Search(folder, named=True)
     for run in (folder, folder.parent) if folder.name == "checkpoints" else (folder,):
-        search = find(run)
+        search = find(run, damaged)
         if search.newest is not None:
-            return search.newest
+            return search
         if search.passed_over:
             raise UserError(f"{path} has no whole checkpoint ({'; '.join(search.passed_over)}): use another run")
     raise UserError(

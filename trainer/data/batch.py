@@ -40,6 +40,7 @@ class Batch:
     # [3, T] int64: temporal, height, width. They restart in each segment; text has three equal rows.
     position_ids: Tensor
     cu_seqlens: Tensor  # [segments + 1] int32: the masked tail of a pack is its own segment; last entry T
+    datasets: Tensor  # [T] uint8: number of the sample's dataset in BatchFormat.datasets; one past its end: another
     vision: VisionBatch | None  # None only for a text model
 
     @property
@@ -70,13 +71,21 @@ class BatchFormat:
     image_token_id: int = -1
     static: StaticShape | None = None  # None: as large as the packs need
     pinned: bool = False  # in page-locked memory, for copies that do not block
+    datasets: tuple[str, ...] = ()  # names of those whose loss is reported separately
 
     @classmethod
-    def of(cls, model: ModelConfig, static: StaticShape | None = None, pinned: bool = False) -> "BatchFormat":
+    def of(
+        cls,
+        model: ModelConfig,
+        static: StaticShape | None = None,
+        pinned: bool = False,
+        datasets: tuple[str, ...] = (),
+    ) -> "BatchFormat":
         """Return the format of batches for this model."""
         vision = model.vision
         geometry = PatchGeometry(vision.patch_size, vision.merge_size, vision.window_size) if vision else None
-        return cls(geometry, -1 if model.image_token_id is None else model.image_token_id, static, pinned)
+        image_token_id = -1 if model.image_token_id is None else model.image_token_id
+        return cls(geometry, image_token_id, static, pinned, datasets)
 
 
 def make_batch(packs: Sequence[Pack], batch_format: BatchFormat) -> Batch:
@@ -101,6 +110,7 @@ def make_batch(packs: Sequence[Pack], batch_format: BatchFormat) -> Batch:
         "loss_mask": loss_mask,
         "position_ids": np.concatenate([_positions(pack, batch_format) for pack in packs], axis=1),
         "cu_seqlens": _cumulative(cu_seqlens, batch_format, "segments"),
+        "datasets": np.concatenate([_datasets(pack, batch_format.datasets) for pack in packs]),
     }
     vision = _vision(packs, input_ids, batch_format.geometry, batch_format) if batch_format.geometry else None
     return Batch(**{name: _tensor(array, batch_format) for name, array in arrays.items()}, vision=vision)
@@ -116,6 +126,13 @@ def _positions(pack: Pack, batch_format: BatchFormat) -> np.ndarray:
         raise DatasetError(
             f"pack {pack.pack_id} does not fit the model ({error}): pack the data with the model's own tokenizer folder"
         ) from error
+
+
+def _datasets(pack: Pack, names: tuple[str, ...]) -> np.ndarray:
+    """Return the number of each slot's dataset, [length] uint8; of the tail any, as nothing is trained there."""
+    numbers = [names.index(name) if name in names else len(names) for name in pack.dataset]
+    segments = np.diff(pack.cu_seqlens)
+    return np.repeat(np.array([*numbers, 0], np.uint8)[: len(segments)], segments)
 
 
 def _vision(

@@ -23,7 +23,7 @@ _AHEAD_BYTES = 1 << 30
 # Bytes of cached record batches, which one shuffle window reads several times: 16 steps of 64 packs take 2.6 GB of
 # images and text, 0.5 GB of text alone. What does not fit is read once more, at most once a pack.
 _HELD_BYTES = 2 << 30
-_TOKEN_BYTES = 8 + 8 + 4 + 3 * 8  # of a token slot in a Batch
+_TOKEN_BYTES = 8 + 8 + 4 + 3 * 8 + 1  # of a token slot in a Batch
 
 
 class Pick(NamedTuple):

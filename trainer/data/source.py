@@ -97,6 +97,17 @@ class PackedData:
         """Digest of all data."""
         return self.all.digest
 
+    @cached_property
+    def names(self) -> set[str]:
+        """Names of the datasets that samples come from: the data paths that were sampled."""
+        names = set()
+        for dataset in self.datasets:
+            paths = set(dataset.manifest.ratios)
+            # Packed from one output of filter: its samples have the name of their dataset class.
+            first = dataset.read_batch(0) if paths == {"."} and len(dataset) else []
+            names |= {name for pack in first for name in pack.dataset} if first else paths
+        return names
+
     @property
     def vision_budget(self) -> int:
         """The most patches any pack has; 0 = text only."""

@@ -16,7 +16,7 @@ from trainer.kernels.constants import CHUNK
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Return the cross entropy of hidden @ weight.T, summed over tokens, a float32 scalar.
+    """Return the cross entropy of hidden @ weight.T: summed, a float32 scalar, and of each token, [T] without gradient.
 
     hidden [T, H]; weight [V, H], whose gradient is added to `weight.main_grad` (float32, as megatron.core's DDP makes
     it); labels [T] int64, IGNORED where not trained; gradients: whether there will be a backward pass, which autograd
@@ -24,18 +24,18 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, gradients: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, gradients: bool) -> tuple[Tensor, Tensor]:
         from transformer_engine.pytorch.cpp_extensions import general_gemm
 
         from trainer.kernels.cross_entropy import cross_entropy_
 
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         to_hidden, to_weight = (gradients and needed for needed in ctx.needs_input_grad[:2])
         gradient = torch.empty_like(hidden) if to_hidden else None
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits = hidden[part] @ weight.T  # [chunk, V]; their gradient, from the next line on
-            total += cross_entropy_(logits, labels[part], gradient=to_hidden or to_weight)
+            losses[part] = cross_entropy_(logits, labels[part], gradient=to_hidden or to_weight)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
             if to_weight:
@@ -44,11 +44,12 @@ class LinearCrossEntropy(torch.autograd.Function):
                     hidden[part], logits, out_dtype=out.dtype, layout="NT", out=out, accumulate=True, grad=True
                 )
         ctx.save_for_backward(gradient)
-        return total
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, scale: Tensor, unused: Any) -> tuple[Tensor | None, None, None, None]:
         """`scale` must be 1: the weight's gradient has been added already."""
         (gradient,) = ctx.saved_tensors
         return gradient, None, None, None

@@ -4,6 +4,7 @@ A pack is one sequence of batch 1 with separate position ids; cu_seqlens reach t
 GPTModel is deprecated in megatron.core 0.19 (its successor has no mrope): only this file knows it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,18 +48,22 @@ class LanguageModel(MegatronModule):
         self._fused = runtime.cuda and runtime.tensor_parallel == 1
         self.register_load_state_dict_post_hook(_ignore_extra_state)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, observe: Callable[[Tensor], None] | None = None) -> Tensor:
         """Return the cross entropy summed over the trained tokens, a float32 scalar: a mean would weigh packs unevenly.
 
         On a GPU the gradients of embeddings and output head go straight into main_grad, so the model must be in a
-        DistributedDataParallel, and `backward` be called on the sum itself.
+        DistributedDataParallel, and `backward` be called on the sum itself. `observe` is given the loss of each token,
+        [T] float32, 0 where not trained, without gradient.
         """
         if self._fused:
             labels = batch.labels.masked_fill(batch.loss_mask == 0, IGNORED)
-            total: Tensor = self._language(batch, labels=labels, output_processor=_fused_head)
-            return total
-        losses: Tensor = self._language(batch, labels=batch.labels[None])
-        return (losses[0] * batch.loss_mask).sum()
+            total, losses = self._language(batch, labels=labels, output_processor=_fused_head)
+        else:
+            losses = self._language(batch, labels=batch.labels[None])[0] * batch.loss_mask
+            total = losses.sum()
+        if observe is not None:
+            observe(losses.detach())
+        return total
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits [T, V]; under tensor parallelism gathered from all ranks."""
@@ -78,7 +83,7 @@ class LanguageModel(MegatronModule):
     def clear_padding(self) -> None:
         """Zero what random weights have filled but must be 0. A decoder has no such padding."""
 
-    def _language(self, batch: Batch, **kwargs: Any) -> Tensor:
+    def _language(self, batch: Batch, **kwargs: Any) -> Any:
         return self.language(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[:, None],
@@ -96,11 +101,10 @@ class LanguageModel(MegatronModule):
         return embeddings
 
 
-def _fused_head(hidden_states: Tensor, output_layer: Module, output_weight: Tensor | None, **kwargs: Any) -> Tensor:
-    """Return the summed loss of the decoder's output [T, 1, H]. GPTModel calls it as its output processor."""
+def _fused_head(hidden_states: Tensor, output_layer: Module, output_weight: Tensor | None, **kwargs: Any) -> Any:
+    """Return LinearCrossEntropy of the decoder's output [T, 1, H]. GPTModel calls it as its output processor."""
     weight = output_layer.weight if output_weight is None else output_weight
-    total: Tensor = LinearCrossEntropy.apply(hidden_states[:, 0], weight, kwargs["labels"], torch.is_grad_enabled())
-    return total
+    return LinearCrossEntropy.apply(hidden_states[:, 0], weight, kwargs["labels"], torch.is_grad_enabled())
 
 
 def _ignore_extra_state(model: Module, keys: Any) -> None:

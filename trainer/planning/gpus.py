@@ -1,8 +1,13 @@
-"""The GPUs that layouts are known for."""
+"""The GPUs that layouts are known for, and the links between them."""
 
 from dataclasses import dataclass
 
 from kanyun.errors import UserError
+
+NODE = 8  # GPUs of a node, where nothing else is said
+# Bytes/s of NCCL's rings ("bus bandwidth"): in a node; for each GPU of a node that takes part in a ring between nodes,
+# by its own 400 Gb/s network card; and the most that a node reaches, of 8 x 50 GB/s. The last two: not measured here.
+NVLINK, NETWORK, NETWORK_NODE = 300e9, 45e9, 350e9
 
 
 @dataclass(frozen=True)

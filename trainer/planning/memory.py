@@ -1,4 +1,7 @@
-"""Predicted peak memory of a GPU in training; within 3 % of what was measured (benchmarks/README.md)."""
+"""Predicted peak memory of a GPU in training; within 3 % of what was measured (benchmarks/README.md).
+
+With sharded weights nothing has been measured yet: their formula is that of docs/design.md.
+"""
 
 from trainer.kernels.constants import CHUNK
 from trainer.models.config import Compute, ModelConfig
@@ -6,6 +9,11 @@ from trainer.models.registry import costs_of
 
 # What the allocator takes for activations beyond their bytes: blocks are rounded, and not every freed one fits again.
 ROUNDING = 1.05
+# Bytes of a parameter: bfloat16 weight, float32 gradient; two moments and the other half of the master weight.
+WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 6
+# Of a sharded layer's parameter, while the layer is at work and the next is on its way. Weights: both as they are
+# gathered, in bfloat16 or fp8, in fp8 also one transposed for the backward pass. Gradients: both in bfloat16.
+WORKING_WEIGHT, WORKING_WEIGHT_FP8, WORKING_GRADIENT = 2 + 2, 1 + 1 + 1, 2 + 2
 
 
 class MemoryModel:
@@ -14,19 +22,40 @@ class MemoryModel:
     def __init__(self, model: ModelConfig) -> None:
         self._model, self._costs = model, costs_of(model)
 
-    def peak(self, *, tensor_parallel: int, data_parallel: int, tokens: int, patches: int, compute: Compute) -> float:
+    def peak(
+        self,
+        *,
+        tensor_parallel: int,
+        data_parallel: int,
+        tokens: int,
+        patches: int,
+        compute: Compute,
+        weight_shards: int = 1,
+    ) -> float:
         """Return the bytes of a GPU for a micro-batch of `tokens` slots and `patches`.
 
-        `data_parallel`: ranks that the optimizer's state is sharded over.
+        `data_parallel`: ranks that the optimizer's state is sharded over. `weight_shards` > 1: weights, gradients and
+        optimizer state are sharded over so many.
         """
+        if weight_shards > 1:
+            state = self._sharded_state(weight_shards, compute)
+        else:
+            state = self._state(tensor_parallel, data_parallel, compute)
         rounded = ROUNDING * (self._activations(tensor_parallel, tokens, compute) + self._vision(patches, compute))
-        return self._state(tensor_parallel, data_parallel, compute) + rounded + self._logits(tensor_parallel, tokens)
+        return state + rounded + self._logits(tensor_parallel, tokens)
+
+    def _sharded_state(self, shards: int, compute: Compute) -> float:
+        layer = (self._costs.decoder_parameters - self._costs.embedding_parameters) / self._model.num_layers
+        # Embedding and output head, in bfloat16, take turns with the layers in the same two buffers.
+        vocabulary = 2 * self._model.vocab_size * self._model.hidden_size
+        weights = max((WORKING_WEIGHT_FP8 if compute.fp8 else WORKING_WEIGHT) * layer, vocabulary)
+        gradients = max(WORKING_GRADIENT * layer, vocabulary)
+        return (WEIGHT + GRADIENT + OPTIMIZER) * self._costs.parameters / shards + weights + gradients
 
     def _state(self, tensor_parallel: int, data_parallel: int, compute: Compute) -> float:
         # The vision tower is whole on every rank.
         parameters = self._costs.decoder_parameters / tensor_parallel + self._costs.vision_parameters
-        # bfloat16 weights, float32 gradients; sharded over the ranks, two moments and the other half of master weights
-        state = parameters * (2 + 4 + 6 / data_parallel)
+        state = parameters * (WEIGHT + GRADIENT + OPTIMIZER / data_parallel)
         # In fp8 the layers' weights are cast in every forward pass, and kept in 8 bits for the backward pass.
         return state + compute.fp8 * (parameters - self._costs.embedding_parameters / tensor_parallel)
 

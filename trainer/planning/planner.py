@@ -1,15 +1,17 @@
-"""Decides how a run is laid out on its devices: tensor parallelism, micro-batch, precision, recomputation.
+"""Decides how a run is laid out on its devices: sharding, micro-batch, precision, recomputation.
 
-The user states what to train on what; there is nothing to tune. Imports neither torch nor megatron.
+The user states what to train on what; there is nothing to tune. Of the layouts that fit, the one with the least
+predicted step time is taken. Imports neither torch nor megatron.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kanyun.errors import UserError
 from trainer.models.config import BFLOAT16, Compute, ModelConfig
-from trainer.planning.gpus import GPU
+from trainer.planning.gpus import GPU, NODE
 from trainer.planning.memory import MemoryModel
+from trainer.planning.speed import SpeedModel, StepTime
 
 GB = 1e9
 # From this width on, 0.5B's, fp8 was seen to pay: 11 % more tokens a second, 21 % with 1.5B, 41 % with 7B. Losses after
@@ -18,8 +20,15 @@ GB = 1e9
 FP8_HIDDEN = 896
 # Token slots of a micro-batch: more make matrix products no faster, but the step coarser.
 MOST_TOKENS = 65_536
+MICRO_BATCHES = (8, 4, 2, 1)
 TENSOR_PARALLEL = (1, 2, 4, 8)  # within a node
 MOST_GPUS = 512
+# GPUs over which the trainer can shard weights today. 1: it cannot, trainer/optim has no code for it, and runs get the
+# best of the other layouts. A node's 8 when that code gathers within a node; MOST_GPUS when it does between nodes.
+MOST_WEIGHT_SHARDS = 1
+# Sharded weights, and recomputation with several packs a micro-batch, have not been measured: they are taken where they
+# are predicted to be faster by more than this, a third of what predictions are off by.
+MARGIN = 1.02
 
 
 @dataclass(frozen=True)
@@ -29,13 +38,21 @@ class Layout:
     reason: str  # one sentence for people
     compute: Compute = BFLOAT16
     memory: float | None = None  # predicted peak of a GPU, bytes
+    # 1: every rank has whole weights. N: weights, gradients and optimizer state are sharded over N neighbouring ranks.
+    weight_shards: int = 1
+    step: StepTime | None = None  # predicted
+
+    @property
+    def built(self) -> bool:
+        """Whether the trainer can run it."""
+        return self.weight_shards <= MOST_WEIGHT_SHARDS
 
 
 class LayoutPlanner:
-    """Plans one model on `gpus` processes with one device each. `gpu`: None for CPUs."""
+    """Plans one model on `gpus` processes with one device each. `gpu`: None for CPUs. `node`: devices of a node."""
 
-    def __init__(self, model: ModelConfig, gpu: GPU | None, gpus: int) -> None:
-        self._model, self._gpu, self._gpus = model, gpu, gpus
+    def __init__(self, model: ModelConfig, gpu: GPU | None, gpus: int, node: int = NODE) -> None:
+        self._model, self._gpu, self._gpus, self._node = model, gpu, gpus, node
         self._memory = MemoryModel(model)
 
     def plan(self, *, length: int, global_batch: int, patches: int = 0) -> Layout:
@@ -46,80 +63,129 @@ class LayoutPlanner:
         if self._gpu is None:
             reason = f"the whole model on each of {self._gpus} CPU process(es), one pack at a time for the least memory"
             return Layout(tensor_parallel=1, micro_batch=1, reason=reason)
-        for tensor_parallel in self._tensor_parallel_sizes(self._gpus):
-            for micro_batch, compute in self._choices(self._gpu, tensor_parallel, length, global_batch):
-                memory = self._memory.peak(
-                    tensor_parallel=tensor_parallel,
-                    data_parallel=self._gpus // tensor_parallel,
-                    tokens=micro_batch * length,
-                    patches=micro_batch * patches,
-                    compute=compute,
-                )
-                if memory <= self._gpu.usable:
-                    packs = f"{micro_batch} pack(s) of {length} a micro-batch"
-                    reason = self._reason(self._gpu, tensor_parallel, packs, compute, memory)
-                    return Layout(tensor_parallel, micro_batch, reason, compute, memory)
-        raise UserError(self._does_not_fit(self._gpu, length, patches))
+        ranked = self.ranked(length=length, global_batch=global_batch, patches=patches)
+        built = next((layout for layout in ranked if layout.built), None)
+        if built is None:
+            raise UserError(self._does_not_fit(self._gpu, length, patches, MOST_WEIGHT_SHARDS))
+        return built
 
-    def _tensor_parallel_sizes(self, gpus: int) -> list[int]:
-        """Return the sizes that divide the model and the GPUs, smallest first: each costs communication a layer."""
+    def ranked(self, *, length: int, global_batch: int, patches: int = 0) -> list[Layout]:
+        """Return the layouts that fit, the fastest first, also those that the trainer has no code for yet.
+
+        Raises UserError if there is none.
+        """
+        assert self._gpu is not None
+        found = [
+            layout
+            for tensor_parallel, weight_shards in self._splits(self._gpus)
+            for micro_batch in MICRO_BATCHES
+            if (layout := self._fit(tensor_parallel, weight_shards, micro_batch, length, global_batch, patches))
+        ]
+        if not found:
+            raise UserError(self._does_not_fit(self._gpu, length, patches, MOST_GPUS))
+        return sorted(found, key=_order)
+
+    def _splits(self, gpus: int) -> Iterator[tuple[int, int]]:
+        """Yield tensor-parallel sizes with whole weights, then the numbers of ranks that weights are sharded over."""
         model = self._model
-        divided = (gpus, model.num_heads, model.num_kv_heads, model.intermediate_size, model.vocab_size)
-        return [size for size in TENSOR_PARALLEL if all(count % size == 0 for count in divided)]
+        divided = (gpus, self._node, model.num_heads, model.num_kv_heads, model.intermediate_size, model.vocab_size)
+        yield from ((size, 1) for size in TENSOR_PARALLEL if all(count % size == 0 for count in divided))
+        # All ranks of a node, which NVLink connects; of whole nodes, where one node has too little memory.
+        shards = min(self._node, gpus)
+        while 1 < shards <= gpus:
+            if gpus % shards == 0:
+                yield 1, shards
+            shards *= 2
 
-    def _choices(self, gpu: GPU, tensor_parallel: int, length: int, global_batch: int) -> Iterator[tuple[int, Compute]]:
-        """Yield micro-batch sizes and ways to compute, fastest first."""
+    def _fit(
+        self, tensor_parallel: int, weight_shards: int, micro_batch: int, length: int, global_batch: int, patches: int
+    ) -> Layout | None:
+        """Return the layout with the least recomputation that fits, if any."""
+        assert self._gpu is not None
+        # Packs of a step that one model replica has. Where they do not divide, the data stream says so.
+        share = max(global_batch * tensor_parallel // self._gpus, 1)
+        if share % micro_batch or (micro_batch > 1 and micro_batch * length > MOST_TOKENS):
+            return None
+        for compute in self._computes(self._gpu):
+            memory = self._peak(tensor_parallel, weight_shards, micro_batch * length, micro_batch * patches, compute)
+            if memory <= self._gpu.usable:
+                break
+        else:
+            return None
+        step = SpeedModel(self._model, self._gpu, self._node).step(
+            gpus=self._gpus,
+            tensor_parallel=tensor_parallel,
+            tokens=share * length,
+            patches=share * patches,
+            compute=compute,
+            micro_batches=share // micro_batch,
+            weight_shards=weight_shards,
+        )
+        layout = Layout(tensor_parallel, micro_batch, "", compute, memory, weight_shards, step)
+        return replace(layout, reason=self._reason(self._gpu, layout, length, memory))
+
+    def _computes(self, gpu: GPU) -> Iterator[Compute]:
+        """Yield ways to compute, from no recomputation to all of it."""
         fp8, depth = self._fp8(gpu), self._vision_depth
-        share = global_batch // (self._gpus // tensor_parallel)  # packs of a step that one model replica has
-        for micro_batch in (8, 4, 2):
-            if share % micro_batch == 0 and micro_batch * length <= MOST_TOKENS:
-                yield micro_batch, Compute(fp8)
         # To save 0.7 GB a recomputed vision block costs 1.4 ms (18,816 patches), a layer of 3B 2 ms (8192 tokens).
-        for blocks in range(depth + 1):
-            yield 1, Compute(fp8, 0, blocks)
-        # Recompute at most a quarter of the layers, a twelfth of the work, before the model is split further.
-        most = self._model.num_layers // (1 if tensor_parallel == self._tensor_parallel_sizes(self._gpus)[-1] else 4)
-        for layers in range(1, most + 1):
-            yield 1, Compute(fp8, layers, depth)
+        yield from (Compute(fp8, 0, blocks) for blocks in range(depth + 1))
+        yield from (Compute(fp8, layers, depth) for layers in range(1, self._model.num_layers + 1))
 
-    def _reason(self, gpu: GPU, tensor_parallel: int, packs: str, compute: Compute, memory: float) -> str:
+    def _peak(
+        self, tensor_parallel: int, weight_shards: int, tokens: int, patches: int, compute: Compute, gpus: int = 0
+    ) -> float:
+        return self._memory.peak(
+            tensor_parallel=tensor_parallel,
+            data_parallel=(gpus or self._gpus) // tensor_parallel,
+            tokens=tokens,
+            patches=patches,
+            compute=compute,
+            weight_shards=weight_shards,
+        )
+
+    def _reason(self, gpu: GPU, layout: Layout, length: int, memory: float) -> str:
         """Return the choice as one sentence."""
+        compute, ranks = layout.compute, self._gpus // layout.tensor_parallel
         parts = [
-            "the whole model on each GPU" if tensor_parallel == 1 else f"tensor parallel over {tensor_parallel} GPUs",
-            f"optimizer state over {self._gpus // tensor_parallel} data-parallel rank(s)",
-            f"{packs} in one CUDA graph",
+            f"{layout.micro_batch} pack(s) of {length} a micro-batch in one CUDA graph",
             "fp8 in the layers' matrix products" if compute.fp8 else "bfloat16",
         ]
+        if layout.weight_shards > 1:
+            parts.insert(0, f"weights, gradients and optimizer state sharded over {layout.weight_shards} GPUs")
+        else:
+            split = layout.tensor_parallel
+            whole = "the whole model on each GPU" if split == 1 else f"tensor parallel over {split} GPUs"
+            parts[:0] = [whole, f"optimizer state over {ranks} data-parallel rank(s)"]
         if compute.recomputed_blocks:
             parts.append(f"recompute {compute.recomputed_blocks} of {self._vision_depth} vision blocks")
         if compute.recomputed_layers:
             parts.append(f"recompute {compute.recomputed_layers} of {self._model.num_layers} layers")
         return f"{', '.join(parts)}: {memory / GB:.0f} of {gpu.usable / GB:.0f} usable GB a GPU predicted"
 
-    def _does_not_fit(self, gpu: GPU, length: int, patches: int) -> str:
+    def _does_not_fit(self, gpu: GPU, length: int, patches: int, most_shards: int) -> str:
         """Return the error: what the least memory would be, and the fewest GPUs that have it."""
-        tensor_parallel = self._tensor_parallel_sizes(self._gpus)[-1]
-        least = self._least_memory(gpu, self._gpus, tensor_parallel, length, patches)
+        least, how = self._least_memory(gpu, self._gpus, length, patches, most_shards)
+        missing = (least - gpu.usable) / GB
         way_out = f"no number of them up to {MOST_GPUS} can: use a smaller model or shorter packs"
         for gpus in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, MOST_GPUS) if n > self._gpus):
-            sizes = self._tensor_parallel_sizes(gpus)
-            if any(self._least_memory(gpu, gpus, size, length, patches) <= gpu.usable for size in sizes):
+            if self._least_memory(gpu, gpus, length, patches, most_shards)[0] <= gpu.usable:
                 way_out = f"{gpus} are the fewest that can"
                 break
         return (
-            f"{self._gpus} x {gpu.name} cannot train this model on packs of {length}: even over {tensor_parallel} "
-            f"GPU(s) a GPU needs {least / GB:.0f} GB and has {gpu.usable / GB:.0f} usable; {way_out}"
+            f"{self._gpus} x {gpu.name} cannot train this model on packs of {length}: even with {how} and everything "
+            f"recomputed a GPU needs {least / GB:.0f} GB and has {gpu.usable / GB:.0f} usable, {missing:.0f} GB are "
+            f"missing; {way_out}"
         )
 
-    def _least_memory(self, gpu: GPU, gpus: int, tensor_parallel: int, length: int, patches: int) -> float:
-        """Return the peak with one pack a micro-batch and everything recomputed."""
-        return self._memory.peak(
-            tensor_parallel=tensor_parallel,
-            data_parallel=gpus // tensor_parallel,
-            tokens=length,
-            patches=patches,
-            compute=Compute(self._fp8(gpu), self._model.num_layers, self._vision_depth),
-        )
+    def _least_memory(self, gpu: GPU, gpus: int, length: int, patches: int, most_shards: int) -> tuple[float, str]:
+        """Return the least peak, with one pack a micro-batch and everything recomputed, and how it is reached."""
+        compute = Compute(self._fp8(gpu), self._model.num_layers, self._vision_depth)
+        splits = [split for split in self._splits(gpus) if split[1] <= most_shards]
+        peaks = ((self._peak(*split, length, patches, compute, gpus), split) for split in splits)
+        memory, (tensor_parallel, shards) = min(peaks)
+        if shards > 1:
+            return memory, f"weights, gradients and optimizer state sharded over {shards} GPUs"
+        return memory, f"tensor parallelism over {tensor_parallel} GPUs" if tensor_parallel > 1 else "whole weights"
 
     def _fp8(self, gpu: GPU) -> bool:
         return gpu.fp8 and self._model.hidden_size >= FP8_HIDDEN
@@ -127,3 +193,11 @@ class LayoutPlanner:
     @property
     def _vision_depth(self) -> int:
         return self._model.vision.depth if self._model.vision else 0
+
+
+def _order(layout: Layout) -> tuple[float, int, int]:
+    """Return what layouts are sorted by: predicted seconds, then the least exchange and the fewest micro-batches."""
+    assert layout.step is not None
+    recomputed = layout.compute.recomputed_layers + layout.compute.recomputed_blocks > 0
+    margin = MARGIN if layout.weight_shards > 1 or (recomputed and layout.micro_batch > 1) else 1.0
+    return margin * layout.step.seconds, layout.weight_shards, -layout.micro_batch

@@ -1,9 +1,8 @@
 """Predicted time of a training step: what it computes and moves, over what kernels were measured to reach.
 
-Sums up matrix products, attention, passes over memory, casts to fp8 and communication. Rates are an H100's, from
-profiles of 0.5B and 1.5B. The sum is within 6 % of what was measured from 0.5B to 7B (benchmarks/README.md), in samples
-of about 900 tokens; 8 % above it with two in a pack. Other GPUs are scaled by their data sheets, several GPUs by
-NVLink's and a network's usual rates.
+Sums up matrix products, attention, passes over memory, casts to fp8, exchange and the optimizer. Rates are an H100's,
+from profiles of 0.5B and 1.5B. The sum is within 6 % of every measured row (tests/unit/test_layout_measured.py), in
+samples of about 900 tokens. Other GPUs are scaled by their data sheets, several GPUs by NVLink's and a network's rates.
 """
 
 from typing import NamedTuple
@@ -11,25 +10,22 @@ from typing import NamedTuple
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import TRAINING
 from trainer.models.registry import costs_of
-from trainer.planning.gpus import GPU, GPUS
+from trainer.planning.exchange import SHARDED_GRADIENT, exposed, weight_exchange, whole_exchange
+from trainer.planning.gpus import GPU, GPUS, NODE, NVLINK
 
 SEGMENT = 900  # tokens of a sample
 # Of an H100, FLOP/s or bytes/s.
 PRODUCTS, PRODUCTS_FP8 = 720e12, 1345e12
 ATTENTION = 170e12  # of such segments: a third of what long ones reach
 TOWER, TOWER_FP8 = 440e12, 510e12  # all of the vision tower
-ELEMENTWISE, NORMS, CASTS = 3.0e12, 2.0e12, 2.5e12
-# Bytes/s of NCCL's rings ("bus bandwidth"): in a node; for each GPU of a node that takes part in a ring between nodes,
-# by its own 400 Gb/s network card; and the most that a node reaches, of 8 x 50 GB/s. The last two: not measured.
-NVLINK, NETWORK, NETWORK_NODE = 300e9, 45e9, 350e9
-NODE = 8
-# What an exchange beside compute costs nonetheless, of its time alone: NCCL's kernels hold multiprocessors that matrix
-# products wait for. 1.5B on two H100s: 11 of 15 ms; a reduce-scatter of a 7B layer 0.98 of 1.67, a gather 0.88 of 0.98.
-BESIDE = 0.6
+ELEMENTWISE, NORMS, CASTS = 3.0e12, 2.0e12, 2.75e12
 # Bytes of a parameter: Adam reads and writes 20; setting gradients to 0, scaling them, their norm and clipping 24.
 UPDATE = 44
+# Bytes of a parameter in each micro-batch: a weight is read and cast to fp8 twice, as it is and transposed; a gradient
+# is added in place to float32. With them 7B gains 3.2 % from two packs a micro-batch; measured: 749 to 773 TFLOP/s.
+CAST, ADDED = 6, 8
 # Gaps between kernels, clipping, reductions of bias gradients, copies.
-REST = 1.12
+REST = 1.10
 
 
 class Work(NamedTuple):
@@ -45,11 +41,28 @@ class Work(NamedTuple):
     tower: float  # FLOPs of a patch, attention not counted
 
 
-class SpeedModel:
-    """Speed of one model's training step on one kind of GPU."""
+class StepTime(NamedTuple):
+    """Seconds of a step, part by part."""
 
-    def __init__(self, model: ModelConfig, gpu: GPU) -> None:
-        self._model, self._costs = model, costs_of(model)
+    products: float  # of layers and output head
+    attention: float
+    passes: float  # over memory: SwiGLU, norms, loss, and adding up gradients of weights
+    casts: float  # of activations and weights to fp8
+    tower: float  # all of the vision tower
+    rest: float
+    exchange: float  # between GPUs, what no compute hides
+    optimizer: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self)
+
+
+class SpeedModel:
+    """Speed of one model's training step on one kind of GPU, `node` of them in a node."""
+
+    def __init__(self, model: ModelConfig, gpu: GPU, node: int = NODE) -> None:
+        self._model, self._costs, self._node = model, costs_of(model), node
         self._faster, self._wider = gpu.flops / GPUS["H100"].flops, gpu.bandwidth / GPUS["H100"].bandwidth
 
     def work(self, compute: Compute) -> Work:
@@ -78,37 +91,82 @@ class SpeedModel:
             tower=tower_passes * costs.patch_flops,
         )
 
-    def step_seconds(
-        self, *, gpus: int, tensor_parallel: int, tokens: int, patches: int, compute: Compute, micro_batches: int = 1
-    ) -> float:
-        """Return the seconds of a step on `gpus`.
+    def flops(self, tokens: int, patches: int) -> float:
+        """Return the model's FLOPs of a step, without recomputation: MFU's numerator."""
+        costs = self._costs
+        token = costs.token_flops + costs.pair_flops * SEGMENT / 2
+        return TRAINING * (tokens * token + patches * costs.patch_flops)
+
+    def step(
+        self,
+        *,
+        gpus: int,
+        tensor_parallel: int,
+        tokens: int,
+        patches: int,
+        compute: Compute,
+        micro_batches: int = 1,
+        weight_shards: int = 1,
+    ) -> StepTime:
+        """Return the time of a step on `gpus`.
 
         `tokens` and `patches`: what each tensor-parallel group works on in it, in `micro_batches`.
         """
+        alone = self._computed(tensor_parallel, weight_shards, tokens, patches, compute, micro_batches)
+        seconds = REST * alone.seconds
+        exchange = self._exchange(gpus, tensor_parallel, weight_shards, seconds, compute, micro_batches)
+        # Activations under tensor parallelism, each way, in both passes.
+        activations = self._model.num_layers * 10 * 2 * self._model.hidden_size * (tensor_parallel - 1) / NVLINK
+        ranks = weight_shards if weight_shards > 1 else gpus // tensor_parallel
+        adam = UPDATE * self._costs.parameters / tensor_parallel / ranks / (ELEMENTWISE * self._wider)
+        return alone._replace(
+            rest=seconds - alone.seconds, exchange=exchange + tokens / tensor_parallel * activations, optimizer=adam
+        )
+
+    def _computed(
+        self, split: int, weight_shards: int, tokens: int, patches: int, compute: Compute, micro_batches: int
+    ) -> StepTime:
+        """Return the parts that a GPU computes; `split`: tensor-parallel size."""
         token = self.work(compute)
-        computed = token.products / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS)
-        computed += token.head / PRODUCTS + token.attention / ATTENTION
-        moved = (token.swiglu + token.loss) / ELEMENTWISE + token.norms / NORMS + token.casts / CASTS
-        # Activations, each way, in both passes.
-        exchanged = self._model.num_layers * 10 * 2 * self._model.hidden_size * (tensor_parallel - 1) / NVLINK
-        tower = token.tower / (TOWER_FP8 if compute.fp8 else TOWER)
-        seconds = tokens / tensor_parallel * (computed / self._faster + moved / self._wider + exchanged)
-        seconds += patches * tower / self._faster
-        seconds *= REST
-        reduce, gather, adam = self._update(gpus // tensor_parallel, tensor_parallel, gpus)
-        # The last backward pass hides the reduce-scatter of gradients, the first forward pass the gather of weights.
+        parameters, layers = self._costs.parameters / split, self._layers / split
+        products = token.products / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS) + token.head / PRODUCTS
+        passes = (token.swiglu + token.loss) / ELEMENTWISE + token.norms / NORMS
+        added = ADDED if weight_shards == 1 else SHARDED_GRADIENT + ADDED / weight_shards
+        gradients = micro_batches * added * parameters / ELEMENTWISE
+        weights = compute.fp8 * micro_batches * CAST * layers / ELEMENTWISE
+        return StepTime(
+            products=tokens / split * products / self._faster,
+            attention=tokens / split * token.attention / ATTENTION / self._faster,
+            passes=(tokens / split * passes + gradients) / self._wider,
+            casts=(tokens / split * token.casts / CASTS + weights) / self._wider,
+            tower=patches * token.tower / (TOWER_FP8 if compute.fp8 else TOWER) / self._faster,
+            rest=0.0,
+            exchange=0.0,
+            optimizer=0.0,
+        )
+
+    def _exchange(
+        self, gpus: int, split: int, weight_shards: int, seconds: float, compute: Compute, micro_batches: int
+    ) -> float:
+        """Return what the exchange of weights and gradients adds to `seconds` of compute."""
         backward, forward = 2 / 3 * seconds / micro_batches, 1 / 3 * seconds / micro_batches
-        return seconds + adam + _exposed(reduce, backward) + _exposed(gather, forward)
+        if weight_shards == 1:
+            # The last backward pass hides the reduce-scatter of gradients, the first forward pass the gather.
+            parameters = self._costs.parameters / split
+            reduce, gather = whole_exchange(parameters, gpus=gpus, tensor_parallel=split, node=self._node)
+            return exposed(reduce, backward) + exposed(gather, forward)
+        sent = weight_exchange(
+            self._layers,
+            self._costs.embedding_parameters,
+            count=self._model.num_layers,
+            fp8=compute.fp8,
+            gpus=gpus,
+            shards=weight_shards,
+            node=self._node,
+        )
+        return sent.exposed(forward, backward, micro_batches)
 
-    def _update(self, data_parallel: int, tensor_parallel: int, gpus: int) -> tuple[float, float, float]:
-        """Return the seconds of the gradients' reduce-scatter, of the weights' all-gather and of the optimizer."""
-        parameters = self._costs.parameters / tensor_parallel
-        adam = UPDATE * parameters / data_parallel / (ELEMENTWISE * self._wider)
-        link = NVLINK if gpus <= NODE else min(NETWORK * (NODE // tensor_parallel), NETWORK_NODE)
-        sent = parameters * (data_parallel - 1) / data_parallel / link
-        return 4 * sent, 2 * sent, adam
-
-
-def _exposed(exchange: float, compute: float) -> float:
-    """Return the seconds that an exchange adds to the compute it runs beside."""
-    return max(exchange - compute, 0.0) + BESIDE * min(exchange, compute)
+    @property
+    def _layers(self) -> int:
+        """Parameters of the decoder's layers and of the vision tower."""
+        return self._costs.parameters - self._costs.embedding_parameters

@@ -1,4 +1,4 @@
-"""What people see of a run: one live line, OUTPUT/metrics.jsonl (a JSON object per step), OUTPUT/tensorboard/."""
+"""What people see of a run: one live line, OUTPUT/metrics.jsonl (a JSON object a step), and trackers."""
 
 import json
 import math
@@ -6,18 +6,20 @@ import resource
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from kanyun.storage import Folder
+from trainer.metrics.trackers import TensorBoard, Tracker, scalars_of, services
+from trainer.report.history import METRICS, History
+from trainer.report.page import PAGE, page
 
-METRICS = "metrics.jsonl"
 ASIDE = "metrics.aside.jsonl"
 _LINE_EVERY = 5.0  # seconds, where the output is not a terminal
 
@@ -34,11 +36,23 @@ class StepMetrics:
     trained_tokens: int
     tokens_per_second: float  # useful token slots: all but padding
     mfu: float | None  # share of the GPUs' peak; None where that is not known
-    data_wait: float  # share of the time that the model waited for data
+    data_wait: float  # share of the time that the model waited for data, on the rank that waited longest
+    data_wait_mean: float  # the same over the ranks
+    # Data-parallel rank that worked longest by itself: reading data, forward and backward passes. All wait for it.
+    slowest_rank: int
+    work_seconds: float  # of that rank
+    work_seconds_mean: float  # over the ranks
     imbalance: float  # cost of the packs of the rank that has most, over the ranks' mean; 1 = all equal
     seconds: float
     memory_gb: float  # peak of rank 0's device; on a CPU, of its process
     validation_loss: float | None
+    # Means over their trained tokens; what has no name of its own is "(other)".
+    loss_by_dataset: dict[str, float] = field(default_factory=dict)
+    tokens_by_dataset: dict[str, int] = field(default_factory=dict)  # trained ones
+    validation_loss_by_dataset: dict[str, float] = field(default_factory=dict)
+    # start: a process's first step; save: a checkpoint is begun; save failed: the one before; stop: told to
+    events: list[str] = field(default_factory=list)
+    steps: int | None = None  # of the whole run
 
 
 class Metrics:
@@ -46,13 +60,14 @@ class Metrics:
 
     A run that resumes at step `start` appends to its metrics.jsonl. Lines of later steps, which are done again, and
     damaged lines are moved to metrics.aside.jsonl; `notes` says so. For an output that is no local disk, files are
-    written to a temporary folder and copied by `publish`.
+    written to a temporary folder and copied by `publish`, which also draws report.html.
     """
 
-    def __init__(self, output: Folder, start: int, steps: int):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import: other ranks need not
-
-        self._steps, self._output = steps, output
+    def __init__(
+        self, output: Folder, start: int, steps: int, *, ranks: int = 1, config: dict[str, Any] | None = None
+    ) -> None:
+        """`ranks`: data-parallel ones. `config`: what trackers show of the run besides its numbers."""
+        self._steps, self._output, self._ranks, self._config = steps, output, ranks, config or {}
         self.notes = _set_aside(output, start)
         self._open = ExitStack()
         self._local = Path(output.path)
@@ -60,33 +75,34 @@ class Metrics:
             self._local = Path(self._open.enter_context(TemporaryDirectory(prefix="kanyun-metrics-")))
             self._local.joinpath(METRICS).write_bytes(output.read(METRICS) if output.exists(METRICS) else b"")
         self._file = self._open.enter_context(self._local.joinpath(METRICS).open("a", encoding="utf-8"))
-        self._board = SummaryWriter(str(self._local / "tensorboard"), purge_step=start + 1)
-        self._open.callback(self._board.close)
         self._terminal = sys.stdout.isatty()
+        self._board = TensorBoard(self._local, start)
+        self._trackers: list[Tracker] = [self._board, *services(output.uri, self._config, self._say)]
+        for tracker in self._trackers:
+            self._open.callback(tracker.close)
         self._shown = 0.0
+        self._drawn, self._drawing = 0.0, 0.0  # when report.html was begun last, and what it took, seconds
         self._seconds: float | None = None  # of a step, smoothed: for the ETA
         self._unsaved = ""  # on the live line while saves fail
 
     def report(self, metrics: StepMetrics) -> None:
-        values = asdict(metrics)
-        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        self._file.write(json.dumps({name: finite.get(name) for name in values}) + "\n")
+        line = _finite(asdict(metrics))
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
-        for name, value in finite.items():
-            if name != "step":
-                self._board.add_scalar(name, value, metrics.step)
+        for tracker in self._trackers:
+            tracker.log(scalars_of(line), metrics.step)
         self._show(metrics)
 
-    def tell_failed_save(self, sentence: str, last: str | None) -> None:
-        """Print why a checkpoint was not written, and keep saying on the live line which one is the last."""
-        self._unsaved = f"save failed, last is {last or 'none'}"
-        print(("\n" if self._terminal else "") + sentence, flush=True)
-
-    def tell_saved(self) -> None:
-        self._unsaved = ""
+    def tell_saves(self, failed: str, failures: int, last: str | None) -> None:
+        """Print why a checkpoint was not written; as long as saves fail, the live line says which one is the last."""
+        self._unsaved = f"save failed, last is {last or 'none'}" if failures else ""
+        if failed:
+            self._say(failed)
 
     def publish(self) -> None:
-        """Copy the files to an output that is no local disk."""
+        """Draw the run, if that takes a thousandth of the time or less; copy all to an output that is no local disk."""
+        if time.monotonic() - self._drawn > 1000 * self._drawing:
+            self._draw()
         if not self._output.is_local:
             self._board.flush()
             for file in self._local.rglob("*"):
@@ -94,7 +110,7 @@ class Metrics:
                     self._output.write(str(file.relative_to(self._local)), file.read_bytes())
 
     def close(self) -> None:
-        self._file.flush()
+        self._drawing = 0.0  # once more, whatever it takes
         self.publish()
         self._open.close()
 
@@ -105,6 +121,19 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _draw(self) -> None:
+        """Write report.html: 0.4 s for 10,000 steps."""
+        if self._seconds is None:  # no step yet
+            return
+        self._drawn, local = time.monotonic(), Folder(str(self._local))
+        history = replace(History.read(local.path), name=self._output.path, config=self._config)
+        local.write(PAGE, page([history]).encode())
+        self._drawing = time.monotonic() - self._drawn
+
+    def _say(self, sentence: str) -> None:
+        """Print it on a line of its own, below the live one."""
+        print(("\n" if self._terminal else "") + sentence, flush=True)
 
     def _show(self, metrics: StepMetrics) -> None:
         self._seconds = 0.9 * self._seconds + 0.1 * metrics.seconds if self._seconds else metrics.seconds
@@ -129,12 +158,29 @@ class Metrics:
             f"{metrics.tokens_per_second:,.0f} tokens/s",
             f"MFU {metrics.mfu:.1%}" if metrics.mfu is not None else "MFU n/a",
             f"data wait {metrics.data_wait:.0%}",
-            f"ranks max/mean {metrics.imbalance:.2f}",
+            *(_ranks(metrics) if self._ranks > 1 else ()),
             f"{metrics.memory_gb:.1f} GB",
             f"ETA {left}",
             self._unsaved,
         ]
         return "  ".join(part for part in parts if part)
+
+
+def _finite(value: Any) -> Any:
+    """Return the value as JSON has it: None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ranks(metrics: StepMetrics) -> list[str]:
+    """Return what the live line says of several ranks."""
+    return [
+        f"(mean {metrics.data_wait_mean:.0%})",
+        f"slowest rank {metrics.slowest_rank}: {metrics.work_seconds:.2f} s,"
+        f" {metrics.work_seconds / metrics.work_seconds_mean:.2f} x mean",
+        f"packs max/mean {metrics.imbalance:.2f}",
+    ]
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -1,0 +1,152 @@
+"""Predicted memory and speed beside every row that was measured on GPUs (benchmarks/README.md, docs/design.md)."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from benchmarks import many_gpus
+from trainer.models.config import Compute
+from trainer.models.registry import published_sizes
+from trainer.planning.exchange import weight_exchange
+from trainer.planning.gpus import GPUS
+from trainer.planning.memory import MemoryModel
+from trainer.planning.speed import SpeedModel
+
+ROOT = Path(__file__).parents[2]
+LENGTH = 8192
+TEXT, MIX = 0.988, 0.975  # useful share of the token slots; of packs of equal pictures, all
+FP8 = Compute(fp8=True)
+
+
+class Row(NamedTuple):
+    size: str
+    packs: int  # of a step and tensor-parallel group
+    micro_batches: int
+    patches: int  # of a pack
+    compute: Compute
+    tokens: int  # useful ones a second and GPU
+    memory: float | None  # GB
+    gpus: int = 1
+    tensor_parallel: int = 1
+    useful: float = 1.0
+
+    @property
+    def card(self) -> str:
+        return "H200" if self.size.endswith("7B") and self.gpus == 1 else "H100"
+
+    def memory_error(self) -> float:
+        per_micro_batch = self.packs // self.micro_batches
+        peak = MemoryModel(published_sizes()[f"Qwen2.5-{self.size}"]).peak(
+            tensor_parallel=self.tensor_parallel,
+            data_parallel=self.gpus // self.tensor_parallel,
+            tokens=per_micro_batch * LENGTH,
+            patches=per_micro_batch * self.patches,
+            compute=self.compute,
+        )
+        assert self.memory is not None
+        return peak / 1e9 / self.memory - 1
+
+    def seconds(self) -> float:
+        speed = SpeedModel(published_sizes()[f"Qwen2.5-{self.size}"], GPUS[self.card])
+        return speed.step(
+            gpus=self.gpus,
+            tensor_parallel=self.tensor_parallel,
+            tokens=self.packs * LENGTH,
+            patches=self.packs * self.patches,
+            compute=self.compute,
+            micro_batches=self.micro_batches,
+        ).seconds
+
+    def speed_error(self) -> float:
+        measured = self.packs * LENGTH * self.useful / self.tokens / self.tensor_parallel
+        return self.seconds() / measured - 1
+
+
+def vision(blocks: int, layers: int = 0, *, fp8: bool = True) -> Compute:
+    return Compute(fp8, recomputed_layers=layers, recomputed_blocks=blocks)
+
+
+ROWS = [
+    Row("0.5B", 16, 2, 0, Compute(), 136_530, 77.6, useful=TEXT),
+    Row("0.5B", 16, 2, 0, FP8, 150_914, 67.9, useful=TEXT),
+    Row("1.5B", 16, 8, 0, Compute(), 53_036, 57.6, useful=TEXT),
+    Row("1.5B", 16, 8, 0, FP8, 64_110, 53.7, useful=TEXT),
+    Row("1.5B", 16, 8, 0, FP8, 63_165, 53.7, useful=TEXT),
+    Row("1.5B", 8, 4, 0, FP8, 62_813, None, useful=TEXT),
+    Row("1.5B", 2, 1, 0, FP8, 56_139, None, useful=TEXT),
+    Row("3B", 16, 16, 0, Compute(), 27_610, 67.0, useful=TEXT),
+    Row("3B", 16, 16, 0, FP8, 35_234, 66.0, useful=TEXT),
+    Row("3B", 8, 8, 0, FP8, 34_516, None, useful=TEXT),
+    Row("3B", 2, 2, 0, FP8, 31_304, None, useful=TEXT),
+    Row("7B", 8, 8, 0, Compute(), 13_193, 131.2, useful=TEXT),
+    Row("7B", 8, 8, 0, FP8, 18_664, 132.8, useful=TEXT),
+    Row("VL-3B", 8, 8, 6_272, vision(24, fp8=False), 20_758, 79.9),
+    Row("VL-3B", 8, 8, 6_272, vision(19), 25_176, 79.9),
+    Row("VL-3B", 8, 8, 12_544, vision(28), 22_070, 79.4),
+    Row("VL-3B", 8, 8, 18_816, vision(32, fp8=False), 15_539, 79.1),
+    Row("VL-3B", 8, 8, 18_816, vision(31), 18_960, 78.8),
+    Row("VL-3B", 8, 8, 6_600, vision(20), 24_454, 77.9, useful=MIX),
+    Row("VL-7B", 4, 4, 18_816, vision(32, 4, fp8=False), 9_112, 136.4),
+    Row("VL-7B", 4, 4, 18_816, vision(32, 6), 11_930, 135.3),
+    Row("1.5B", 2, 1, 0, FP8, 56_656, 49.0, 2, useful=TEXT),
+    Row("1.5B", 8, 2, 0, FP8, 64_436, 79.7, 2, useful=TEXT),
+    Row("3B", 2, 2, 0, FP8, 31_417, 56.8, 2, useful=TEXT),
+    Row("3B", 8, 8, 0, FP8, 34_866, 56.8, 2, useful=TEXT),
+    Row("7B", 8, 8, 0, FP8, 15_015, 67.8, 2, 2, useful=TEXT),
+]
+# One machine did 22,031 tokens/s where others did 24,454 and 23,758 on the same work: two GPUs of it are compared with
+# one of it. (20,476 is from a third machine, without a profile.)
+SLOWER = Row("VL-3B", 8, 8, 6_600, vision(21), 22_031, None, useful=MIX)
+SLOWER_TWO = Row("VL-3B", 8, 8, 6_920, vision(0), 22_370, 71.6, 2, useful=MIX)
+
+
+@pytest.mark.parametrize("row", [*(row for row in ROWS if row.memory), SLOWER_TWO], ids=str)
+def test_memory_is_what_was_measured(row: Row) -> None:
+    assert abs(row.memory_error()) < 0.03
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_speed_is_what_was_measured(row: Row) -> None:
+    assert abs(row.speed_error()) < 0.06
+
+
+def test_two_gpus_gain_over_one_of_their_machine_what_was_measured() -> None:
+    gained = SLOWER.seconds() / SLOWER_TWO.seconds()
+    assert gained == pytest.approx(22_370 / 22_031, rel=0.04)
+
+
+@pytest.mark.parametrize("row", [*ROWS, SLOWER, SLOWER_TWO], ids=str)
+def test_rows_are_those_of_the_page(row: Row) -> None:
+    assert f"{row.tokens:,}" in (ROOT / "benchmarks/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("node", "gather", "gradients"),  # milliseconds exposed; a "node" of one GPU means NCCL
+    [(8, 0.46, 0.20), (1, 0.88, 0.67)],
+)
+def test_exchange_of_a_sharded_7b_layer_is_what_was_measured(node: int, gather: float, gradients: float) -> None:
+    found = weight_exchange(233.0e6, 0, count=1, fp8=True, gpus=2, shards=2, node=node)
+    both = replace(found, gradients=1e-12)
+    assert 1e3 * both.exposed(5e-3, 10e-3, 1) == pytest.approx(gather, rel=0.08)
+    assert 1e3 * (found.exposed(5e-3, 10e-3, 1) - both.exposed(5e-3, 10e-3, 1)) == pytest.approx(gradients, rel=0.08)
+
+
+def test_two_packs_a_micro_batch_gain_what_was_measured() -> None:
+    """12 layers of 7B, optimizer apart, were 749 TFLOP/s with 8,192 tokens a micro-batch and 773 with 16,384."""
+    model = replace(published_sizes()["Qwen2.5-7B"], num_layers=12)
+    one, two = (
+        SpeedModel(model, GPUS["H100"]).step(
+            gpus=1, tensor_parallel=1, tokens=2 * LENGTH, patches=0, compute=FP8, micro_batches=micro_batches
+        )
+        for micro_batches in (2, 1)
+    )
+    assert (one.seconds - one.optimizer) / (two.seconds - two.optimizer) == pytest.approx(773 / 749, rel=0.04)
+
+
+def test_the_page_of_many_gpus_has_what_the_formulas_say() -> None:
+    page = (ROOT / "docs/scale.md").read_text().splitlines()
+    found = many_gpus.table()
+    start = page.index(found[0])
+    assert page[start : start + len(found)] == found
