@@ -12,8 +12,8 @@ from jobs.cluster import Cluster
 from jobs.daemons import HOST
 from pipeline import spark
 
-# As for the JVMs of the tests themselves, see conftest.py.
-EXECUTOR_OPTIONS = "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m"
+# As of the drivers, see tests/conftest.py.
+EXECUTOR_OPTIONS = os.environ.get("SPARK_SUBMIT_OPTS", "")
 
 
 @contextmanager
