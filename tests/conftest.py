@@ -17,7 +17,7 @@ os.environ.setdefault("KANYUN_TIME_SCALE", "0.2")  # daemons that a test stops a
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing by more threads
 # JVMs live for a minute here: with C1 alone a run of the pipeline takes 37 s of CPU time, with C2 behind it 58. By
 # itself C1 has 48 MB for its code, which three runs of the pipeline fill; from then on Java would be interpreted.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m")
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m -XX:+UseSerialGC")
 
 # What needs the daemons of one cluster, and what needs a Spark session alone.
 _GROUPS = ("cluster", "spark")

@@ -122,6 +122,7 @@ def test_the_cluster_runs_our_code_and_makes_the_same_digest(cluster: Cluster, h
     rows = pq.read_table(str(tmp_path / "squares")).to_pydict()
     assert sorted(rows["square"]) == [i * i for i in range(1000)]
     assert set(rows["master"]) == {cluster.spark}
+    assert set(rows["code"]) == {"./kanyun_code.zip/kanyun/storage/__init__.py"}, "the session's, not an installed one"
 
 
 def squares(session: SparkSession, root: Folder) -> None:

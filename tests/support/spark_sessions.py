@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 from pyspark.sql import SparkSession
@@ -11,8 +12,8 @@ from jobs.cluster import Cluster
 from jobs.daemons import HOST
 from pipeline import spark
 
-# As for the JVMs of the tests themselves, see conftest.py.
-EXECUTOR_OPTIONS = "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m"
+# As of the drivers, see tests/conftest.py.
+EXECUTOR_OPTIONS = os.environ.get("SPARK_SUBMIT_OPTS", "")
 
 
 @contextmanager
@@ -43,5 +44,9 @@ def spark_on_cluster(cluster: Cluster, **settings: str) -> Iterator[SparkSession
 
 
 def _end_session() -> None:
-    if (running := SparkSession.getActiveSession()) is not None:
+    """End it, and its clients of HDFS: Hadoop keeps them in the JVM, with the settings of the session they are of."""
+    running: Any = SparkSession.getActiveSession()
+    if running is not None:
+        java = running._jvm
         running.stop()
+        java.org.apache.hadoop.fs.FileSystem.closeAll()
