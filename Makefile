@@ -30,8 +30,8 @@ setup-gpu: $(STAMP) ## add Transformer Engine, which training on a GPU needs; pa
 	@jobs/setup_gpu.sh
 
 demo: $(STAMP) ## raw scans and text -> packs -> training -> Hugging Face -> score, all below demo/
-#example make demo
-	@jobs/demo.sh
+#example make demo FAMILY=qwen3_vl
+	@jobs/demo.sh $(FAMILY)
 
 test: $(STAMP) ## all tests that need no GPU, in two processes
 #example make test ARGS="-k resumed"

@@ -25,13 +25,14 @@ from benchmarks.vision_data import crop, pictures
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
 from trainer.data.batch import BatchFormat
-from trainer.data.images import PatchGeometry, write_patches
+from trainer.data.images import write_patches
 from trainer.data.loader import _threads
 from trainer.data.source import PackedData
 from trainer.data.stream import PackStream
 from trainer.models.config import ModelConfig
+from trainer.models.qwen2_5.windows import WindowGeometry
 
-GEOMETRY = PatchGeometry()
+GEOMETRY = WindowGeometry()
 COUNT = 40
 ROUNDS = 5
 CASES = {  # width, height as encoded, format; all are resized to 784 x 784
@@ -75,7 +76,7 @@ def loader(data: Path, row: str, steps: int = 24) -> float:
         batches = stream.batches(0)
         next(batches)
         begun = time.perf_counter()
-        images = sum(len(batch.vision.cu_images) - 1 for (batch,) in islice(batches, steps) if batch.vision)
+        images = sum(len(batch.vision.segments["images"]) - 1 for (batch,) in islice(batches, steps) if batch.vision)
         return images / (time.perf_counter() - begun)
 
 

@@ -29,7 +29,7 @@ from trainer.optim.optimizer import learning_rate
 from trainer.planning import planner
 
 RUNS = ("bf16", "fp8", "transformers")
-COLOURS = dict(zip(RUNS, ("#1f6feb", "#d1242f", "#888888")))
+COLOURS = ("#1f6feb", "#d1242f", "#888888", "#2da44e", "#bf8700", "#8250df")  # of curves, in their order
 
 
 def config(args: argparse.Namespace, folder: Path) -> TrainConfig:
@@ -145,9 +145,9 @@ def draw(losses: dict[str, list[float]], smooth: int = 10) -> str:
         points = " ".join(
             f"{40 + n / steps * 660:.1f},{20 + (top - v) / (top - low) * 300:.1f}" for n, v in enumerate(means)
         )
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" stroke-width="1.5"/>')
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[row]}" stroke-width="1.5"/>')
         label = f"{name}: {sum(values[-20:]) / 20:.3f} over the last 20 steps"
-        parts.append(f'<text x="420" y="{40 + 18 * row}" font-size="13" fill="{COLOURS[name]}">{label}</text>')
+        parts.append(f'<text x="420" y="{40 + 18 * row}" font-size="13" fill="{COLOURS[row]}">{label}</text>')
     parts.append(f'<text x="40" y="345" font-size="12">step 1 to {steps}, loss a trained token</text></svg>')
     return "\n".join(parts)
 

@@ -65,8 +65,17 @@ def run_stage(arguments: Sequence[str], logs: Path, environment: dict[str, str])
     if process.returncode:
         raise SystemExit(f"pipeline {' '.join(arguments)} ended with {process.returncode}: see above")
     seconds = time.time() - started
-    cpu = {"cpu": sum(watch.cpu.values()), "jvm_cpu": sum(watch.cpu[process] for process in watch.jvms)}
-    return Use(*read_log(_finished_log(logs)), **watch.peaks, **cpu, seconds=seconds)
+    tasks, shuffle = read_log(_finished_log(logs))
+    return Use(
+        tasks=tasks,
+        shuffle=shuffle,
+        worker=watch.peaks["worker"],
+        driver=watch.peaks["driver"],
+        jvm=watch.peaks["jvm"],
+        seconds=seconds,
+        cpu=sum(watch.cpu.values()),
+        jvm_cpu=sum(watch.cpu[process] for process in watch.jvms),
+    )
 
 
 class _Watch:

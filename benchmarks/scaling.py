@@ -1,93 +1,229 @@
 """Training on several GPUs of one machine beside one GPU on the same work: whole steps, tokens/s and TFLOP/s a GPU.
 
-usage: python benchmarks/scaling.py DATA [--gpus 1 2] [--rows 1.5B:2 1.5B:8 ...] [--seconds 120]
-DATA holds `text` (text_data.py) and `vision` (vision_data.py). A row is a model, and packs a rank a step. Rows that end
-in `:slow` exchange over loopback sockets, NCCL without NVLink and shared memory: two nodes on a slow network,
-simulated on one machine. A row that takes longer than --seconds is ended, and the next one starts.
+usage: python benchmarks/scaling.py DATA OUT [--gpus 1 2 4 8] [--rows 7B:8 7B:8:bf16 ...] [--seconds 120]
+       python benchmarks/scaling.py DATA OUT --gpus 1 2 --curves [--steps 100]
+DATA holds `text` (text_data.py) and `vision` (vision_data.py). Results are in OUT after each row: rows.jsonl, and
+table.md with the machine and versions; with --curves, losses.csv and losses.svg.
+
+A row is MODEL:PACKS[:OPTION ...], packs a rank and step. Options: bf16; for VL models 2, 4 or 6 pictures a pack instead
+of the mix; #2, #3 for the layout's second or third choice (python -m trainer.layout); sockets, which simulates two
+nodes on a slow network: NCCL without NVLink and shared memory, over loopback sockets. A row that takes longer than
+--seconds is ended, and the next one starts.
 """
 
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-ROWS = ["1.5B:2", "1.5B:8", "3B:2", "3B:8", "7B:4", "VL-3B:8", "1.5B:8:slow"]
-SLOW = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
-HEADER = "| model:packs a rank | GPUs | tokens/s a GPU | TFLOP/s a GPU | of one GPU | ms a step | GB | predicted GB |"
+import psutil
+
+ROWS = ["1.5B:2", "1.5B:8", "3B:2", "3B:8", "7B:4", "7B:8", "7B:8:bf16", "VL-3B:8", "VL-3B:8:6", "1.5B:8:sockets"]
+BIG = ["VL-7B:4", "14B:4", "32B:4"]  # for four GPUs or more
+SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
+# Column of the table -> how its value is written.
+COLUMNS = {
+    "tokens/s": "{:,.0f}",
+    "TFLOP/s": "{:.0f}",
+    "of one GPU": "{:.1%}",
+    "step s": "{:.3f}",
+    "predicted s": "{:.3f}",
+    "memory GB": "{:.1f}",
+    "predicted GB": "{:.1f}",
+    "slowest rank / mean": "{:.3f}",
+    "start to first step s": "{:.0f}",
+    "layout": "{}",
+}
+CURVE = "0.5B"  # the model of the loss curves, 8 packs a step on any number of GPUs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
+    parser.add_argument("out")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rows", nargs="+", default=ROWS)
-    parser.add_argument("--precision", choices=["fp8", "bf16"], default="fp8")
-    parser.add_argument("--seconds", type=int, default=120)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rows", nargs="+", help=f"default: {' '.join(ROWS)}; from four GPUs on {' '.join(BIG)} too")
+    parser.add_argument("--seconds", type=int, default=120, help="of a row, at most (120)")
+    parser.add_argument("--steps", type=int, help="counted steps (4), or those of a curve (100)")
+    parser.add_argument("--curves", action="store_true", help="loss curves instead of rows")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.steps = args.steps or (100 if args.curves else 4)
     if args.child:
-        _train(args)
+        _child(args)
         return
-    print(HEADER + "\n|---|" + "--:|" * 7, flush=True)
-    for row in args.rows:
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.curves:
+        _curves(args, out)
+    else:
+        _rows(args, out)
+
+
+def _rows(args: argparse.Namespace, out: Path) -> None:
+    lines = [
+        f"{date.today()}, {_machine()}",
+        "",
+        f"| model:packs a rank | GPUs | {' | '.join(COLUMNS)} |",
+        "|---|--:" + "|--:" * (len(COLUMNS) - 1) + "|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    for row in args.rows or ROWS + BIG * (max(args.gpus) >= 4):
         one = None
         for gpus in args.gpus:
             result = _launch(row, gpus, args.seconds)
-            if result is None:
-                print(f"| {row} | {gpus} | did not finish in {args.seconds} s |", flush=True)
-                continue
-            one = result["tokens/s"] if gpus == 1 else one
-            kept = f"{result['tokens/s'] / one:.1%}" if one else ""
-            print(
-                f"| {row} | {gpus} | {result['tokens/s']:,.0f} | {result['TFLOP/s']:.0f} | {kept} "
-                f"| {1e3 * result['step s']:,.0f} | {result['memory GB']:.1f} | {result['predicted GB']:.1f} |",
-                flush=True,
-            )
+            if "tokens/s" in result:
+                one = result["tokens/s"] if gpus == 1 else one
+                result |= {"of one GPU": result["tokens/s"] / one} if one else {}
+            with (out / "rows.jsonl").open("a") as file:
+                file.write(json.dumps({"row": row, "gpus": gpus, **result}) + "\n")
+            lines.append(line(row, gpus, result))
+            print(lines[-1], flush=True)
+            (out / "table.md").write_text("\n".join(lines) + "\n")
 
 
-def _launch(row: str, gpus: int, seconds: int) -> dict[str, Any] | None:
-    """Return the result of a row on `gpus` GPUs; None if it fails or takes too long."""
+def line(row: str, gpus: int, result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"| {row} | {gpus} | {result['error']} |"
+    cells = [form.format(result[name]) if result.get(name) is not None else "" for name, form in COLUMNS.items()]
+    return f"| {row} | {gpus} | {' | '.join(cells)} |"
+
+
+def _curves(args: argparse.Namespace, out: Path) -> None:
+    """The same batches from the same weights, on each number of GPUs and in each kind of layout that the run has."""
+    from benchmarks.loss_curves import write
+
+    losses: dict[str, list[float]] = {}
+    for gpus in args.gpus:
+        result = _launch(f"{CURVE}:{8 // gpus}", gpus, args.seconds * 4)
+        for name, values in result.get("curves", {}).items():
+            losses[f"{gpus} GPU(s), {name}"] = values
+        if "error" in result:
+            print(f"{gpus} GPU(s): {result['error']}", flush=True)
+        if losses:
+            write(losses, out)
+    first, *others = losses
+    for name in others:
+        apart = [abs(a - b) for a, b in zip(losses[first], losses[name], strict=True)]
+        print(f"{name} beside {first}: {sum(apart) / len(apart):.4f} apart in the mean, {max(apart):.4f} at most")
+
+
+def _launch(row: str, gpus: int, seconds: int) -> dict[str, Any]:
+    """Return the result of a row on `gpus` GPUs: figures, or an error."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    environment = os.environ | (SLOW if row.endswith(":slow") else {})
+    environment = os.environ | {"STARTED": str(time.time())} | (SOCKETS if "sockets" in row.split(":") else {})
     command = [sys.executable, *torchrun, *sys.argv, "--child", row]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         try:
             out, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            return None
+            torchrun_and_ranks = psutil.Process(child.pid)  # each rank is a session of its own
+            for process in (*torchrun_and_ranks.children(recursive=True), torchrun_and_ranks):
+                process.kill()
+            return {"error": f"did not finish in {seconds} s"}
     lines = out.splitlines()
-    results = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
-    print("\n".join(line for line in lines if not line.startswith("RESULT ")), end="\n" if len(lines) > 1 else "")
-    return json.loads(results[0]) if results else None
+    print("\n".join(said for said in lines if not said.startswith("RESULT ")), end="\n" if len(lines) > 1 else "")
+    results = [said.removeprefix("RESULT ") for said in lines if said.startswith("RESULT ")]
+    return json.loads(results[0]) if results else {"error": f"failed with exit code {child.returncode}, see above"}
 
 
-def _train(args: argparse.Namespace) -> None:
+def _child(args: argparse.Namespace) -> None:
     """One rank of a row."""
-    from benchmarks import train_text, train_vision
-    from benchmarks.side_by_side import train
+    from kanyun.errors import UserError
 
-    model, packs, *_ = args.child.split(":")
-    args.global_batch = int(packs) * int(os.environ["WORLD_SIZE"])
     with tempfile.TemporaryDirectory() as folder:
-        if model.startswith("VL"):
-            args.size, args.row, args.data = f"Qwen2.5-{model}", "mix", f"{args.data}/vision"
-            config = train_vision.config_of(args, Path(folder))
-        else:
-            args.model, args.data = model, f"{args.data}/text"
-            config = train_text.config_of(args, Path(folder))
-        result = train(args, config)
+        try:
+            result = _curve(args, Path(folder)) if args.curves else _row(args, Path(folder))
+        except UserError as error:
+            result = {"error": str(error)}
     if os.environ["RANK"] == "0":
         print("RESULT " + json.dumps(result), flush=True)
+
+
+def _row(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from benchmarks.side_by_side import train
+
+    model, packs, *options = args.child.split(":")
+    args.precision = "bf16" if "bf16" in options else "fp8"
+    choice = next((int(option[1:]) for option in options if option.startswith("#")), 1)
+    config = _config(args, folder, model, int(packs), next((o for o in options if o in ("2", "4", "6")), "mix"))
+    imported = time.time() - float(os.environ["STARTED"])
+    result = train(args, config, choose(choice))
+    return result | {"start to first step s": imported + result["first step s"]}
+
+
+def _config(args: argparse.Namespace, folder: Path, model: str, packs: int, pictures: str = "mix") -> Any:
+    from benchmarks import train_text, train_vision
+
+    args.global_batch = packs * int(os.environ["WORLD_SIZE"])
+    if model.startswith("VL"):
+        args.size, args.row, args.data = f"Qwen2.5-{model}", pictures, f"{args.data}/vision"
+        return train_vision.config_of(args, folder)
+    args.model, args.data = model, f"{args.data}/text"
+    return train_text.config_of(args, folder)
+
+
+def choose(number: int) -> Callable[[Any], Any]:
+    """Return what gives a run its layout's first, second ... choice: of those that the trainer can run."""
+
+    def change(run: Any) -> Any:
+        import torch
+
+        from trainer.planning.gpus import find_gpu
+        from trainer.planning.planner import LayoutPlanner
+
+        if number == 1:
+            return run
+        planner = LayoutPlanner(run.model, find_gpu(torch.cuda.get_device_name()), int(os.environ["WORLD_SIZE"]))
+        config, patches = run.config, run.data.vision_budget
+        ranked = planner.ranked(length=config.length, global_batch=config.global_batch, patches=patches)
+        return replace(run, layout=[layout for layout in ranked if planner.built(layout)][number - 1])
+
+    return change
+
+
+def _curve(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Losses of each step, with whole weights, and sharded ones where the trainer has them."""
+    import torch
+
+    from trainer.optim.optimizer import learning_rate
+    from trainer.planning.planner import MOST_WEIGHT_SHARDS
+    from trainer.runtime import Runtime
+    from trainer.trainer import Run, Trainer
+
+    model, packs = args.child.split(":")
+    world = int(os.environ["WORLD_SIZE"])
+    config = _config(args, folder, model, int(packs)).model_copy(update={"steps": args.steps, "warmup_steps": 20})
+    run, curves = Run.prepare(config, world, torch.cuda.is_available()), {}
+    for shards in (1, world) if 1 < world <= MOST_WEIGHT_SHARDS else (1,):
+        layout = replace(run.layout, weight_shards=shards, tensor_parallel=1, micro_batch=1)
+        with Runtime.start(seed=config.seed) as runtime, Trainer(replace(run, layout=layout), runtime) as trainer:
+            losses = []
+            for step, batches in enumerate(trainer.stream.batches(0)):
+                if step == args.steps:
+                    break
+                losses.append(trainer.train_step(batches, learning_rate(config, step, args.steps)).loss)
+        curves["sharded weights" if shards > 1 else "whole weights"] = losses
+    return {"curves": curves}
+
+
+def _machine() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"no GPU, torch {torch.__version__}"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -66,8 +67,13 @@ def main(parser: argparse.ArgumentParser, what: str, default: list[str], ours: R
     print("\n".join(["", *lines]))
 
 
-def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
-    """Ours: whole steps, as Trainer does them, and what they took, a GPU; the first two are not counted."""
+def train(
+    args: argparse.Namespace, config: TrainConfig, change: Callable[[Any], Any] = lambda run: run
+) -> dict[str, Any]:
+    """Ours: whole steps, as Trainer does them, and what they took, a GPU; the first two are not counted.
+
+    `change`: returns another run in place of the prepared one.
+    """
     from trainer.optim.optimizer import learning_rate
     from trainer.runtime import Runtime
     from trainer.trainer import Run, Trainer
@@ -75,9 +81,9 @@ def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     started = time.perf_counter()
     planner.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    run = Run.prepare(config, world, torch.cuda.is_available())
+    run = change(Run.prepare(config, world, torch.cuda.is_available()))
     with Runtime.start(tensor_parallel=run.layout.tensor_parallel) as runtime, Trainer(run, runtime) as trainer:
-        seconds, flops, losses, waits, first, real, slots = [], [], [], [], 0.0, 0, 0
+        seconds, flops, losses, waits, work, first, real, slots = [], [], [], [], [], 0.0, 0, 0
         begun, waited = time.perf_counter(), 0.0
         for step, batches in enumerate(islice(trainer.stream.batches(0), args.steps + 2)):
             result = trainer.train_step(batches, learning_rate(config, step, config.steps or 0))
@@ -89,6 +95,7 @@ def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
             real += sum(batch.real_patches for batch in batches)
             slots += sum(len(batch.vision.patches) for batch in batches if batch.vision)
             losses.append(result.loss)
+            work.append(max(result.ranks.work) / fmean(result.ranks.work))
             flops.append(result.flops)
         if args.profile:
             print_profile(run, lambda: trainer.train_step(batches, 1e-4), batches)
@@ -107,6 +114,9 @@ def train(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
             "useful tokens": sum(m.tokens for m in manifests) / packs / config.length,
             "first step s": first,
             "step s": counted / args.steps,
+            "predicted s": run.layout.step.seconds if run.layout.step else None,
+            "slowest rank / mean": fmean(work[2:]),
+            "layout": run.layout.reason,
             "losses": [round(losses[0], 3), round(losses[-1], 3)],
         }
         if slots:

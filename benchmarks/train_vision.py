@@ -1,17 +1,17 @@
-"""Training Qwen2.5-VL on one GPU: whole steps of ours, and of Hugging Face + Liger kernels on the same packs.
+"""Training Qwen2.5-VL or Qwen3-VL on one GPU: whole steps of ours, and of Hugging Face + Liger on the same packs.
 
-usage: python benchmarks/train_vision.py DATA [--rows 2 4 6 mix] [--precisions bf16 fp8] [--steps 4] [--ours-only]
-DATA is what vision_data.py wrote; a row is the number of pictures in a pack. Each run is a separate process, one
-after the other, on the same card. A step is all of it: reading packs, decoding pictures, forward, backward,
-clipping, optimizer. FLOPs are the model's, language and vision tower, without padding and recomputation
+usage: python benchmarks/train_vision.py DATA [--size Qwen3-VL-4B] [--rows 2 4 6 mix] [--precisions bf16 fp8]
+DATA is what vision_data.py wrote for the same family; a row is the number of pictures in a pack. Each run is a separate
+process, one after the other, on the same card. A step is all of it: reading packs, decoding pictures, forward,
+backward, clipping, optimizer. FLOPs are the model's, language and vision tower, without padding and recomputation
 (trainer/models/costs.py). The peer is given our packing and FlashAttention for segments, windows and whole images,
-Liger's kernels, torch's fused AdamW in bfloat16; for 6 pictures it must checkpoint activations, or it runs out of
-memory.
+Liger's kernels, torch's fused AdamW in bfloat16; where it runs out of memory, it checkpoints activations.
 """
 
 import argparse
 import sys
 import time
+from importlib import import_module
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -22,45 +22,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import main, train
-from benchmarks.train_text import LENGTH, flash_attention, model_folder, text_config
+from benchmarks.train_text import LENGTH, flash_attention, model_folder
+from benchmarks.vision_models import FAMILIES, SIZES, add_kernels, hf_config
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.models.config import ModelConfig
-from trainer.models.qwen2_5.sizes import SIZES
 
-CHECKPOINTED = {"6", "mix"}  # rows that the peer has no memory for otherwise
 STEPS = 1000  # of the schedule
-
-
-def hf_config(model_config: ModelConfig) -> dict[str, Any]:
-    """config.json of a Qwen2.5-VL, as the hub has it."""
-    vision = model_config.vision
-    assert vision is not None
-    return {
-        **text_config(model_config),
-        "model_type": "qwen2_5_vl",
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "rope_scaling": {"type": "mrope", "mrope_section": list(model_config.mrope_section)},
-        "dtype": "bfloat16",
-        "image_token_id": model_config.image_token_id,
-        "video_token_id": 151_656,
-        "vision_start_token_id": 151_652,
-        "vision_end_token_id": 151_653,
-        "vision_config": {
-            "depth": vision.depth,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "out_hidden_size": vision.out_hidden_size,
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "spatial_merge_size": vision.merge_size,
-            "window_size": vision.window_size,
-            "fullatt_block_indexes": list(vision.full_attention_blocks),
-            "hidden_act": "silu",
-            "in_chans": vision.channels,
-        },
-    }
 
 
 def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
@@ -80,12 +48,11 @@ def ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return train(args, config_of(args, folder))
 
 
-def packed_attention() -> None:
+def packed_attention(model_type: str) -> None:
     """Give transformers FlashAttention, as torch ships it, for a pack's samples and for the tower's windows and images,
     which it would attend to one after the other if it did not take this for a FlashAttention.
     """
     from transformers import AttentionInterface
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
     def attention(
         module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any
@@ -99,22 +66,23 @@ def packed_attention() -> None:
         return flash_attention(q, k, v, ends, int(longest), causal=causal)[None], None
 
     AttentionInterface.register("packed", attention)
-    modeling_qwen2_5_vl.is_flash_attention_requested = lambda config: True
+    modeling: Any = import_module(FAMILIES[model_type].modeling)
+    modeling.is_flash_attention_requested = lambda config: True
 
 
-def inputs(batch: Batch, unit: int) -> dict[str, Any]:
-    """A batch of ours, of one pack, as transformers' Qwen2.5-VL takes it. unit: patches a visual token."""
-    vision, slots = batch.vision, len(batch.input_ids)
+def inputs(batch: Batch, model_config: ModelConfig) -> dict[str, Any]:
+    """A batch of ours, of one pack, as transformers' model takes it."""
+    vision, slots, tower = batch.vision, len(batch.input_ids), model_config.vision
     assert vision is not None
+    assert tower is not None
+    unit = tower.merge_size**2  # patches a visual token
     used = int((vision.token_index < slots).sum())  # visual tokens
     order = vision.token_index[:used].argsort()  # transformers brings them into window order itself
-    mean, std = (
-        255 * torch.tensor(x) for x in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-    )
+    mean, std = (255 * torch.tensor(x) for x in (tower.image_mean, tower.image_std))
     patches = vision.patches[: used * unit].unflatten(0, (used, unit))[order].flatten(0, 1)
-    pixels = (patches.unflatten(1, (3, -1)) - mean[:, None]) / std[:, None]  # [P, 3, 14 * 14]
-    ends = [end for end in vision.cu_images.tolist() if end <= used * unit]
-    grids = [(1, *(vision.positions[a:b].amax(0) + 1).tolist()) for a, b in pairwise(ends) if a < b]
+    pixels = (patches.unflatten(1, (3, -1)) - mean[:, None]) / std[:, None]  # [P, 3, side * side]
+    ends = [end for end in vision.segments["images"].tolist() if end <= used * unit]
+    grids = [(1, *(vision.per_patch["positions"][a:b].amax(0) + 1).tolist()) for a, b in pairwise(ends) if a < b]
     found: dict[str, Any] = {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[:, None],
@@ -133,10 +101,20 @@ def inputs(batch: Batch, unit: int) -> dict[str, Any]:
 
 
 def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+    config = config_of(args, folder)
+    model_type = ModelConfig.from_hf(config.model).model_type
+    packed_attention(model_type)
+    add_kernels(model_type)
+    try:
+        return train_peer(args, config, checkpointed=False)
+    except torch.OutOfMemoryError:
+        pass  # outside of the handler, which holds the frames and with them the model
+    torch.cuda.empty_cache()
+    return train_peer(args, config, checkpointed=True)
+
+
+def train_peer(args: argparse.Namespace, config: TrainConfig, checkpointed: bool) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
     from kanyun.fingerprint import fingerprint
     from kanyun.storage import Folder
@@ -146,21 +124,16 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trainer.models.costs import TRAINING
     from trainer.models.registry import costs_of
 
-    packed_attention()
-    apply_liger_kernel_to_qwen2_5_vl()
-    # transformers 5 puts the three axes of mrope together before it: the plain kernel is the one that fits.
-    modeling_qwen2_5_vl.apply_rotary_pos_emb = liger_rotary_pos_emb
-    config = config_of(args, folder)
+    torch.cuda.reset_peak_memory_stats()
     data = PackedData(config.data, LENGTH, fingerprint(Folder(config.model)))
     with torch.device("cuda"):
         model = AutoModelForImageTextToText.from_config(
             AutoConfig.from_pretrained(config.model), attn_implementation="packed", dtype=torch.bfloat16
         )
     model.train()
-    if args.row in CHECKPOINTED:
+    if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model_config = ModelConfig.from_hf(config.model)
-    assert model_config.vision is not None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=True)
 
     seconds, flops, loss = [], [], 0.0
@@ -171,7 +144,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for batches in islice(stream.batches(0), args.peer_steps + 1):
             flops.append(sum(TRAINING * costs_of(model_config).forward_flops(batch) for batch in batches))
             for batch in batches:
-                given = inputs(batch, model_config.vision.merge_size**2)
+                given = inputs(batch, model_config)
                 given = {name: x.to("cuda") if isinstance(x, Tensor) else x for name, x in given.items()}
                 out = model(labels=given["shift_labels"], **given)
                 (out.loss / len(batches)).backward()
@@ -190,7 +163,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tokens/s": useful * len(seconds[1:]) / counted,
         "TFLOP/s": sum(flops[1:]) / counted / 1e12,
         "memory GB": torch.cuda.max_memory_reserved() / 1e9,
-        "checkpointed": args.row in CHECKPOINTED,
+        "checkpointed": checkpointed,
         "losses": [round(loss, 3)],
     }
 

@@ -1,12 +1,13 @@
 """Real pictures and text as packs, for train_vision.py and load_images.py, through the real pipeline.
 
-usage: python benchmarks/vision_data.py OUT [PACKS]        writes OUT/model and OUT/packed/{2,4,6,mix}; 16 packs
+usage: python benchmarks/vision_data.py OUT [PACKS] [FAMILY]   writes OUT/model and OUT/packed/{2,4,6,mix}; 16 packs
 
-Pictures are crops of those that scikit-learn ships (and scikit-image and matplotlib, where they are installed), encoded
-anew; text is Python's documentation and library. A pack of 2, 4 or 6 has as many pictures of 784 x 784, each with as
-much text as fills its share of the pack. The mix (three times as many packs) has pictures of many sizes and forms, in
-JPEG, PNG and WebP, in conversations with one, several and none. OUT/model is Qwen2.5-VL-3B's folder without weights.
-Needs the pipeline (Spark) and PyPI's dashscope, which ships the vocabulary: run it on a CPU machine and copy OUT.
+FAMILY: qwen2_5_vl, or qwen3_vl; OUT/model is the folder of Qwen2.5-VL-3B or Qwen3-VL-4B without weights. Pictures are
+crops of those that scikit-learn ships (and scikit-image and matplotlib, where they are installed), encoded anew; text
+is Python's documentation and library. A pack of 2, 4 or 6 has as many pictures of 784 x 784 (Qwen3-VL: 768 x 768), each
+with as much text as fills its share of the pack. The mix (three times as many packs) has pictures of many sizes and
+forms, in JPEG, PNG and WebP, in conversations with one, several and none. Needs the pipeline (Spark) and PyPI's
+dashscope, which ships the vocabulary: run it on a CPU machine and copy OUT.
 """
 
 import importlib.util
@@ -25,12 +26,15 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from benchmarks.text_data import LENGTH, documents
-from benchmarks.train_vision import hf_config
+from benchmarks.vision_models import FAMILIES, SIZES, hf_config
+from kanyun.fingerprint import fingerprint
+from kanyun.storage import Folder
+from kanyun.vision import grid_thw, image_tokens
 from pipeline.recipe import Recipe, RecipeDataset
+from tests.support.qwen3_vl_assets import qwen3_vl_tokenizer_folder
 from tests.support.qwen_assets import real_tokenizer_folder
-from trainer.models.qwen2_5.sizes import SIZES
 
-SIDE = 784  # pixels; 56 x 56 patches, 784 tokens
+TOKENIZERS = {"qwen2_5_vl": real_tokenizer_folder, "qwen3_vl": qwen3_vl_tokenizer_folder}
 PICTURES = {"sklearn": "datasets/images", "skimage": "data", "matplotlib": "mpl-data/sample_data"}
 QUESTION = "What do you see, and what do you know of it?"
 TURNS = (  # of the chat template
@@ -95,13 +99,15 @@ def row(images: list[str], answer: str) -> dict[str, Any]:
     return {"messages": messages, "images": images}
 
 
-def equal_rows(raw: Path, each: int, packs: int, sources: list[Image.Image], text: Text) -> Iterator[dict[str, Any]]:
-    """Samples of one picture, `each` of which fill a pack."""
+def equal_rows(
+    raw: Path, each: int, packs: int, sources: list[Image.Image], text: Text, side: int, tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Samples of one picture of `side` pixels and `tokens`, `each` of which fill a pack."""
     rng = np.random.default_rng(each)
-    around = text.tokens(TURNS) + (SIDE // 28) ** 2  # tokens besides the answer
+    around = text.tokens(TURNS) + tokens  # besides the answer
     for number in range(each * packs):
         name = f"{number}.jpg"
-        (raw / name).write_bytes(crop(sources, rng, SIDE, SIDE, "JPEG"))
+        (raw / name).write_bytes(crop(sources, rng, side, side, "JPEG"))
         yield row([name], text.take(LENGTH // each - around - 2))  # 2: the answer's ends may cut otherwise
 
 
@@ -118,12 +124,16 @@ def mixed_rows(raw: Path, packs: int, sources: list[Image.Image], text: Text) ->
         yield row(names, text.take(int(rng.integers(20, 1_200))))
 
 
-def write(out: Path, name: str, packs: int, sources: list[Image.Image], text: Text) -> None:
+def write(out: Path, name: str, packs: int, sources: list[Image.Image], text: Text, side: int) -> None:
     """OUT/packed/NAME, the parent of a packed folder."""
+    processor = fingerprint(Folder(str(out / "model"))).processor
+    assert processor is not None
+    tokens = image_tokens(grid_thw(side, side, processor), processor["merge_size"])
     work = out / "work"
     raw = work / "raw"
     raw.mkdir(parents=True)
-    rows = mixed_rows(raw, packs, sources, text) if name == "mix" else equal_rows(raw, int(name), packs, sources, text)
+    made = raw, packs, sources, text
+    rows = mixed_rows(*made) if name == "mix" else equal_rows(raw, int(name), *made[1:], side, tokens)
     with (raw / "rows.jsonl").open("w") as file:
         file.writelines(json.dumps(each) + "\n" for each in rows)
     datasets = {name: RecipeDataset(str(raw), "messages")}
@@ -134,17 +144,18 @@ def write(out: Path, name: str, packs: int, sources: list[Image.Image], text: Te
     shutil.rmtree(work)
 
 
-def main(out: Path, packs: int) -> None:
-    model = real_tokenizer_folder(out / "model")
-    (model / "config.json").write_text(json.dumps(hf_config(SIZES["Qwen2.5-VL-3B"]), indent=2))
+def main(out: Path, packs: int, family: str) -> None:
+    model = TOKENIZERS[family](out / "model")
+    (model / "config.json").write_text(json.dumps(hf_config(SIZES[FAMILIES[family].size]), indent=2))
     (out / "packed").mkdir()
     sources, text = pictures(), Text(model)
     print(f"{len(sources)} pictures")
     for name in ("2", "4", "6", "mix"):
-        write(out, name, packs, sources, text)
+        write(out, name, packs, sources, text, FAMILIES[family].side)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 16)
+    _, given, count, name = [*sys.argv, *("", "16", "qwen2_5_vl")[len(sys.argv) - 1 :]]
+    main(Path(given).resolve(), int(count), name)

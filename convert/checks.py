@@ -77,7 +77,7 @@ def shape_faults(stored: Mapping[str, tuple[Shape, Any]], expected: Mapping[str,
     others = {str(dtype) for name, (_, dtype) in stored.items() if name in expected and dtype not in TRAINED}
     for other in sorted(others):
         names = [name for name, (_, dtype) in stored.items() if str(dtype) == other]
-        faults.append(f"{_listed(names, ', ')} {_are(names)} {other}, not bfloat16 or float32")
+        faults.append(f"{_listed(names, ', ')} {_are(names)} {other}, not bfloat16 or float32 (save the model in one)")
     missing, left_over = expected.keys() - stored.keys(), stored.keys() - expected.keys()
     for what, names in (("missing", sorted(missing)), ("left over", sorted(left_over))):
         if names:

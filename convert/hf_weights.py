@@ -1,4 +1,8 @@
-"""The weights of a Hugging Face folder: safetensors files, read tensor by tensor as transformers reads them."""
+"""The weights of a Hugging Face folder: safetensors files, read tensor by tensor as transformers reads them.
+
+Tensors are read into memory of their own, not mapped: the pages of mapped files stay with the process, and add up to
+the whole model.
+"""
 
 import json
 import re
@@ -7,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -22,6 +27,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 # A base model saved alone: its names lack the prefix "model.", which transformers adds.
 _BASE_MODEL, _VL_BASE_MODEL = ("layers.", "embed_tokens.", "norm."), ("language_model.",)
+_PIECE = 16 << 20  # bytes that are compared at a time
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -31,30 +37,44 @@ class Stored:
 
     key: str  # the name in the file
     path: Path
-    file: Any
-
-    @property
-    def shape(self) -> Shape:
-        return tuple(self.file.get_slice(self.key).get_shape())
-
-    @property
-    def dtype(self) -> Any:
-        """torch.dtype, or what safetensors calls one that no weights are trained in."""
-        name = self.file.get_slice(self.key).get_dtype()
-        return DTYPES.get(name, name)
+    shape: Shape
+    dtype: Any  # torch.dtype, or what safetensors calls one that no weights are trained in
+    begin: int  # of its bytes in the file
+    size: int  # bytes
 
     def load(self) -> Tensor:
-        """Map the tensor into memory."""
-        tensor: Tensor = self.file.get_tensor(self.key)
-        return tensor
+        """Read the tensor. Raises UserError if the file was cut meanwhile."""
+        data = torch.empty(self.size, dtype=torch.uint8)
+        if self.size:
+            self._read(0, data.numpy())
+        return data.view(self.dtype).view(self.shape)
 
     def equals(self, other: "Stored") -> bool:
-        same = (self.shape, self.dtype) == (other.shape, other.dtype)
-        return same and torch.equal(self.load(), other.load())
+        """Return whether both have the same bytes."""
+        if (self.shape, self.dtype, self.size) != (other.shape, other.dtype, other.size):
+            return False
+        mine, theirs = np.empty(_PIECE, np.uint8), np.empty(_PIECE, np.uint8)
+        for begin in range(0, self.size, _PIECE):
+            length = min(_PIECE, self.size - begin)
+            self._read(begin, mine[:length])
+            other._read(begin, theirs[:length])
+            if not np.array_equal(mine[:length], theirs[:length]):
+                return False
+        return True
+
+    def _read(self, begin: int, into: np.ndarray) -> None:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.begin + begin)
+            done = 0
+            while done < len(into):  # one call reads at most 2 GiB
+                count = file.readinto(into[done:])
+                if not count:
+                    raise UserError(f"{self.path} became shorter while it was read: wait until nothing writes it")
+                done += count
 
 
 class HFWeights:
-    """The tensors of a folder under their canonical names. Files are mapped into memory, not read ahead.
+    """The tensors of a folder under their canonical names; each is read when it is asked for.
 
     Raises UserError if a file or the index is missing or damaged.
     """
@@ -65,14 +85,10 @@ class HFWeights:
         base_model = _VL_BASE_MODEL if config.vision else _BASE_MODEL
         self._stored: dict[str, list[Stored]] = {}
         for name in _files(folder):
-            try:
-                file = safe_open(folder / name, framework="pt")
-            except Exception as error:  # safetensors raises its own errors, OSError and FileNotFoundError alike
-                raise UserError(f"{folder / name} cannot be read ({error}): download the model again") from error
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                prefix = "model." if key.startswith(base_model) else ""
-                if not _COMPUTED.search(key):
-                    self._stored.setdefault(family.canonical(prefix + key), []).append(Stored(key, folder / name, file))
+            for stored in _contents(folder / name):
+                prefix = "model." if stored.key.startswith(base_model) else ""
+                if not _COMPUTED.search(stored.key):
+                    self._stored.setdefault(family.canonical(prefix + stored.key), []).append(stored)
 
     def require(self, rows: Sequence[Row], shapes: Mapping[str, Shape]) -> None:
         """Raise one UserError with every fault, unless the folder has the tensors of `rows` in these shapes.
@@ -100,6 +116,10 @@ class HFWeights:
                 faults.append(f"{parts} become one tensor and must have one dtype")
         refuse(self._folder, faults)
 
+    def dtype(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = self._stored[name][0].dtype
+        return dtype
+
     def __getitem__(self, name: str) -> Tensor:
         return self._stored[name][0].load()
 
@@ -112,6 +132,30 @@ class HFWeights:
                     f"{self._folder}: {copy} differs from {original}, but config.json ties them: "
                     "set tie_word_embeddings to false to keep both, or delete one"
                 )
+
+
+def _contents(path: Path) -> list[Stored]:
+    """Return the tensors of a safetensors file. Raises UserError if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # it has checked that the header is sound, and describes every byte of the file once
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+    except Exception as error:  # safetensors raises its own errors, OSError and FileNotFoundError alike
+        raise UserError(f"{path} cannot be read ({error}): download the model again") from error
+    header.pop("__metadata__", None)
+    return [
+        Stored(
+            key,
+            path,
+            tuple(tensor["shape"]),
+            DTYPES.get(tensor["dtype"], tensor["dtype"]),
+            8 + length + tensor["data_offsets"][0],
+            tensor["data_offsets"][1] - tensor["data_offsets"][0],
+        )
+        for key, tensor in header.items()
+    ]
 
 
 def _files(folder: Path) -> list[str]:

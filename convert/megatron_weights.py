@@ -1,23 +1,22 @@
-"""The model's weights in a megatron checkpoint, read and written without a model.
+"""The model's weights in a megatron checkpoint, read without a model.
 
 Tensors are whole to a reader, in whatever pieces the ranks that trained wrote them.
 """
 
-import io
-import pickle
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from convert.checks import Shape, refuse, shape_faults
 from kanyun.errors import UserError
-from trainer.checkpoint.metadata import _PlainMetadata
+from kanyun.storage import Folder
+from trainer.checkpoint import read_metadata
 
 PARTS = ("language.", "vision.")  # what else is in a checkpoint is the optimizer's
 
@@ -27,13 +26,15 @@ class MegatronWeights:
 
     def __init__(self, step: Path) -> None:
         self._step = step
-        self._reader = _Reader(step)
-        metadata = self._reader.read_metadata()
+        metadata = read_metadata(Folder(str(step)))
         self._stored: dict[str, Any] = {
             name: tensor for name, tensor in metadata.state_dict_metadata.items() if name.startswith(PARTS)
         }
-        places = (metadata.storage_data or {}).items()
-        self.files = sorted({place.relative_path for index, place in places if index.fqn in self._stored})
+        self._pieces: dict[str, list[tuple[MetadataIndex, Any]]] = {name: [] for name in self._stored}
+        for index, place in (metadata.storage_data or {}).items():
+            if index.fqn in self._pieces:
+                self._pieces[index.fqn].append((index, place))
+        self.files = sorted({place.relative_path for pieces in self._pieces.values() for _, place in pieces})
 
     def require(self, shapes: Mapping[str, Shape]) -> None:
         """Raise one UserError with every fault, unless the checkpoint has exactly these tensors."""
@@ -45,33 +46,25 @@ class MegatronWeights:
         return dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = torch.empty(self._stored[name].size, dtype=self.dtype(name))
+        """Read a tensor: once in memory if it is one piece. Raises UserError if a piece is missing or damaged."""
+        shape = tuple(self._stored[name].size)
+        pieces = [(tuple(index.offset or ()), self._piece(name, place)) for index, place in self._pieces[name]]
+        if sum(piece.numel() for _, piece in pieces) != prod(shape):
+            raise UserError(f"{self._step} does not hold every piece of {name}: use another checkpoint")
+        if len(pieces) == 1:
+            return pieces[0][1]
+        whole = torch.empty(shape, dtype=self.dtype(name))
+        for begin, piece in pieces:
+            region = tuple(slice(at, at + length) for at, length in zip(begin, piece.shape, strict=True))
+            whole[region] = piece
+        return whole
+
+    def _piece(self, name: str, place: Any) -> Tensor:
         try:
-            checkpoint.load({name: tensor}, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:  # whose text is a traceback
+            with (self._step / place.relative_path).open("rb") as file:
+                # A view of the file, not its bytes: torch reads from it into the tensor's memory.
+                view = _create_file_view(file, place.offset, place.length)
+                piece: Tensor = torch.load(view, weights_only=True, map_location="cpu")
+        except Exception as error:  # a damaged record raises whatever its wrong bytes mean
             raise UserError(f"{self._step} is damaged, {name} cannot be read: use another checkpoint") from error
-        return tensor
-
-
-class _Reader(FileSystemReader):
-    """Reads the table of contents once, not once a tensor, and runs no code that a pickle may hold."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            try:
-                self._metadata = _PlainMetadata(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
-            except (pickle.UnpicklingError, EOFError, OSError) as error:
-                raise UserError(f"{self.path} is no checkpoint ({error}): use another one") from error
-        return self._metadata
-
-
-class WholeTensors:
-    """Weights as trainer.checkpoint.save asks a model for them, each in one piece."""
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._weights = weights
-
-    def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, ShardedTensor]:
-        return {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in self._weights.items()}
+        return piece

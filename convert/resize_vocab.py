@@ -39,12 +39,12 @@ def resize_vocab(source: Path, out: Path, overwrite: bool = False) -> int:
     layout = Layout.of(source, config, rows)
     weights.require(rows, layout.hf)
     names = [name for row in rows for name in row.hf]
-    resized = {*EMBEDDING.hf, *HEAD.hf}
+    resized = {name for row in rows if row.megatron in (EMBEDDING.megatron, HEAD.megatron) for name in row.hf}
     planned = [
         Planned(
             name,
             (vocab_size, *layout.hf[name][1:]) if name in resized else layout.hf[name],
-            weights[name].dtype,
+            weights.dtype(name),
         )
         for name in names
     ]

@@ -12,9 +12,12 @@ from convert.megatron_weights import MegatronWeights
 from convert.output import new_folder
 from kanyun.cli.progress import track
 from kanyun.errors import UserError
+from kanyun.storage import Folder
 from trainer import checkpoint
 from trainer.models.config import ModelConfig
 from trainer.models.registry import family_of
+
+TENSORS = ".distcp"  # how the names of files with tensors end
 
 
 def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
@@ -22,16 +25,14 @@ def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
 
     Weights of a trained model are rounded (to nearest) to the dtype that config.json names; those of a converted,
     never trained one keep theirs, so that there and back is bit for bit the same. Raises UserError if a tensor is
-    missing, left over, of another shape or not finite, if a file's digest is another, and as `resolve` and
-    `new_folder` do.
+    missing, left over, of another shape or not finite, and as `newest_undamaged` and `new_folder` do.
     """
-    step = checkpoint.resolve(source)
+    step = newest_undamaged(source)
     folder = Path(step.path)
     config = ModelConfig.from_hf(str(folder / "hf"))
     rows, weights = family_of(config).table(config), MegatronWeights(folder)
     layout = Layout.of(folder / "hf", config, rows)
     weights.require(layout.megatron)
-    checkpoint.require_digests(step, weights.files)  # not the optimizer's files, six times as large
     dtype = _dtype(folder / "hf" / "config.json") if checkpoint.read_state(step).step else None
     planned = [Planned(name, layout.hf[name], dtype or weights.dtype(row.megatron)) for row in rows for name in row.hf]
     with new_folder(out, folder, overwrite) as attempt:
@@ -42,6 +43,29 @@ def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
                 for name, part in zip(row.hf, parts, strict=True):
                     require_finite(folder, name, part)
                     writer.add(name, part)
+
+
+def newest_undamaged(source: str) -> Folder:
+    """Return the checkpoint that `source` stands for, whose files have their digests; say which newer ones have not.
+
+    Raises UserError if there is none, or if `source` is a damaged step itself.
+    """
+    damaged: dict[str, str] = {}
+    while True:
+        found = checkpoint.look_up(source, damaged)
+        assert found.newest is not None
+        try:
+            checkpoint.require_digests(found.newest, lambda name: not name.endswith(TENSORS))
+            of_weights = MegatronWeights(Path(found.newest.path)).files
+            checkpoint.require_digests(found.newest, of_weights.__contains__)  # the optimizer's are six times as large
+        except checkpoint.DamagedError as error:
+            if found.named:
+                raise
+            damaged[found.newest.uri] = str(error)
+            continue
+        for sentence in found.sentences:
+            print(sentence, flush=True)
+        return found.newest
 
 
 def _dtype(config: Path) -> torch.dtype | None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way on one laptop, in a few minutes, all of it below demo/: raw scans and text -> five Spark stages -> packs
 # -> training -> Hugging Face -> held-out scans, answered by transformers alone. `make demo` calls it.
-# usage: jobs/demo.sh
+# usage: jobs/demo.sh [FAMILY]    the tiny model that is trained: qwen2_5_vl (unless told otherwise) or qwen3_vl
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 cd "$root"
@@ -9,10 +9,12 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 step() { printf '\n\033[1m== %s\033[0m (%d s)\n' "$1" "$SECONDS"; }
 
+family=${1:-qwen2_5_vl}
+[[ $family == qwen2_5_vl || $family == qwen3_vl ]] || need 99
 rm -rf demo
 step "raw data, and a tiny model's config and tokenizer"
 "$python" jobs/demo/make_raw.py demo
-"$python" jobs/demo/make_model.py demo/raw demo/model
+"$python" jobs/demo/make_model.py demo/raw demo/model "$family"
 
 step "five Spark stages: raw rows -> packs"
 "$python" -m pipeline run jobs/recipes/demo.yaml

@@ -28,13 +28,21 @@ class DatasetError(UserError):
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command line's `main`: a UserError becomes one sentence on stderr and exit code 2, without a traceback.
 
-    So does Ctrl-C, with 130; and where nobody reads the output any more (`| head`), the command ends as by SIGPIPE.
+    So do a library that is not installed, with 2, and Ctrl-C, with 130. Where nobody reads the output any more
+    (`| head`), the command ends as by SIGPIPE.
     """
     try:
         code = main()
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name in ("", "kanyun", "pipeline", "trainer", "convert"):  # a fault of ours
+            raise
+        extras = "pip install -c constraints.txt '.[pipeline]', '.[trainer]' or '.[convert]'"
+        print(f"error: the package {name} is not installed: {extras}; `doctor` says what is missing", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on or starts again", file=sys.stderr)

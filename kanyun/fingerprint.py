@@ -42,7 +42,7 @@ _TOKENIZER_DEFAULTS = {
     "rstrip": False,
     "special": False,
 }
-# transformers' defaults of Qwen2VLImageProcessor, for files that leave them out.
+# transformers' defaults of Qwen2VLImageProcessor, which is Qwen2.5-VL's and Qwen3-VL's, for files that leave them out.
 _PROCESSOR_DEFAULTS = {
     "patch_size": 14,
     "temporal_patch_size": 2,
@@ -51,6 +51,15 @@ _PROCESSOR_DEFAULTS = {
     "max_pixels": 28 * 28 * 1280,
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+# What pixels are made with in training, whatever the folder says: as in every published Qwen-VL. 3 = bicubic.
+_PIXELS = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+_RESTORE = "put the model's own preprocessor_config.json there"
+# The name of a processor setting in config.json's vision_config.
+_IN_VISION_CONFIG = {
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "merge_size": "spatial_merge_size",
 }
 
 
@@ -75,7 +84,7 @@ class Fingerprint:
 def fingerprint(folder: Folder) -> Fingerprint:
     """Return the fingerprint of a Hugging Face folder with a fast tokenizer.
 
-    Raises UserError if there is no tokenizer.json.
+    Raises UserError if there is no tokenizer.json, or image settings ask for other pixels than training makes.
     """
     tokenizer = _json(folder, "tokenizer.json")
     if tokenizer is None:
@@ -83,7 +92,7 @@ def fingerprint(folder: Folder) -> Fingerprint:
     processor = _processor(folder)
     special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     try:
-        settings = {"processor": _processor_meaning(processor), **_tokenizer_meaning(tokenizer)}
+        settings = {"processor": processor and _processor_meaning(processor), **_tokenizer_meaning(tokenizer)}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder.uri}/tokenizer.json is damaged ({error!r}): save the tokenizer folder again"
@@ -92,19 +101,44 @@ def fingerprint(folder: Folder) -> Fingerprint:
     return Fingerprint(digest_of(canonical(settings)), processor, special, former=digest_of(canonical(spelled)))
 
 
-def check_vocabulary(folder: Folder) -> None:
-    """Compare the tokenizer with the model's embedding, as config.json has it; without config.json there is no model.
+def check_model(folder: Folder) -> None:
+    """Compare tokenizer and processor with the model, as config.json has it; without config.json there is no model.
 
-    Raises UserError if a token has an id that the embedding has no row for: training would end in an IndexError.
+    Raises UserError if a token has an id that the embedding has no row for (training would end in an IndexError), or
+    if the processor cuts images into other patches than the vision tower reads.
     """
     config = _json(folder, "config.json")
-    vocab_size = {**config, **(config.get("text_config") or {})}.get("vocab_size") if config else None
+    if config is None:
+        return
+    vocab_size = {**config, **(config.get("text_config") or {})}.get("vocab_size")
     token, largest = largest_token(folder)
     if vocab_size is not None and largest >= vocab_size:
         raise UserError(
             f"{folder.uri}: token {token!r} has id {largest}, but config.json has vocab_size {vocab_size}, so the "
             "model has no embedding for it: add rows with `python -m convert resize-vocab HF OUT`"
         )
+    vision, processor = config.get("vision_config") or {}, _processor(folder) or {}
+    for name, name_in_config in _IN_VISION_CONFIG.items():
+        if name in processor and vision.get(name_in_config, processor[name]) != processor[name]:
+            raise UserError(
+                f"{folder.uri}: the processor's {name} is {processor[name]}, but config.json has {name_in_config} "
+                f"{vision[name_in_config]} in vision_config: {_RESTORE}"
+            )
+
+
+def difference(one: dict[str, Any] | None, other: dict[str, Any] | None) -> tuple[str, str]:
+    """Return what differs between two `Fingerprint.processor`, of each: ("patch_size 16", "patch_size 14").
+
+    Another patch size is another kind of model, whose other settings say no more. ("", "") if both mean the same.
+    """
+    if one is None or other is None:
+        words = [f"{'an' if processor else 'no'} image processor" for processor in (one, other)]
+        return ("", "") if words[0] == words[1] else (words[0], words[1])
+    meanings = _processor_meaning(one), _processor_meaning(other)
+    names = [name for name in _PROCESSOR_DEFAULTS if meanings[0][name] != meanings[1][name]]
+    names = ["patch_size"] if "patch_size" in names else names
+    words = [", ".join(f"{name} {processor[name]}" for name in names) for processor in (one, other)]
+    return words[0], words[1]
 
 
 def largest_token(folder: Folder) -> tuple[str, int]:
@@ -162,10 +196,8 @@ def _meaning(value: Any) -> Any:
     }
 
 
-def _processor_meaning(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+def _processor_meaning(processor: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with numbers in one spelling: 3136 and 3136.0 are the same."""
-    if processor is None:
-        return None
     return {
         key: [float(number) for number in value] if isinstance(value, list) else float(value)
         for key, value in processor.items()
@@ -178,10 +210,37 @@ def _processor(folder: Folder) -> dict[str, Any] | None:
     settings = nested or _json(folder, "preprocessor_config.json")
     if settings is None:
         return None
+    try:
+        _refuse_other_pixels(folder, settings)
+        found = _named_settings(settings)
+        sizes = [value for value in _processor_meaning(found).values() if not isinstance(value, list)]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{folder.uri} has damaged image settings ({error}): {_RESTORE}") from error
+    if min(sizes) <= 0:
+        raise UserError(f"{folder.uri} has an image setting that is not above 0 ({found}): {_RESTORE}")
+    return found
+
+
+def _named_settings(settings: dict[str, Any]) -> dict[str, Any]:
     named = {key: settings[key] for key in _PROCESSOR_DEFAULTS if settings.get(key) is not None}
     size = settings.get("size") or {}  # newer name of the two pixel limits; the older one wins, as in transformers
     renamed = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
     return _PROCESSOR_DEFAULTS | {key: value for key, value in renamed.items() if value is not None} | named
+
+
+def _refuse_other_pixels(folder: Folder, settings: dict[str, Any]) -> None:
+    kind = settings.get("image_processor_type") or "Qwen"
+    if not kind.startswith("Qwen"):  # Qwen2VLImageProcessor, older folders have Qwen2_5_VLImageProcessor
+        raise UserError(
+            f"{folder.uri} has an image processor {kind}: give the folder of a Qwen2.5-VL or Qwen3-VL model"
+        )
+    for name, used in _PIXELS.items():
+        value = settings.get(name)
+        if value is not None and abs(value - used) > 1e-9:
+            raise UserError(
+                f"{folder.uri} has {name} {value} in its image settings, but pixels are made with {used} in training, "
+                "as in every published Qwen-VL: the model would see other images; give a folder with that setting"
+            )
 
 
 def _json(folder: Folder, name: str) -> dict[str, Any] | None:

@@ -1,6 +1,20 @@
-"""Patches and tokens of an image in Qwen2.5-VL, from its width and height alone.
+"""Patches and tokens of an image in Qwen2.5-VL and Qwen3-VL, from its width and height alone.
 
 Pipeline (token counts) and trainer (pixels) must agree to the pixel, and both with transformers, hence one copy here.
+Both families have one image processor, and differ in its settings, which are read from the model's own folder
+(`kanyun.fingerprint`) and stand in a dataset's manifest:
+
+| | Qwen2.5-VL | Qwen3-VL |
+|---|---|---|
+| `patch_size`: side of a patch, pixels | 14 | 16 |
+| `merge_size`: merge_size x merge_size patches are a visual token | 2 | 2 |
+| factor of `smart_resize` = patch_size x merge_size: a visual token is factor x factor pixels | 28 | 32 |
+| `temporal_patch_size`: frames of a patch, an image being repeated | 2 | 2 |
+| `min_pixels`, `max_pixels` of the resized image as published | 3,136 to 12,845,056 | 65,536 to 16,777,216 |
+| `image_mean`, `image_std` of levels / 255 | CLIP's | 0.5, 0.5 |
+
+An image is one temporal step, (1, rows, columns) patches, and rows x columns / merge_size^2 tokens of <|image_pad|>
+between <|vision_start|> and <|vision_end|>; timestamps are of videos alone.
 Source: `smart_resize` in transformers 5.17, models/qwen2_vl/image_processing_qwen2_vl.py.
 """
 
@@ -9,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_ASPECT_RATIO = 200
-WINDOW = 8  # patches: 112 pixels, in every Qwen2.5-VL that Qwen has published
+WINDOW = 8  # patches: 112 pixels, in every Qwen2.5-VL that Qwen has published; other towers have no windows
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -41,7 +55,7 @@ def grid_thw(width: int, height: int, processor: Mapping[str, Any]) -> tuple[int
 
 
 def windows(grid: Sequence[int]) -> int:
-    """Count the attention windows of one image: squares of WINDOW x WINDOW patches, cut off at the border."""
+    """Count Qwen2.5-VL's attention windows in one image: squares of WINDOW x WINDOW patches, cut off at the border."""
     return grid[0] * -(-grid[1] // WINDOW) * -(-grid[2] // WINDOW)
 
 

@@ -32,6 +32,7 @@ class ChatTemplate:
         self._template = _compile(source) if source else None
         self._variables = dict(variables)
         self._takes_text = _takes_text(self._apply) if source else False
+        self._null = None if self._takes_null() else ""
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: str | None) -> Rendered:
         """Render `messages` (schema.MESSAGE) and `tools` (JSON) as `apply_chat_template(messages, tools=tools)` does.
@@ -56,6 +57,17 @@ class ChatTemplate:
         trained = [message.get("loss") is not False for message in messages if message["role"] == "assistant"]
         return Rendered(text, [answer for answer, kept in zip(answers, trained) if kept])
 
+    def _takes_null(self) -> bool:
+        """Return whether it prints a tool call whose message has null content.
+
+        OpenAI's rows have null there. Qwen3-VL's template loops over the content and fails, unless it is "".
+        """
+        message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+        try:
+            return bool(self._apply([{"role": "user", "content": "u"}, message], None))
+        except Exception:  # a template is a program
+            return False
+
     def _apply(self, conversation: list[dict[str, Any]], tools: Any) -> str:
         if self._template is None:
             raise ValueError("the tokenizer folder has none")
@@ -66,7 +78,7 @@ class ChatTemplate:
     def _for_template(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A message as its raw row has it. Content is plain text, which all templates take, unless it has an image."""
         parts = message["content"]
-        content: Any = None
+        content: Any = self._null
         if parts is not None and any(part["type"] == "image" for part in parts):
             content = [{"type": "text", "text": part["text"]} if part["type"] == "text" else _IMAGE for part in parts]
         elif parts is not None:
@@ -99,7 +111,10 @@ def _takes_text(apply: Callable[[list[dict[str, Any]], Any], str]) -> bool:
     """
     text = '{"a":1}'
     call = {"type": "function", "function": {"name": "f", "arguments": text}}
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
     try:
         return text in apply(turns, None)
     except Exception:  # a template is a program

@@ -1,4 +1,4 @@
-"""Why a row is not trained on: one Check a reason code, with its rule, its limit, and its line in README's table."""
+"""Why a row is not trained on: one Check a reason code, with its rule, its limit, and its line in docs/datasets.md."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-MIN_SIDE = 28  # pixels: one merged patch of Qwen2.5-VL
+MIN_SIDE = 28  # pixels: a token of Qwen2.5-VL; to Qwen3-VL's, of 32, a side is enlarged, as transformers does
 MAX_ASPECT_RATIO = 200  # Qwen's own smart_resize refuses more
 MAX_PIXELS = 89_478_485  # Pillow's own limit before it warns of a decompression bomb: 1 GB as 4 x 24 bits
 MAX_IMAGE_BYTES = 64 << 20  # of one encoded image: a record batch of packs is never larger
@@ -79,7 +79,7 @@ class On(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """A reason code, its rule and its limit; also a line of README's table."""
+    """A reason code, its rule and its limit; also a line of docs/datasets.md."""
 
     reason: Reason
     row: str  # what such a row is or has

@@ -65,7 +65,7 @@ def _check(folder: str, tokenizer_json: str, special: set[str]) -> None:
             f"tokenizers cannot load {folder}/tokenizer.json ({error}): save the tokenizer again"
         ) from error
     if tokenizer.token_to_id(END_OF_DOCUMENT) is None:
-        raise UserError(f"the tokenizer in {folder} has no {END_OF_DOCUMENT}: give that of a Qwen2.5 model")
+        raise UserError(f"the tokenizer in {folder} has no {END_OF_DOCUMENT}: give that of a Qwen model")
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     if missing := sorted(special - known):
         # transformers would append them to the vocabulary; the fingerprint, and other readers, would not know

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from trainer.data.batch import Batch, VisionBatch
+from trainer.data.batch import Batch
 
 WARM_UP = 2  # runs before the first capture: kernels are chosen, workspaces made
 
@@ -72,21 +72,9 @@ def _patches(batch: Batch) -> int:
 
 def _grown(batch: Batch, patches: int) -> Batch:
     """Return the batch with room for `patches` patches."""
-    vision = batch.vision
-    if vision is None:
-        return batch
-    unit = len(vision.patches) // len(vision.token_index)  # patches a visual token
-    grown = replace(
-        vision,
-        patches=vision.patches.new_zeros(patches, vision.patches.shape[1]),
-        positions=vision.positions.new_zeros(patches, 2),
-        token_index=vision.token_index.new_zeros(patches // unit),
-    )
-    return replace(batch, vision=grown)
+    return batch if batch.vision is None else replace(batch, vision=batch.vision.empty(patches))
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
     found = [getattr(batch, f.name) for f in fields(Batch) if f.name != "vision"]
-    if batch.vision is not None:
-        found += [getattr(batch.vision, f.name) for f in fields(VisionBatch)]
-    return found
+    return found + (batch.vision.tensors() if batch.vision else [])

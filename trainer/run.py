@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from kanyun.errors import UserError
-from kanyun.fingerprint import Fingerprint, check_vocabulary, fingerprint
+from kanyun.fingerprint import Fingerprint, check_model, fingerprint
 from kanyun.storage import Folder
 from kanyun.storage.claim import Claim, only_writer
 from trainer import checkpoint
@@ -48,7 +48,7 @@ class Run:
     def prepare(cls, config: TrainConfig, world: int, cuda: bool, damaged: Mapping[str, str] | None = None) -> Self:
         """Raises UserError for anything that does not fit together. Writes nothing."""
         tokenizer = fingerprint(Folder(config.model))
-        check_vocabulary(Folder(config.model))
+        check_model(Folder(config.model))
         model = ModelConfig.from_hf(config.model)
         data = PackedData(config.data, config.length, tokenizer)
         validation = PackedData(config.validation, config.length, tokenizer) if config.validation else None

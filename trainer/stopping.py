@@ -17,10 +17,11 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 from torch._C import _distributed_c10d
 
 from kanyun.errors import UserError
@@ -50,8 +51,9 @@ class StopSignals:
 class FiniteGuard:
     """Ends a run whose numbers are no longer finite. Every rank has the same ones, so all end together."""
 
-    def __init__(self, model: nn.Module, lr: float) -> None:
-        self._model, self._lr = model, lr
+    def __init__(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], lr: float) -> None:
+        """`weights`: this rank's, with names."""
+        self._weights, self._lr = weights, lr
         self._in_a_row = 0
 
     def check_gradient(self, norm: float, step: int) -> bool:
@@ -72,7 +74,7 @@ class FiniteGuard:
         from trainer.checkpoint import require_finite  # here, because the launcher needs no megatron
 
         way_out = f"{problem}; resume from a checkpoint before that"
-        require_finite(self._model.named_parameters(), f"the model at step {step}", way_out)
+        require_finite(self._weights(), f"the model at step {step}", way_out)
         raise UserError(
             f"{problem}, with finite weights: lower lr {self._lr}, or look at the data; the same command goes on from "
             "the last checkpoint"

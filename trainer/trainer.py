@@ -77,8 +77,8 @@ class Trainer:
         self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
         if run.weights is not None and not config.continue_from:
             run = run.load(self.model)
-        self.ddp = OverlappedDataParallel(self.model.config, self.model)
-        self.guard = FiniteGuard(self.model, config.lr)
+        self.ddp = OverlappedDataParallel(self.model.config, self.model, weight_shards=layout.weight_shards)
+        self.guard = FiniteGuard(self.model.named_weights, config.lr)
         self.sums = DatasetSums(names, runtime.device)  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
         if self.graph:
@@ -180,7 +180,7 @@ class Trainer:
         # Reduces the gradients and the trained tokens over the ranks, and divides the ones by the other.
         finalize_model_grads([self.ddp], self.sums.trained())
         set_rates(self.optimizer, self.config, lr)
-        norm = take_step(self.optimizer, self.config.clip_grad)
+        norm = take_step(self.optimizer, self.config.clip_grad, self.ddp.sharded)
         own = self._zero() + flops, self._zero() + self._stop(), self.sums.values, self.clock.slots(self.runtime)
         flops_sum, stop, *totals = self._reduce(*own)
         if self.runtime.tensor_parallel > 1:  # each tensor-parallel rank has asked a different data-parallel group

@@ -44,9 +44,8 @@ class Progress:
         left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "unknown"
         amount = f"{self._amount(self.done)} of {self._amount(self.total)}"
         words = "" if self._unit == "B" else f" {self._unit}"
-        return (
-            f"{self._title}: {self.done / self.total:.0%}, {amount}{words}, {self._amount(rate)}{words}/s, ETA {left}"
-        )
+        speed = f"{self._amount(rate)}{words}/s" if rate >= 1 else f"{self._amount(60 * rate)}{words}/min"
+        return f"{self._title}: {self.done / self.total:.0%}, {amount}{words}, {speed}, ETA {left}"
 
     def _amount(self, value: float) -> str:
         if self._unit == "B":

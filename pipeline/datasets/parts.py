@@ -15,7 +15,7 @@ MARKER = "<image>"
 IMAGE_FIELDS = ("images", "image")  # of a row, in this order
 # Where people put a place for an image: first, last, or alone in a line. Within a sentence it is a word.
 _STANDS_APART = re.compile(rf"\A\s*{MARKER}|{MARKER}\s*\Z|^\s*{MARKER}\s*$", re.MULTILINE)
-_NONE = (None, "", b"", [])  # what tables and LLaVA's rows of text alone have in IMAGE_FIELDS
+_NONE: tuple[object, ...] = (None, "", b"", [])  # what tables and LLaVA's rows of text alone have in IMAGE_FIELDS
 # Base64 of 100 bytes and more without the head of a data: URI: no path, which has a dot.
 _BARE_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{132,}={0,2}\s*")
 _TEXT, _IMAGE = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")

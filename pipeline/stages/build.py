@@ -10,7 +10,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from kanyun.errors import UserError
-from kanyun.fingerprint import TOKENIZER_FILES, check_vocabulary, copy_tokenizer
+from kanyun.fingerprint import TOKENIZER_FILES, check_model, copy_tokenizer
 from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
 from pipeline.checks import Reason
@@ -51,7 +51,7 @@ class BuildStage(Stage):
         if self.length < 1:
             raise UserError(f"--length is {self.length}: give the token slots of a pack, for example 8192")
         folder = Folder(self.tokenizer)
-        check_vocabulary(folder)
+        check_model(folder)
         files = {name: digest_of(folder.read(name)) for name in TOKENIZER_FILES if folder.exists(name)}
         sampling = Report.load(Folder(self.source), self.after).settings
         return {"tokenizer": digest_of(canonical(files)), "length": self.length, "overflow": self.overflow, **sampling}

@@ -20,6 +20,7 @@ from tests.support.model_golden import (
     transformers_answer,
 )
 from tests.support.qwen3_assets import tiny_qwen3_folder
+from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.support.vision_golden import PACKS, example
 from trainer.models.config import ModelConfig
@@ -53,23 +54,21 @@ def test_as_near_to_float32_as_transformers_is(make: Any, tied: bool, runtime: R
     )
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied", "qwen3", "vision"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "qwen3", "vision", "qwen3_vl"])
 def test_float32_agrees_with_transformers(kind: str, runtime: Runtime, tmp_path: Any) -> None:
     """Transformer Engine's layers in float32, around torch's attention: cuDNN's takes 16-bit numbers only.
 
     Transformer Engine multiplies float32 in TF32, which has 10 bits of 23.
     """
-    if kind == "vision":
-        folder = tiny_vl_folder(tmp_path)
-    else:
-        folder = (tiny_qwen3_folder if kind == "qwen3" else tiny_text_folder)(tmp_path, tied=kind == "tied")
-    auto = transformers.AutoModelForImageTextToText if kind == "vision" else transformers.AutoModelForCausalLM
+    makers = {"qwen3": tiny_qwen3_folder, "vision": tiny_vl_folder, "qwen3_vl": tiny_qwen3_vl_folder}
+    folder, images = makers.get(kind, tiny_text_folder)(tmp_path, tied=kind == "tied"), kind in ("vision", "qwen3_vl")
+    auto = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
     reference = auto.from_pretrained(folder, dtype=torch.float32).to("cuda")
     model = build_model(ModelConfig.from_hf(str(folder)), replace(runtime, dtype=torch.float32))
     for layer in model.language.decoder.layers:
         layer.self_attention.core_attention = SegmentAttention(model.config)
     load(model, reference)
-    if kind == "vision":
+    if images:
         processor = transformers.AutoProcessor.from_pretrained(folder)
         pack = [example(processor, *sample) for sample in PACKS["odd sizes"][0]]
     else:
@@ -109,7 +108,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("make", [tiny_vl_folder, tiny_qwen3_folder])
+@pytest.mark.parametrize("make", [tiny_vl_folder, tiny_qwen3_folder, tiny_qwen3_vl_folder])
 def test_checkpoint_names_are_those_of_the_table(make: Any, runtime: Runtime, tmp_path: Any) -> None:
     model = build_model(ModelConfig.from_hf(str(make(tmp_path))), runtime)
     keys = {tensor.key for tensor in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values()}

@@ -11,12 +11,17 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 
 
 def test_two_data_parallel_ranks(tmp_path: Path) -> None:
-    assert_two_train_as_one(tmp_path, tensor_parallel=1, tolerance=0.01)
+    assert_two_train_as_one(tmp_path, tolerance=0.01)
+
+
+def test_two_ranks_that_share_the_layers(tmp_path: Path) -> None:
+    assert_two_train_as_one(tmp_path, weight_shards=2, tolerance=0.01)
 
 
 def test_two_halves_of_a_model(tmp_path: Path) -> None:
     assert_two_train_as_one(tmp_path, tensor_parallel=2, tolerance=0.01)
 
 
-def test_an_exchange_beside_compute_changes_nothing(tmp_path: Path) -> None:
-    assert_overlap_changes_nothing(tmp_path)
+@pytest.mark.parametrize("weight_shards", [1, 2])
+def test_an_exchange_beside_compute_changes_nothing(weight_shards: int, tmp_path: Path) -> None:
+    assert_overlap_changes_nothing(tmp_path, weight_shards=weight_shards)

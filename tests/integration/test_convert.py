@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from convert.verify import compare
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from tests.support.processes import run_python, run_ranks
-from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
+from tests.support.qwen_assets import save_random, tiny_text_folder, tiny_vl_folder
 from tests.support.training_job import train, write_job
 from trainer import checkpoint
 from trainer.models.config import ModelConfig
@@ -143,19 +144,35 @@ def test_a_trained_checkpoint_is_rounded_to_the_configs_dtype(tmp_path: Path) ->
     assert model.dtype == torch.bfloat16
 
 
-def test_a_converted_model_starts_training_and_a_run_of_two_processes_converts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_converted_model_starts_training_and_a_run_of_many_processes_converts(tmp_path: Path, ranks: int) -> None:
     """Weights that tensor parallel ranks saved in pieces are the ones that were loaded."""
-    source = hf_model(tmp_path / "hf", vision=True, tied=False)
+    source = hf_model(tmp_path / "hf", vision=ranks == 2, tied=False)
+    if ranks == 8:
+        config = transformers.AutoConfig.from_pretrained(source, num_attention_heads=ranks, num_key_value_heads=ranks)
+        save_random(transformers.AutoModelForCausalLM.from_config(config), source, seed=1)
     to_megatron(source, tmp_path / "megatron")
-    run_ranks(2, "-m", "tests.integration.test_convert", str(tmp_path / "megatron"), str(tmp_path / "split"))
-    files = (tmp_path / "split/checkpoints/step_00000000").glob("*.distcp")
-    assert {file.name.split("_")[2] for file in files} == {"0", "1"}  # __RANK_N.distcp
+    folders = (str(tmp_path / "megatron"), str(tmp_path / "split"))
+    run_ranks(ranks, "-m", "tests.integration.test_convert", *folders)
+    step = tmp_path / "split/checkpoints/step_00000000"
+    assert {file.name.split("_")[2] for file in step.glob("*.distcp")} == {str(r) for r in range(ranks)}  # __RANK_N
     to_hf(str(tmp_path / "split"), tmp_path / "back")
     same(load_file(source / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS))
 
+    # A table of contents that lacks one rank's pieces, in a checkpoint made before digests were.
+    metadata = checkpoint.read_metadata(Folder(str(step)))
+    metadata.storage_data = {
+        index: place for index, place in metadata.storage_data.items() if not place.relative_path.startswith("__1_")
+    }
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    state = json.loads((step / "state.json").read_text())
+    (step / "state.json").write_text(json.dumps({n: v for n, v in state.items() if n not in ("files", "digest")}))
+    with pytest.raises(UserError, match=r"step_00000000 does not hold every piece of language\."):
+        to_hf(str(tmp_path / "split"), tmp_path / "again")
 
-def load_and_save_in_two_pieces(source: str, output: str) -> None:
-    with Runtime.start(tensor_parallel=2, seed=3) as runtime:
+
+def load_and_save_in_pieces(source: str, output: str) -> None:
+    with Runtime.start(tensor_parallel=int(os.environ["WORLD_SIZE"]), seed=3) as runtime:
         step = checkpoint.resolve(source)
         model = build_model(ModelConfig.from_hf((step / "hf").path), runtime)
         checkpoint.load(step, model)
@@ -294,4 +311,4 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    load_and_save_in_two_pieces(*sys.argv[1:])
+    load_and_save_in_pieces(*sys.argv[1:])

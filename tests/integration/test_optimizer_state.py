@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from kanyun.storage import Folder
@@ -20,6 +20,7 @@ from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
 from trainer.models.language import LanguageModel
+from trainer.optim.data_parallel import OverlappedDataParallel
 from trainer.optim.optimizer import build_optimizer, take_step
 from trainer.optim.state import OptimizerState
 from trainer.runtime import Runtime
@@ -96,12 +97,8 @@ def one_step(folder: Path, runtime: Runtime) -> tuple[LanguageModel, ChainedOpti
     """A model whose moments are not 0, after the same two packs however many processes there are."""
     config = ModelConfig.from_hf(str(folder / "hf"))
     model = build_model(config, runtime)
-    # Overlapping is what megatron.core makes several buckets for.
-    ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, overlap_grad_reduce=runtime.data_world > 1, bucket_size=20_000
-    )
-    ddp = DistributedDataParallel(model.config, ddp_config, model)
-    assert (len(ddp.buffers[0].buckets) > 2) == (runtime.data_world > 1)
+    ddp = OverlappedDataParallel(model.config, model)
+    assert len(ddp.bucket_groups) >= 4
     values = {"model": "", "data": "", "output": "", "length": 256, "global_batch": 2, "steps": 1, "lr": LR}
     optimizer = build_optimizer(TrainConfig.model_validate(values), ddp, runtime)
     trained = torch.zeros(())

@@ -1,13 +1,16 @@
 """Which checkpoint a run goes on from, and with what: damaged saves, other ranks, other settings, another run's."""
 
 import json
+import random
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from convert.to_hf import to_hf
 from kanyun.errors import UserError
 from tests.support.processes import run_ranks
 from tests.support.training_job import (
@@ -83,6 +86,24 @@ def test_a_newest_checkpoint_with_a_flipped_byte_is_passed_over(
     assert metrics_of(job) == before
 
 
+def test_conversion_takes_the_newest_checkpoint_without_damage_and_says_so(
+    text_run: dict[str, Any], job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copy_of(text_run, job)
+    flip_a_byte(root / "step_00000008" / "__0_0.distcp")
+    flip_a_byte(root / "step_00000006" / "hf" / "config.json")
+    flip_a_byte(root / "step_00000004" / "__0_2.distcp")  # the optimizer's: not read
+    to_hf(job["output"], tmp_path / "a")
+    said = capsys.readouterr().out
+    assert re.search(r"^passed over step_00000008: .*__0_0.distcp is damaged", said, re.MULTILINE)
+    assert re.search(r"^passed over step_00000006: .*hf/config.json is damaged", said, re.MULTILINE)
+    to_hf(str(root / "step_00000004"), tmp_path / "b")
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"step_00000006/hf/config.json is damaged"):
+        to_hf(str(root / "step_00000006"), tmp_path / "c")
+
+
 @pytest.mark.parametrize("key", ["init", "continue_from"])
 def test_another_run_s_newest_checkpoint_with_a_flipped_byte_is_passed_over(
     key: str, text_run: dict[str, Any], job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -109,6 +130,19 @@ def test_a_refused_command_leaves_no_output_folder(job: dict[str, Any], tmp_path
     output.mkdir(parents=True)
     launch(job, f"output={output}", "data=/nowhere")
     assert list(output.iterdir()) == []
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    text_run: dict[str, Any], job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, clock = random.Random(1), time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + draw.uniform(-1e6, 1e6))  # 12 days
+    train(job | {"steps": WHOLE_STEPS - 3})
+    assert steps_of(job) == [f"step_{step:08d}" for step in (2, 4, 5)]
+    train(job)
+    assert curve(job, "trained_tokens") == curve(text_run, "trained_tokens")
+    assert curve(job)[-1] == pytest.approx(curve(text_run)[-1], rel=0.05)  # the schedule was another one up to step 5
+    assert all(0 < seconds < 1000 for seconds in curve(job, "seconds"))
 
 
 def test_no_whole_checkpoint_is_no_start_at_step_0(text_run: dict[str, Any], job: dict[str, Any]) -> None:

@@ -18,7 +18,9 @@ from PIL import Image
 from pyspark.sql import SparkSession
 from transformers import AutoProcessor
 
+from kanyun.__main__ import main as kanyun_command
 from kanyun.errors import DatasetError, UserError
+from kanyun.fingerprint import fingerprint
 from kanyun.reader import PackedDataset
 from kanyun.schema import Pack as StoredPack
 from kanyun.storage import Folder
@@ -30,7 +32,9 @@ from pipeline.spark import spark_session
 from pipeline.stages.build import BuildStage
 from pipeline.stages.pack import PackStage
 from pipeline.stages.sample import SampleStage, copies_before
+from tests.support.qwen3_vl_assets import TOKEN_PIXELS, qwen3_vl_tokenizer_folder
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
+from trainer.data.source import PackedData
 
 LENGTH = 256
 
@@ -125,12 +129,12 @@ def packed(root: Path) -> str:
     return str(root / "packed" / f"packed_length_{LENGTH}_0_epoch_0_v4")
 
 
-def test_every_sample_is_packed_once_as_the_processor_makes_it(made: tuple[Path, Raw]) -> None:
-    root, raw = made
-    processor = AutoProcessor.from_pretrained(root / "hf")
+def check_packs(raw: Raw, model: Path, dataset: str, built: Path) -> None:
+    """Every sample is packed once, as transformers' processor of this model makes it, or quarantined as too long."""
+    processor = AutoProcessor.from_pretrained(model)
     seen: dict[int, int] = {}
-    for pack in packs_of(packed(root)):
-        images = iter(pack.images)
+    for pack in packs_of(dataset):
+        images, grids = iter(pack.images), iter(pack.image_grid_thw.tolist())
         for n, sample_id in enumerate(pack.sample_ids.tolist()):
             row = raw.rows[sample_id]
             seen[sample_id] = seen.get(sample_id, 0) + 1
@@ -147,13 +151,52 @@ def test_every_sample_is_packed_once_as_the_processor_makes_it(made: tuple[Path,
                 continue
             text = processor.apply_chat_template(row["messages"])
             pictures = [Image.open(io.BytesIO(data)) for data in encoded]
-            assert ids.tolist() == processor(text=[text], images=pictures or None)["input_ids"][0]
+            expected = processor(text=[text], images=pictures or None)
+            assert ids.tolist() == expected["input_ids"][0]
+            assert [next(grids) for _ in encoded] == [list(grid) for grid in expected.get("image_grid_thw", [])]
             trained = processor.tokenizer.decode(ids[mask])
             assert trained == row["messages"][1]["content"][0]["text"] + "<|im_end|>"
         assert next(images, None) is None
-    quarantined = {row["sample_id"]: row["reason"] for row in read(root / "built", "quarantine")}
+    quarantined = {row["sample_id"]: row["reason"] for row in read(built, "quarantine")}
     assert seen == dict.fromkeys(set(raw.rows) - set(quarantined), 1)
     assert set(quarantined.values()) <= {"too_long"}
+
+
+def test_every_sample_is_packed_once_as_the_processor_makes_it(made: tuple[Path, Raw]) -> None:
+    root, raw = made
+    check_packs(raw, root / "hf", packed(root), root / "built")
+
+
+def test_the_same_samples_for_qwen3_vl(
+    made: tuple[Path, Raw],
+    spark: SparkSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root, raw = made
+    model = qwen3_vl_tokenizer_folder(
+        tmp_path / "hf", real_vocabulary=False, min_pixels=4 * TOKEN_PIXELS, max_pixels=32 * TOKEN_PIXELS
+    )
+    BuildStage(str(root / "sampled"), str(tmp_path / "built"), tokenizer=str(model), length=LENGTH).run()
+    SmallBuckets.below(str(tmp_path / "built"), str(tmp_path / "packed"), LENGTH).run()
+    check_packs(raw, model, packed(tmp_path), tmp_path / "built")
+    assert list(verify(Folder(packed(tmp_path)))) == []
+    one, other = (PackedDataset(Folder(packed(at))).manifest for at in (root, tmp_path))
+    assert one.processor is not None
+    assert other.processor is not None
+    assert (one.processor["patch_size"], other.processor["patch_size"]) == (14, 16)
+    assert one.content_digest != other.content_digest
+    for at, its, own in ((root, 14, model), (tmp_path, 16, root / "hf")):  # the trainer refuses the other's packs
+        with pytest.raises(
+            DatasetError,
+            match=f"built for a model with patch_size {its}, but the model folder has patch_size {30 - its}: build",
+        ):
+            PackedData(str(at / "packed"), LENGTH, fingerprint(Folder(str(own))))
+    PackedData(str(tmp_path / "packed"), LENGTH, fingerprint(Folder(str(model))))
+    monkeypatch.setattr("sys.argv", ["kanyun", "info", str(tmp_path / "packed")])
+    assert kanyun_command() == 0
+    assert "patches of 16 x 16 pixels, 2 x 2 of them a token; images of 4,096 to 32,768" in capsys.readouterr().out
 
 
 def test_the_packed_dataset_is_sound_and_tells_its_facts(made: tuple[Path, Raw]) -> None:

@@ -13,7 +13,8 @@ from megatron.core.distributed import finalize_model_grads
 from tests.support.model_golden import Example, batch_of
 from tests.support.processes import run_ranks
 from tests.support.qwen3_assets import tiny_qwen3_folder
-from tests.support.qwen_assets import tiny_text_folder
+from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
+from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.support.two_processes import assert_two_train_as_one
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
@@ -24,16 +25,23 @@ from trainer.runtime import Runtime
 @pytest.mark.parametrize("make", [tiny_text_folder, tiny_qwen3_folder])
 def test_two_processes_are_one_model(make: Any, tmp_path: Path) -> None:
     make(tmp_path, tied=False)
-    for world in (1, 2):
-        run_ranks(world, "-m", "tests.integration.test_tensor_parallel", str(tmp_path), str(world))
+    report(tmp_path, 1)
+    run_ranks(2, "-m", "tests.integration.test_tensor_parallel", str(tmp_path), "2")
     one, two = (json.loads((tmp_path / f"{world}.json").read_text()) for world in (1, 2))
     assert one["logits"] > 1
     for name, value in one.items():
         assert two[name] == pytest.approx(value, rel=1e-4), name
 
 
-def test_two_processes_train_one_model_and_one_goes_on(tmp_path: Path) -> None:
-    assert_two_train_as_one(tmp_path, tensor_parallel=2, tolerance=1e-4)
+@pytest.mark.parametrize("make", [tiny_vl_folder, tiny_qwen3_vl_folder])
+def test_two_processes_train_one_model_and_one_goes_on(make: Any, tmp_path: Path) -> None:
+    assert_two_train_as_one(tmp_path, tensor_parallel=2, tolerance=1e-4, make_model=make)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_of_which_two_share_the_layers_train_as_one(world: int, tmp_path: Path) -> None:
+    """Four: two have the same parts."""
+    assert_two_train_as_one(tmp_path, weight_shards=2, world=world, tolerance=1e-4)
 
 
 def report(folder: Path, tensor_parallel: int) -> None:

@@ -224,7 +224,10 @@ def test_finished_work_is_not_done_again(whole: dict[str, Any], capsys: pytest.C
 
 def refusals(whole: dict[str, Any], text: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     yield {"length": 128}, "packed to length 64, but the config has length: 128"
-    yield {"data": text["data"]}, "was built with tokenizer"
+    yield (
+        {"data": text["data"]},
+        "built for a model with no image processor, but the model folder has an image",
+    )
     yield {"data": whole["model"]}, "no packed dataset"
     yield {"model": whole["data"]}, "no tokenizer.json"
     yield {"output": whole["model"]}, "holds something else"

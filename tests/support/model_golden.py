@@ -15,6 +15,7 @@ from trainer.data.batch import Batch, BatchFormat, make_batch
 from trainer.data.shapes import StaticShape
 from trainer.models.config import ModelConfig
 from trainer.models.language import LanguageModel
+from trainer.models.qwen3_vl.config import DeepstackVisionConfig
 
 
 @dataclass
@@ -88,8 +89,30 @@ def ours(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor
         found[f"{mine}.mlp.linear_fc2.weight"] = get(f"{theirs}.mlp.down_proj.weight")
         found[f"{mine}.input_layernorm.weight"] = get(f"{theirs}.input_layernorm.weight")
         found[f"{mine}.pre_mlp_layernorm.weight"] = get(f"{theirs}.post_attention_layernorm.weight")
-    if config.vision:
+    if isinstance(config.vision, DeepstackVisionConfig):
+        found |= _qwen3_vision(get, config.vision)
+    elif config.vision:
         found |= _vision(get, config.vision.depth)
+    return found
+
+
+def _qwen3_vision(get: Callable[[str], Tensor], vision: DeepstackVisionConfig) -> dict[str, Tensor]:
+    found = {"vision.position_embed.weight": get("model.visual.pos_embed.weight")}
+    mergers = [f"deepstack_merger_list.{n}" for n in range(len(vision.deepstack_blocks))]
+    for kind in ("weight", "bias"):
+        found[f"vision.patch_embed.{kind}"] = get(f"model.visual.patch_embed.proj.{kind}").flatten(1 - (kind == "bias"))
+        for n in range(vision.depth):
+            for layer in ("norm1", "norm2", "attn.qkv", "attn.proj"):
+                found[f"vision.blocks.{n}.{layer}.{kind}"] = get(f"model.visual.blocks.{n}.{layer}.{kind}")
+            for layer in ("fc1", "fc2"):
+                found[f"vision.blocks.{n}.mlp.{layer}.{kind}"] = get(
+                    f"model.visual.blocks.{n}.mlp.linear_{layer}.{kind}"
+                )
+        for n, theirs in enumerate(["merger", *mergers]):
+            mine = f"vision.merger.deepstack.{n - 1}" if n else "vision.merger"
+            found[f"{mine}.norm.{kind}"] = get(f"model.visual.{theirs}.norm.{kind}")
+            for layer in ("fc1", "fc2"):
+                found[f"{mine}.{layer}.{kind}"] = get(f"model.visual.{theirs}.linear_{layer}.{kind}")
     return found
 
 

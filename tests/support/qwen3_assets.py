@@ -23,7 +23,7 @@ ADDED = ["<tool_response>", "</tool_response>", "<think>", "</think>"]  # ids 15
 
 def qwen3_tokenizer_folder(path: Path | str, *, real_vocabulary: bool = True) -> Path:
     """Qwen3's tokenizer and template; no weights."""
-    return write_folder(Path(path), _tokenizer_json(real_vocabulary), False, template=TEMPLATE)
+    return write_folder(Path(path), qwen3_tokenizer_json(real_vocabulary), False, template=TEMPLATE)
 
 
 def tiny_qwen3_folder(
@@ -37,7 +37,7 @@ def tiny_qwen3_folder(
 
     folder = qwen3_tokenizer_folder(path, real_vocabulary=real_vocabulary)
     config = transformers.Qwen3Config(
-        **language_config(_tokenizer_json(real_vocabulary), layers),
+        **language_config(qwen3_tokenizer_json(real_vocabulary), layers),
         head_dim=32,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=tied,
@@ -46,7 +46,7 @@ def tiny_qwen3_folder(
     return folder
 
 
-def _tokenizer_json(real_vocabulary: bool) -> str:
+def qwen3_tokenizer_json(real_vocabulary: bool) -> str:
     tokenizer = Tokenizer.from_str(real_tokenizer_json() if real_vocabulary else tiny_tokenizer_json())
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED])
     return json.dumps(json.loads(tokenizer.to_str()))

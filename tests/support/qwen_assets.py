@@ -161,8 +161,9 @@ def write_folder(
     min_pixels: int = 0,
     max_pixels: int = 0,
     template: str | None = None,
+    processor: dict[str, Any] | None = None,
 ) -> Path:
-    """Write tokenizer, template (None: Qwen2.5's) and, with `vision`, processor settings."""
+    """Write tokenizer, template and, with `vision`, processor settings. `template`, `processor`: None for Qwen2.5's."""
     folder.mkdir(parents=True, exist_ok=True)
     added = {
         str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in json.loads(tokenizer_json)["added_tokens"]
@@ -186,8 +187,8 @@ def write_folder(
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     if vision:
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": VL_TEMPLATE}, indent=2))
-        processor = {
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template or VL_TEMPLATE}, indent=2))
+        processor = processor or {
             "min_pixels": min_pixels,
             "max_pixels": max_pixels,
             "patch_size": 14,

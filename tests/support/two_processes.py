@@ -1,9 +1,11 @@
 """A tiny training by two processes, as data-parallel ranks or as one model's two halves, beside the same by one."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from tests.support.processes import run_ranks
+from tests.support.qwen_assets import tiny_vl_folder
 from tests.support.training_job import metrics_of, train, write_job
 from trainer.config import TrainConfig
 from trainer.optim.data_parallel import OverlappedDataParallel
@@ -18,14 +21,27 @@ from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
 
 
-def assert_two_train_as_one(folder: Path, *, tensor_parallel: int, tolerance: float) -> None:
-    """And one goes on from what two have saved. tolerance: of losses, relative."""
-    one = write_job(folder, images=True)
+def assert_two_train_as_one(
+    folder: Path,
+    *,
+    tolerance: float,
+    tensor_parallel: int = 1,
+    weight_shards: int = 1,
+    world: int = 2,
+    make_model: Callable[[Path], Path] | None = None,
+) -> None:
+    """And one goes on from what two have saved, and two from what one has. tolerance: of losses, relative.
+
+    make_model: None for a Qwen2.5-VL of layers enough that a buffer which two share is used again in both passes.
+    """
+    one = write_job(folder, images=True, make_model=make_model or partial(tiny_vl_folder, layers=5))
     two = one | {"output": str(folder / "two")}
+    layout = json.dumps({"tensor_parallel": tensor_parallel, "weight_shards": weight_shards})
     train(one)
-    run_ranks(2, *_worker(two, str(tensor_parallel), "as it is"))
-    for values in (one, two):
-        train(values | {"steps": one["steps"] + 2})
+    _launch(two, layout, "as it is", world=world)
+    more = {"steps": one["steps"] + 2}
+    train(two | more)
+    _launch(one | more, layout, "as it is", world=world)
     for expected, found in zip(metrics_of(one), metrics_of(two), strict=True):
         assert found["trained_tokens"] == expected["trained_tokens"]
         assert found["loss"] == pytest.approx(expected["loss"], rel=tolerance)
@@ -34,23 +50,23 @@ def assert_two_train_as_one(folder: Path, *, tensor_parallel: int, tolerance: fl
     assert metrics_of(two)[-1]["validation_loss"] == pytest.approx(held_out, rel=tolerance)
 
 
-def assert_overlap_changes_nothing(folder: Path) -> None:
+def assert_overlap_changes_nothing(folder: Path, *, weight_shards: int = 1) -> None:
     """Two ranks whose exchange runs beside compute have, to the last bit, the losses of two that take turns with it.
 
     Sums over two ranks have one order. All-gathers are delayed by more than a step takes: a layer that does not wait
     for its weights trains on old ones. Gradients that are reduced too early miss what the backward pass adds later.
     """
-    values = write_job(folder, images=True)
+    values = write_job(folder, images=True, make_model=partial(tiny_vl_folder, layers=5))
     curves = {}
     for exchange in ("in turns", "late"):
         job = values | {"output": str(folder / exchange)}
-        run_ranks(2, *_worker(job, "1", exchange))
+        _launch(job, json.dumps({"weight_shards": weight_shards}), exchange)
         curves[exchange] = [(line["loss"], line["grad_norm"], line["validation_loss"]) for line in metrics_of(job)]
     assert curves["late"] == curves["in turns"]
 
 
-def _worker(values: dict[str, Any], *arguments: str) -> list[str]:
-    return ["-m", "tests.support.two_processes", json.dumps(values), *arguments]
+def _launch(values: dict[str, Any], *arguments: str, world: int = 2) -> None:
+    run_ranks(world, "-m", "tests.support.two_processes", json.dumps(values), *arguments)
 
 
 def set_exchange(ddp: OverlappedDataParallel, exchange: str) -> None:
@@ -61,6 +77,9 @@ def set_exchange(ddp: OverlappedDataParallel, exchange: str) -> None:
     if exchange == "late":
         for bucket in ddp.bucket_groups:
             bucket.start_param_sync = delayed(bucket.start_param_sync)
+        if ddp.sharded:
+            for stream in (ddp.sharded._copies, ddp.sharded._sums):
+                setattr(stream, "wait_stream", delayed_on(stream))  # noqa: B010 (mypy refuses an assignment)
 
 
 def settled(function: Callable[..., None]) -> Callable[..., None]:
@@ -80,14 +99,28 @@ def delayed(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def work(values: dict[str, Any], tensor_parallel: int, exchange: str) -> None:
-    run = Run.prepare(TrainConfig(**values), 2, torch.cuda.is_available())
-    run = replace(run, layout=replace(run.layout, tensor_parallel=tensor_parallel))
-    seed = run.config.seed
-    with Runtime.start(tensor_parallel=tensor_parallel, seed=seed) as runtime, Trainer(run, runtime) as trainer:
+def delayed_on(stream: torch.cuda.Stream) -> Callable[[torch.cuda.Stream], None]:
+    """`stream.wait_stream`, after which the stream does nothing for some 2 ms: more than a tiny layer takes."""
+    wait = stream.wait_stream
+
+    def call(other: torch.cuda.Stream) -> None:
+        wait(other)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(4_000_000)
+
+    return call
+
+
+def work(values: dict[str, Any], layout: dict[str, int], exchange: str) -> None:
+    run = Run.prepare(TrainConfig(**values), int(os.environ["WORLD_SIZE"]), torch.cuda.is_available())
+    run = replace(run, layout=replace(run.layout, **layout))
+    with (
+        Runtime.start(tensor_parallel=run.layout.tensor_parallel, seed=run.config.seed) as runtime,
+        Trainer(run, runtime) as trainer,
+    ):
         set_exchange(trainer.ddp, exchange)
         trainer.train()
 
 
 if __name__ == "__main__":
-    work(json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    work(json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.support.model_golden import Example
 from trainer.data.batch import Batch
-from trainer.models.qwen2_5.vision import VisionTower
+from trainer.models.qwen2_5.vision import Tower
 
 LENGTH = 640
 
@@ -49,7 +49,7 @@ PACKS: dict[str, list[list[tuple[Any, ...]]]] = {  # name -> packs of samples: t
 }
 
 
-def kept(tower: VisionTower, batch: Batch) -> float:
+def kept(tower: Tower, batch: Batch) -> float:
     """Values that the tower keeps for its backward pass, its weights aside; in units of a hidden state."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in tower.parameters()}
     found: list[int] = []

@@ -10,11 +10,12 @@ from kanyun.errors import DatasetError
 from kanyun.schema import Pack, Sample
 from tests.support.packed_data import IMAGE, PAD, random_packs, random_sample
 from trainer.data.batch import Batch, BatchFormat, make_batch
-from trainer.data.images import PatchGeometry, decode
+from trainer.data.images import decode
 from trainer.data.shapes import StaticShape
+from trainer.models.qwen2_5.windows import WindowGeometry
 
 LENGTH = 96
-VISION = BatchFormat(PatchGeometry(), IMAGE)
+VISION = BatchFormat(WindowGeometry(), IMAGE)
 
 
 def as_pack(pack_id: int, samples: list[Sample], length: int = LENGTH) -> Pack:
@@ -107,9 +108,9 @@ def check(batch: Batch, packs: list[list[Sample]]) -> tuple[int, int, int]:
     vision, used = batch.vision, len(patches)
     assert vision is not None
     assert (vision.patches[:used].numpy() == np.array(patches, np.uint8).reshape(used, 588)).all()
-    assert vision.positions[:used].tolist() == [list(p) for p in patch_positions]
-    assert vision.cu_windows[: len(windows)].tolist() == windows
-    assert vision.cu_images[: len(images)].tolist() == images
+    assert vision.per_patch["positions"][:used].tolist() == [list(p) for p in patch_positions]
+    assert vision.segments["windows"][: len(windows)].tolist() == windows
+    assert vision.segments["images"][: len(images)].tolist() == images
     assert vision.token_index[: used // 4].tolist() == token_index
     return used, len(windows) - 1, len(images) - 1
 
@@ -125,8 +126,8 @@ def test_equals_the_slow_reference(micro_batch: int) -> None:
         assert batch.vision is not None
         assert len(batch.vision.patches) == max(-(-used // 64), 1) * 64
         padded = len(batch.vision.patches) > used  # a window and an image more
-        assert len(batch.vision.cu_windows) == windows + 1 + padded
-        assert len(batch.vision.cu_images) == images + 1 + padded
+        assert len(batch.vision.segments["windows"]) == windows + 1 + padded
+        assert len(batch.vision.segments["images"]) == images + 1 + padded
         dtypes = {f.name: getattr(batch, f.name).dtype for f in fields(Batch) if f.name != "vision"}
         assert dtypes["position_ids"] == dtypes["labels"] == dtypes["input_ids"] == torch.int64
         assert (dtypes["loss_mask"], dtypes["cu_seqlens"]) == (torch.float32, torch.int32)
@@ -137,12 +138,12 @@ def test_a_pack_without_images_runs_the_tower_on_one_dummy_window() -> None:
     vision = make_batch([as_pack(0, [random_sample(rng, 0, 20)])], VISION).vision
     assert vision is not None
     assert vision.patches.shape == (64, 588)
-    assert vision.cu_windows.tolist() == vision.cu_images.tolist() == [0, 64]
+    assert vision.segments["windows"].tolist() == vision.segments["images"].tolist() == [0, 64]
     assert vision.token_index.tolist() == [LENGTH] * 16  # goes nowhere
 
 
 def test_static_shapes_pad_without_touching_real_images() -> None:
-    static = StaticShape(segments=40, patches=(2112,), windows=130, images=30)
+    static = StaticShape(40, (2112,), {"windows": 130, "images": 30})
     form = replace(VISION, static=static)
     for start in range(0, 12, 2):
         chosen = random_packs(seed=2, count=12, length=LENGTH)[start : start + 2]
@@ -152,34 +153,35 @@ def test_static_shapes_pad_without_touching_real_images() -> None:
         assert vision is not None
         assert batch.cu_seqlens.shape == (41,)
         assert vision.patches.shape == (2112, 588)
-        assert vision.cu_windows.shape == (131,)
-        assert vision.cu_images.shape == (31,)
+        assert vision.segments["windows"].shape == (131,)
+        assert vision.segments["images"].shape == (31,)
         assert not vision.patches[used:].any()
         assert vision.token_index[used // 4 :].tolist() == [2 * LENGTH] * (528 - used // 4)
-        assert used in vision.cu_windows.tolist()  # padding starts its own windows and images
-        assert used in vision.cu_images.tolist()
-        assert vision.cu_windows[-1] == vision.cu_images[-1] == 2112
-        assert vision.cu_windows[windows:].diff().max() == 64
-        assert vision.cu_images[images:].diff().max() == 1024
+        assert used in vision.segments["windows"].tolist()  # padding starts its own windows and images
+        assert used in vision.segments["images"].tolist()
+        assert vision.segments["windows"][-1] == vision.segments["images"][-1] == 2112
+        assert vision.segments["windows"][windows:].diff().max() == 64
+        assert vision.segments["images"][images:].diff().max() == 1024
 
 
 @pytest.mark.parametrize(("sizes", "expected"), [((32, 64, 128), 64), ((32, 96, 128), 96), ((128,), 128)])
 def test_patches_are_padded_to_the_next_of_the_sizes(sizes: tuple[int, ...], expected: int) -> None:
     pack = as_pack(0, [random_sample(np.random.default_rng(0), i, 9, [(4, 4)]) for i in range(4)])
-    batch = make_batch([pack], replace(VISION, static=StaticShape(segments=9, patches=sizes, windows=9, images=9)))
+    batch = make_batch([pack], replace(VISION, static=StaticShape(9, sizes, {"windows": 9, "images": 9})))
     assert batch.vision is not None
     assert (len(batch.vision.patches), batch.real_patches) == (expected, 64)
 
 
 def test_static_shape_that_is_too_small_is_refused() -> None:
     pack = as_pack(7, [random_sample(np.random.default_rng(0), i, 9, [(4, 4)]) for i in range(4)])
-    roomy = StaticShape(segments=9, patches=(64,), windows=9, images=9)
+    enough = {"windows": 9, "images": 9}
+    roomy = StaticShape(9, (64,), enough)
     make_batch([pack], replace(VISION, static=roomy))
     for field, value, message in [
         ("segments", 4, "5 segments in one micro-batch, but the layout has room for 4"),
         ("patches", (60,), "64 patches in packs 7, but the layout has room for 60"),
-        ("windows", 3, "4 windows in one micro-batch, but the layout has room for 3"),
-        ("images", 3, "4 images in one micro-batch, but the layout has room for 3"),
+        ("vision", enough | {"windows": 3}, "4 windows in one micro-batch, but the layout has room for 3"),
+        ("vision", enough | {"images": 3}, "4 images in one micro-batch, but the layout has room for 3"),
     ]:
         with pytest.raises(DatasetError, match=message):
             make_batch([pack], replace(VISION, static=replace(roomy, **{field: value})))

@@ -39,11 +39,11 @@ def test_reason_codes_have_the_agreed_names() -> None:
     assert {str(reason) for reason in Reason} == set(CODES.split())
 
 
-def test_the_table_of_reasons_is_whole_and_in_readme() -> None:
+def test_the_table_of_reasons_is_whole_and_in_the_documents() -> None:
     assert [check.reason for check in CHECKS] == list(Reason)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/datasets.md").read_text()
     for check in CHECKS:
-        assert f"| `{check.reason}` | {check.row} | {check.limit} |\n" in readme
+        assert f"| `{check.reason}` | {check.row} | {check.limit} |\n" in page
 
 
 @pytest.mark.parametrize(

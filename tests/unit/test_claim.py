@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,20 @@ def test_second_writer_of_a_folder_is_refused_while_the_first_lives(tmp_path: Pa
         assert folder.names() == [first.name]
         assert first.is_there()
     assert folder.names() == []
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_clock_that_jumps_neither_frees_nor_keeps_a_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    folder, clock = Folder(str(tmp_path / "out")), time.time_ns
+    with claim.only_writer(folder):
+        monkeypatch.setattr(time, "time_ns", lambda: clock() + hours * 3600 * 10**9)
+        with pytest.raises(UserError, match="is being written by process"), claim.only_writer(folder):
+            pass
+    folder.write("_writer-0.json", json.dumps({"host": "far", "pid": 7, "since": "2026-01-01 10:00:00"}).encode())
+    with claim.only_writer(folder) as mine:  # its process is dead, whatever its time is
+        assert folder.names() == [mine.name]
 
 
 def test_claims_of_dead_processes_are_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,14 @@ def test_bash_completes_commands_and_options(
     assert done.stdout.split() == ["preprocess", "--vision-budget"]
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError("no such folder"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("no such folder"), 2),
+        (ModuleNotFoundError("No module named 'jinja2'", name="jinja2.sandbox"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
 def test_errors_are_one_line_on_stderr(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> int:
         raise error
@@ -183,7 +190,9 @@ def test_a_line_of_progress_has_rate_and_time_left() -> None:
     progress.advance(1_000_000_000)
     assert progress.line(10.0) == "copying: 25%, 1.00 GB of 4.00 GB, 100.0 MB/s, ETA 0:00:30"
     progress = Progress("verify", 1200, "batches")
-    assert progress.line(10.0) == "verify: 0%, 0 of 1,200 batches, 0.0 batches/s, ETA unknown"
+    assert progress.line(10.0) == "verify: 0%, 0 of 1,200 batches, 0.0 batches/min, ETA unknown"
+    progress.advance(3)
+    assert progress.line(60.0) == "verify: 0%, 3 of 1,200 batches, 3.0 batches/min, ETA 6:39:00"
     assert Progress("pack", 0, "tasks").line(61.5) == "pack: 0:01:01 so far"
 
 

@@ -8,12 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.models.config import ModelConfig, VisionConfig
+from trainer.models.config import ModelConfig
+from trainer.models.qwen2_5.config import WindowedVisionConfig
 from trainer.models.qwen2_5.names import canonical, table
+from trainer.models.qwen2_5.padding import VISION_DOWN, VISION_GATE_UP
 from trainer.models.registry import family_of
-from trainer.models.transforms import GATE_UP, PATCH_EMBED, QKV, VISION_DOWN, VISION_GATE_UP
+from trainer.models.transforms import GATE_UP, PATCH_EMBED, QKV
 
-VISION = VisionConfig(
+VISION = WindowedVisionConfig(
     depth=3,
     hidden_size=32,
     intermediate_size=48,
@@ -53,7 +55,7 @@ CONFIG = ModelConfig(
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("vision", [VISION, None])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_every_name_occurs_once_on_each_side(tied: bool, vision: VisionConfig | None, layers: int) -> None:
+def test_every_name_occurs_once_on_each_side(tied: bool, vision: WindowedVisionConfig | None, layers: int) -> None:
     rows = table(replace(CONFIG, tied=tied, vision=vision, num_layers=layers))
     mine, theirs = [row.megatron for row in rows], list(chain.from_iterable(row.hf for row in rows))
     assert len(set(mine)) == len(mine)

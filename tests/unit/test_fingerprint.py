@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kanyun.errors import UserError
-from kanyun.fingerprint import check_vocabulary, fingerprint
+from kanyun.fingerprint import check_model, difference, fingerprint
 from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
 
@@ -112,18 +112,80 @@ def test_digests_made_before_stay_valid(tmp_path: Path) -> None:
 
 def test_a_token_without_a_row_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "model")
-    check_vocabulary(folder)  # no config.json: a tokenizer alone
+    check_model(folder)  # no config.json: a tokenizer alone
     for config in ({"vocab_size": 4}, {"vocab_size": 9, "text_config": {"vocab_size": 4}}):
         folder.write("config.json", json.dumps(config).encode())
         with pytest.raises(
             UserError, match=r"token '<\|im_end\|>' has id 4, but config.json has vocab_size 4, .*resize"
         ):
-            check_vocabulary(folder)
+            check_model(folder)
     folder.write("config.json", b'{"vocab_size": 5}')
-    check_vocabulary(folder)
+    check_model(folder)
     folder.write("tokenizer_config.json", b'{"added_tokens_decoder": {"7": {"content": "<late>"}}}')
     with pytest.raises(UserError, match="'<late>' has id 7"):
-        check_vocabulary(folder)
+        check_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"do_normalize": False}, "has do_normalize False in its image settings, but pixels are made with True"),
+        ({"do_resize": False}, "has do_resize False"),
+        ({"rescale_factor": 1 / 127.5}, "has rescale_factor 0.00784.* made with 0.0039"),
+        ({"resample": 2}, "has resample 2 .* made with 3"),
+        (
+            {"image_processor_type": "CLIPImageProcessor"},
+            "image processor CLIPImageProcessor: give the folder",
+        ),
+    ],
+)
+def test_pixels_that_training_would_not_make_are_refused(tmp_path: Path, setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fingerprint(write(tmp_path / "model", lambda tokenizer, processor: processor.update(setting)))
+
+
+def test_image_settings_as_transformers_saves_them(tmp_path: Path) -> None:
+    saved = {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "resample": 3,
+        "rescale_factor": 0.00392156862745098,
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "crop_size": None,
+    }
+    plain = fingerprint(write(tmp_path / "plain"))
+    assert fingerprint(write(tmp_path / "saved", lambda tokenizer, processor: processor.update(saved))) == plain
+
+
+def test_a_processor_of_another_model_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    folder.write("config.json", b'{"vision_config": {"patch_size": 14, "spatial_merge_size": 2}}')
+    check_model(folder)
+    for vision, message in (
+        ('"patch_size": 16', "processor's patch_size is 14, but config.json has patch_size 16 in vision_config"),
+        ('"spatial_merge_size": 3', "merge_size is 2, but config.json has spatial_merge_size 3"),
+        ('"temporal_patch_size": 1', "temporal_patch_size is 2, but config.json has temporal_patch_size 1"),
+    ):
+        folder.write("config.json", f'{{"vision_config": {{{vision}}}}}'.encode())
+        with pytest.raises(UserError, match=message):
+            check_model(folder)
+
+
+def test_the_difference_between_two_processors_in_words(tmp_path: Path) -> None:
+    def settings(**changes: Any) -> dict[str, Any] | None:
+        folder = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
+        return fingerprint(write(folder, lambda tokenizer, processor: processor.update(changes))).processor
+
+    own = settings()
+    assert difference(own, settings(min_pixels=3136.0)) == difference(None, None) == ("", "")
+    assert difference(settings(patch_size=16, min_pixels=65536), own) == ("patch_size 16", "patch_size 14")
+    assert difference(settings(min_pixels=784, max_pixels=9), own) == (
+        "min_pixels 784, max_pixels 9",
+        "min_pixels 3136, max_pixels 1003520",
+    )
+    assert difference(None, own) == ("no image processor", "an image processor")
 
 
 def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 """FLOPs of a step, against a count by hand and against what torch counts in transformers' model."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kanyun.schema import Pack
 from tests.support.packed_data import encoded_image
+from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from trainer.data.batch import Batch, BatchFormat, make_batch
-from trainer.data.images import PatchGeometry
 from trainer.data.shapes import StaticShape
 from trainer.models.config import ModelConfig
 from trainer.models.registry import costs_of
@@ -82,30 +84,31 @@ def test_text_as_torch_counts_transformers(tmp_path: Path) -> None:
     assert counter.get_total_flops() == ours + skipped_by_causality + rope
 
 
-def test_images_as_torch_counts_transformers(tmp_path: Path) -> None:
-    """Windows that are cut off by the border, blocks with full attention, the merger."""
+@pytest.mark.parametrize("make", [tiny_vl_folder, tiny_qwen3_vl_folder])
+def test_images_as_torch_counts_transformers(make: Any, tmp_path: Path) -> None:
+    """Windows that are cut off by the border, blocks with full attention, the mergers."""
     import transformers
 
-    folder = tiny_vl_folder(tmp_path)
+    folder = make(tmp_path)
     config = ModelConfig.from_hf(str(folder))
     vision, image = config.vision, config.image_token_id
     assert vision is not None
     assert image is not None
     grids = [[1, 10, 20], [1, 4, 2]]
     ids = [1, *[image] * 50, 2, *[image] * 2, 3]
-    form = BatchFormat(PatchGeometry(vision.patch_size, vision.merge_size, vision.window_size), image)
+    form = BatchFormat.of(config)
     batch = batch_of(ids, [len(ids)], form, grids)
     text_only = batch_of([1] * len(ids), [len(ids)], form)
     ours = costs_of(config).forward_flops(batch) - costs_of(config).forward_flops(text_only)
 
     tower = transformers.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").model.visual
-    patches = torch.zeros(208, 3 * 2 * 14 * 14)
+    frame = 3 * vision.patch_size**2  # values of a patch
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        tower(patches, grid_thw=torch.tensor(grids))
-    second_frame = 208 * 2 * 3 * 14 * 14 * vision.hidden_size  # equal to the first in an image: ours reads one
+        tower(torch.zeros(208, 2 * frame), grid_thw=torch.tensor(grids))
+    second_frame = 208 * 2 * frame * vision.hidden_size  # equal to the first in an image: ours reads one
     assert counter.get_total_flops() == ours + second_frame
 
     # Padding to a static shape is no work of the model.
-    static = StaticShape(segments=8, patches=(512,), windows=32, images=8)
+    static = StaticShape(8, (512,), {"windows": 32, "images": 8})
     padded = batch_of(ids, [len(ids)], BatchFormat(form.geometry, image, static), grids)
     assert costs_of(config).forward_flops(padded) == costs_of(config).forward_flops(batch)

@@ -1,7 +1,8 @@
-"""Pixels and window order against transformers' Qwen2.5-VL image processors and vision utilities."""
+"""Pixels, order and positions of patches against transformers' image processors and vision utilities."""
 
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,20 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
-from trainer.data.images import PatchGeometry, window_order, write_patches
+from trainer.data.images import layout_of, write_patches
+from trainer.models.qwen2_5.windows import WindowGeometry
+from trainer.models.qwen3_vl.positions import LearnedPositions
 
-GEOMETRY = PatchGeometry()
+GEOMETRY, SQUARES = WindowGeometry(), LearnedPositions(16, 2, side=48)
 UNTOUCHED = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
-LIMITS = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1000}
+LIMITS: dict[str, Any] = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1000}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +101,13 @@ def test_pixels_equal_transformers(
     patches = np.zeros((height * width, 588), np.uint8)
     write_patches(patches, data, (height, width), GEOMETRY)
 
+    # Qwen3-VL: patches of another size, in the processor's own order.
+    larger = processor(image, patch_size=16, min_pixels=32 * 32, **UNTOUCHED)
+    _, rows, columns = larger["image_grid_thw"][0]
+    squares = np.zeros((rows * columns, 768), np.uint8)
+    write_patches(squares, data, (rows, columns), SQUARES)
+    assert (squares == larger["pixel_values"].reshape(-1, 3, 2, 16 * 16)[:, :, 1].reshape(-1, 768)).all()
+
     frames = torchvision["pixel_values"].reshape(-1, 3, 2, 14 * 14)
     assert (frames[:, :, 0] == frames[:, :, 1]).all()  # both frames are one image: we keep one
     assert (patches == in_window_order(frames[:, :, 0].reshape(-1, 588), (height, width))).all()
@@ -114,18 +129,33 @@ def test_window_order_equals_transformers() -> None:
         grid = torch.tensor([[1, height, width]])
         index, cu_windows = get_vision_window_index(grid, 2, 112, 14)
         positions = get_vision_position_ids(grid, 2).numpy()
-        ours = window_order(height, width, GEOMETRY)
+        ours = layout_of(GEOMETRY, height, width)
         assert (ours.tokens == index.numpy()).all(), (height, width)
-        assert (ours.positions == in_window_order(positions, (height, width))).all(), (height, width)
-        assert (np.cumsum(ours.windows) == cu_windows.numpy()[1:]).all(), (height, width)
-        assert ours.windows.sum() == get_vision_cu_seqlens(grid)[-1]
+        assert (ours.per_patch["positions"] == in_window_order(positions, (height, width))).all(), (height, width)
+        assert (np.cumsum(ours.segments["windows"]) == cu_windows.numpy()[1:]).all(), (height, width)
+        assert ours.segments["windows"].sum() == get_vision_cu_seqlens(grid)[-1]
 
 
 def test_window_order_with_other_geometry() -> None:
     index, cu_windows = get_vision_window_index(torch.tensor([[1, 18, 30]]), 3, 8 * 2 * 3, 8)
-    ours = window_order(18, 30, PatchGeometry(patch=8, merge=3, window=48))
+    ours = layout_of(WindowGeometry(patch=8, merge=3, window=48), 18, 30)
     assert (ours.tokens == index.numpy()).all()
-    assert (np.cumsum(ours.windows) == cu_windows.numpy()[1:]).all()
+    assert (np.cumsum(ours.segments["windows"]) == cu_windows.numpy()[1:]).all()
+
+
+def test_learned_positions_equal_transformers() -> None:
+    """To the bit: indices, weights and rows and columns, in the order of the processor's patches."""
+    for side in (48, 6, 1):
+        geometry = LearnedPositions(16, 2, side)
+        for height, width in grids():
+            grid = torch.tensor([[1, height, width]])
+            index, weight = get_vision_interpolation_indices_and_weights(grid, side, "bilinear", True, 2)
+            ours = layout_of(geometry, height, width)
+            assert (ours.per_patch["position_index"] == index.numpy()).all(), (side, height, width)
+            assert (ours.per_patch["position_weight"] == weight.numpy()).all(), (side, height, width)
+            assert (ours.per_patch["positions"] == get_vision_position_ids(grid, 2).numpy()).all()
+            assert ours.tokens.tolist() == list(range(height * width // 4))
+            assert ours.segments["images"].tolist() == [height * width]
 
 
 def test_damaged_image_raises() -> None:

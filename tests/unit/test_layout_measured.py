@@ -96,8 +96,8 @@ ROWS = [
     Row("3B", 8, 8, 0, FP8, 34_866, 56.8, 2, useful=TEXT),
     Row("7B", 8, 8, 0, FP8, 15_015, 67.8, 2, 2, useful=TEXT),
 ]
-# One machine did 22,031 tokens/s where others did 24,454 and 23,758 on the same work: two GPUs of it are compared with
-# one of it. (20,476 is from a third machine, without a profile.)
+# Cards differ by up to 15 % where products bind (benchmarks/README.md). One did 22,031 tokens/s, and others 24,454 and
+# 20,476, on the same work with the same kernels: two GPUs of that machine are compared with one of it.
 SLOWER = Row("VL-3B", 8, 8, 6_600, vision(21), 22_031, None, useful=MIX)
 SLOWER_TWO = Row("VL-3B", 8, 8, 6_920, vision(0), 22_370, 71.6, 2, useful=MIX)
 
@@ -123,14 +123,13 @@ def test_rows_are_those_of_the_page(row: Row) -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "gather", "gradients"),  # milliseconds exposed; a "node" of one GPU means NCCL
-    [(8, 0.46, 0.20), (1, 0.88, 0.67)],
+    ("node", "gather", "both"),  # milliseconds exposed; a "node" of one GPU means NCCL
+    [(8, 0.46, 0.99), (1, 0.88, 1.38)],
 )
-def test_exchange_of_a_sharded_7b_layer_is_what_was_measured(node: int, gather: float, gradients: float) -> None:
-    found = weight_exchange(233.0e6, 0, count=1, fp8=True, gpus=2, shards=2, node=node)
-    both = replace(found, gradients=1e-12)
-    assert 1e3 * both.exposed(5e-3, 10e-3, 1) == pytest.approx(gather, rel=0.08)
-    assert 1e3 * (found.exposed(5e-3, 10e-3, 1) - both.exposed(5e-3, 10e-3, 1)) == pytest.approx(gradients, rel=0.08)
+def test_exchange_of_a_sharded_7b_layer_is_what_was_measured(node: int, gather: float, both: float) -> None:
+    found = weight_exchange(233.0e6, layers=1, fp8=True, gpus=2, shards=2, node=node)
+    assert 1e3 * replace(found, gradients=0.0).exposed(5e-3, 10e-3, 1) == pytest.approx(gather, rel=0.03)
+    assert 1e3 * found.exposed(5e-3, 10e-3, 1) == pytest.approx(both, rel=0.03)
 
 
 def test_two_packs_a_micro_batch_gain_what_was_measured() -> None:

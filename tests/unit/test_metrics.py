@@ -36,7 +36,7 @@ def test_lines_of_steps_that_are_done_again_and_damaged_ones_move_aside(tmp_path
 
 def test_numbers_that_are_not_finite_end_the_run_and_name_a_weight() -> None:
     model = nn.Linear(2, 2)
-    guard = FiniteGuard(model, lr=0.1)
+    guard = FiniteGuard(model.named_parameters, lr=0.1)
     assert [guard.check_gradient(norm, 1) for norm in (math.inf, 1.0, *[math.nan] * (BAD_STEPS - 1))] == [
         True,
         False,

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL on packs against transformers on each sample alone, in float32 on a CPU, from encoded images on."""
+"""Qwen2.5-VL and Qwen3-VL on packs against transformers on single samples: float32 on a CPU, from encoded images on."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,12 +10,13 @@ import transformers
 
 from kanyun.errors import UserError
 from tests.support.model_golden import batch_of, gradient_errors, load, transformers_answer
+from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
 from tests.support.qwen_assets import tiny_vl_folder
 from tests.support.vision_golden import LENGTH, PACKS, example, kept
 from trainer.data.shapes import StaticShape
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.initialize import build_model, freeze
-from trainer.models.qwen2_5.vision_language import Qwen2_5VL
+from trainer.models.qwen2_5.vision import GatedMLP
 from trainer.runtime import Runtime
 
 
@@ -25,10 +26,13 @@ def runtime() -> Iterator[Runtime]:
         yield started
 
 
-@pytest.fixture(scope="module")
-def trio(tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> tuple[Any, Any, Any]:
+FOLDERS = {"qwen2_5_vl": tiny_vl_folder, "qwen3_vl": tiny_qwen3_vl_folder}
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def trio(request: Any, tmp_path_factory: pytest.TempPathFactory, runtime: Runtime) -> tuple[Any, Any, Any]:
     """Our model and transformers', with the same weights, and transformers' processor."""
-    folder = tiny_vl_folder(tmp_path_factory.mktemp("vl"), layers=2, min_pixels=28 * 28)
+    folder = FOLDERS[request.param](tmp_path_factory.mktemp("vl"), min_pixels=28 * 28)
     reference = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     model = build_model(ModelConfig.from_hf(str(folder)), runtime)
     load(model, reference)
@@ -71,7 +75,7 @@ def test_loss_in_a_pack_is_the_loss_alone(trio: tuple[Any, Any, Any], name: str)
     """Also where patches are padded to a static shape, as on a GPU."""
     model, _, processor = trio
     packs = [[example(processor, *sample) for sample in pack] for pack in PACKS[name]]
-    static = StaticShape(segments=16, patches=(3200,), windows=160, images=16)
+    static = StaticShape(16, (3200,), {"windows": 160, "images": 16})
     with torch.no_grad():
         alone = [model(batch_of(model.model_config, [[sample]], LENGTH)).item() for pack in packs for sample in pack]
         assert min(alone) > 1
@@ -110,7 +114,7 @@ def test_text_only_pack_still_runs_the_tower(trio: tuple[Any, Any, Any]) -> None
     [
         ("all", ("language.", "vision.")),
         ("language", ("language.",)),
-        ("vision", ("vision.patch_embed.", "vision.blocks.")),
+        ("vision", ("vision.patch_embed.", "vision.position_embed.", "vision.blocks.")),
         ("merger", ("vision.merger.",)),
         ("language+merger", ("language.", "vision.merger.")),
     ],
@@ -132,7 +136,8 @@ def test_frozen_blocks_have_no_backward_pass(trio: tuple[Any, Any, Any]) -> None
     freeze(model, "language")
     assert kept(model.vision, batch) == 0
     freeze(model, "language+merger")
-    assert 2 < kept(model.vision, batch) < 5  # the norm's input and output, both sides of gelu
+    mergers = 1 + len(getattr(model.model_config.vision, "deepstack_blocks", ()))
+    assert 2 * mergers < kept(model.vision, batch) < 5 * mergers  # the norm's input and output, both sides of gelu
     freeze(model, "all")
     assert kept(model.vision, batch) > 4 * 7
 
@@ -162,12 +167,11 @@ def test_initial_weights(trio: tuple[Any, Any, Any], runtime: Runtime) -> None:
     config = trio[0].model_config
     config = replace(config, vision=replace(config.vision, initializer_range=0.07))
     model = build_model(config, runtime)
-    assert isinstance(model, Qwen2_5VL)
     assert model.vision.patch_embed.weight.std().item() == pytest.approx(0.07, rel=0.02)
     assert model.vision.merger.fc2.weight.std().item() == pytest.approx(0.07, rel=0.05)
     assert model.language.decoder.layers[0].mlp.linear_fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert torch.equal(model.vision.merger.norm.weight, torch.ones(64))
     assert torch.equal(model.vision.blocks[0].attn.qkv.bias, torch.zeros(192))
-    mlp = model.vision.blocks[0].mlp  # 84 neurons, padded to 128
-    assert mlp.gate_up.weight.unflatten(0, (2, 128)).abs().sum((0, 2)).gt(0).tolist() == [True] * 84 + [False] * 44
-    assert mlp.down.weight.abs().sum(0).gt(0).tolist() == [True] * 84 + [False] * 44
+    if isinstance(mlp := model.vision.blocks[0].mlp, GatedMLP):  # 84 neurons, padded to 128
+        assert mlp.gate_up.weight.unflatten(0, (2, 128)).abs().sum((0, 2)).gt(0).tolist() == [True] * 84 + [False] * 44
+        assert mlp.down.weight.abs().sum(0).gt(0).tolist() == [True] * 84 + [False] * 44

@@ -5,26 +5,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from trainer.data.mrope import mrope_positions
 
 IMAGE, TEXT = 151655, 17
 
 
-@pytest.fixture(scope="module")
-def model() -> Qwen2_5_VLModel:
+MODELS = {"qwen2_5_vl": (Qwen2_5_VLModel, Qwen2_5_VLConfig), "qwen3_vl": (Qwen3VLModel, Qwen3VLConfig)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: Any) -> Any:
     """Without weights: get_rope_index reads only the config."""
+    make, config = MODELS[request.param]
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16, "out_hidden_size": 16}
     text: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 1, "num_key_value_heads": 1}
     text |= {"intermediate_size": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
     with torch.device("meta"):
-        return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+        return make(config(text_config=text, vision_config=vision))
 
 
-def theirs(model: Qwen2_5_VLModel, ids: np.ndarray, grids_thw: np.ndarray) -> np.ndarray:
+def theirs(model: Any, ids: np.ndarray, grids_thw: np.ndarray) -> np.ndarray:
     """transformers' positions [3, n] of one sequence."""
     types = torch.tensor((ids == IMAGE).astype(np.int32))[None]
     grids = torch.tensor(grids_thw) if len(grids_thw) else None
@@ -44,15 +49,15 @@ def random_segment(rng: np.random.Generator, images: int) -> tuple[np.ndarray, n
     return np.array(ids), grids
 
 
-def test_one_segment_equals_transformers(model: Qwen2_5_VLModel) -> None:
+def test_one_segment_equals_transformers(model: Any) -> None:
     rng = np.random.default_rng(1)
-    for round_ in range(300):
+    for round_ in range(5000):  # 10,000 images
         ids, grids = random_segment(rng, images=round_ % 5)
         ours = mrope_positions(ids, np.array([0, len(ids)]), grids[:, 1:] // 2, IMAGE)
         assert (ours == theirs(model, ids, grids)).all(), round_
 
 
-def test_each_segment_of_a_pack_is_as_if_alone(model: Qwen2_5_VLModel) -> None:
+def test_each_segment_of_a_pack_is_as_if_alone(model: Any) -> None:
     rng = np.random.default_rng(2)
     for _ in range(40):
         segments = [random_segment(rng, int(rng.integers(0, 4))) for _ in range(int(rng.integers(1, 7)))]

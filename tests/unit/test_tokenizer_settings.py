@@ -11,12 +11,15 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from kanyun.errors import UserError
 from pipeline.tokenizer_settings import Settings
+from tests.support.qwen3_vl_assets import qwen3_vl_tokenizer_folder
 from tests.support.qwen_assets import tiny_tokenizer_folder
 
 
-@pytest.fixture(params=[False, True], ids=["text", "vision"])
+@pytest.fixture(params=["qwen2_5", "qwen2_5_vl", "qwen3_vl"])
 def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    return tiny_tokenizer_folder(tmp_path, vision=request.param)
+    if request.param == "qwen3_vl":
+        return qwen3_vl_tokenizer_folder(tmp_path, real_vocabulary=False)
+    return tiny_tokenizer_folder(tmp_path, vision=request.param == "qwen2_5_vl")
 
 
 def change(path: Path, **changes: Any) -> None:

@@ -1,6 +1,7 @@
 """Image sizes to patches and tokens, against transformers' own functions."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,18 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize 
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
 from kanyun.vision import grid_thw, image_tokens, smart_resize
-from tests.support.qwen_assets import real_tokenizer_folder
+from tests.support.qwen3_vl_assets import qwen3_vl_tokenizer_folder
+from tests.support.qwen_assets import tiny_tokenizer_folder
 
-LIMITS = [(56 * 56, 28 * 28 * 1280), (56 * 56, 12845056), (256 * 28 * 28, 1280 * 28 * 28), (3136, 50176)]
+# Of Qwen2.5-VL (factor 28) and Qwen3-VL (factor 32), as published and as people set them.
+LIMITS = {
+    28: [(56 * 56, 28 * 28 * 1280), (56 * 56, 12845056), (256 * 28 * 28, 1280 * 28 * 28), (3136, 50176)],
+    32: [(65_536, 16_777_216), (1024, 65_536), (256 * 1024, 1280 * 1024), (4096, 262_144)],
+}
 
 
 def sizes(count: int) -> list[tuple[int, int]]:
-    """Photo sizes, every extreme up to the ratio 200, and halves of 28 where banker's rounding decides."""
+    """Photo sizes, every extreme up to the ratio 200, and halves of a factor where banker's rounding decides."""
     rng = random.Random(7)
     found = []
     for n in range(count):
@@ -27,7 +33,8 @@ def sizes(count: int) -> list[tuple[int, int]]:
             side = rng.randint(1, 60)
             pair = (side, rng.randint(side, side * 200))
         elif kind == 2:
-            pair = (14 * rng.randint(1, 200), 14 * rng.randint(1, 200))
+            half = rng.choice([14, 16])
+            pair = (half * rng.randint(1, 200), half * rng.randint(1, 200))
         else:
             side = rng.randint(28, 300)
             pair = (side * 200, side)
@@ -35,11 +42,11 @@ def sizes(count: int) -> list[tuple[int, int]]:
     return [(h, w) for h, w in found if max(h, w) <= 200 * min(h, w)]
 
 
-def test_ten_thousand_sizes_resize_as_in_transformers() -> None:
-    pairs = sizes(10_000)
-    for n, (height, width) in enumerate(pairs):
-        limits = LIMITS[n % len(LIMITS)]
-        assert smart_resize(height, width, 28, *limits) == reference(height, width, 28, *limits), (
+@pytest.mark.parametrize("factor", LIMITS)
+def test_ten_thousand_sizes_resize_as_in_transformers(factor: int) -> None:
+    for n, (height, width) in enumerate(sizes(10_000)):
+        limits = LIMITS[factor][n % len(LIMITS[factor])]
+        assert smart_resize(height, width, factor, *limits) == reference(height, width, factor, *limits), (
             height,
             width,
             limits,
@@ -57,8 +64,17 @@ def test_over_ratio_200_is_an_error() -> None:
         smart_resize(28, 28 * 201, 28, 3136, 10**6)
 
 
-def test_grid_and_tokens_as_in_the_processor(tmp_path: Path) -> None:
-    folder = real_tokenizer_folder(tmp_path / "hf")
+def qwen2_5_vl(path: Path) -> Path:
+    return tiny_tokenizer_folder(path, vision=True)
+
+
+def qwen3_vl(path: Path) -> Path:
+    return qwen3_vl_tokenizer_folder(path, real_vocabulary=False)
+
+
+@pytest.mark.parametrize("family", [qwen2_5_vl, qwen3_vl])
+def test_grid_and_tokens_as_in_the_processor(tmp_path: Path, family: Callable[[Path], Path]) -> None:
+    folder = family(tmp_path / "hf")
     processor = AutoProcessor.from_pretrained(folder)
     settings = fingerprint(Folder(str(folder))).processor
     assert settings is not None

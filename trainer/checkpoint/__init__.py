@@ -1,8 +1,9 @@
 """Checkpoints: megatron.core's distributed format, asynchronous, digested, whole or not there at all."""
 
 from trainer.checkpoint.metadata import read_metadata
+from trainer.checkpoint.parts import Part
 from trainer.checkpoint.reader import load, require_digests, require_finite
-from trainer.checkpoint.saver import Saver, save
+from trainer.checkpoint.saver import Saver, save, save_parts
 from trainer.checkpoint.state import State
 from trainer.checkpoint.store import (
     DamagedError,
@@ -21,6 +22,7 @@ from trainer.checkpoint.store import (
 
 __all__ = [
     "DamagedError",
+    "Part",
     "Saver",
     "State",
     "checkpoints_of",
@@ -36,6 +38,7 @@ __all__ = [
     "require_whole",
     "resolve",
     "save",
+    "save_parts",
     "set_aside",
     "step_name",
     "sync_file",

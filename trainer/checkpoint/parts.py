@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from trainer.optim.state import OptimizerState, joined
+from trainer.optim.state import OptimizerState, ShardedWeights, joined
 
 _ALIGNED = 64  # bytes
 _SPARE = 0.9  # share of the free host memory that copies may take
@@ -21,6 +21,8 @@ _SPARE = 0.9  # share of the free host memory that copies may take
 
 class Saved(Protocol):
     """What `parts_of` needs of a model."""
+
+    sharded: ShardedWeights | None
 
     def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]: ...
 
@@ -57,7 +59,7 @@ def weights_of(model: Saved) -> dict[str, Any]:
 def parts_of(model: Saved, optimizer: ChainedOptimizer | None, *, check: bool) -> list[Part]:
     """Return this rank's parts. `check`: let all ranks compare that together they have each element once."""
     weights = weights_of(model)
-    state = OptimizerState(optimizer, weights).to_save() if optimizer else []
+    state = OptimizerState(optimizer, weights, model.sharded).to_save() if optimizer else []
     tensors = {"model": weights, "optimizer": {str(number): place for number, (place, _) in enumerate(state)}}
     tensors, _ = save_preprocess(tensors, validate_access_integrity=check)
     sources = {(place.key, place.global_offset): found for place, found in state}

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,19 +38,22 @@ def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None 
     with _on_local_disk(step) as local:
         _check_digests(local, step.uri)
         refuse_code(local)
-        model.load_state_dict(_read(local, weights_of(model), step.uri))
-        require_finite(model.named_parameters(), step.uri)
+        # Parts of sharded layers are filled by reading; under their names there is no parameter to copy them to.
+        model.load_state_dict(_read(local, weights_of(model), step.uri), strict=model.sharded is None)
+        require_finite(model.named_weights(), step.uri)
         if optimizer is not None:
             # Last: on a CPU master weights are the model's own, and those of a GPU's checkpoint are rounded.
-            state = OptimizerState(optimizer, weights_of(model))
+            state = OptimizerState(optimizer, weights_of(model), model.sharded)
             tensors = state.to_load()
             _read(local, tensors, step.uri)
             require_finite(((tensor.key, tensor.data) for tensor in tensors.values()), step.uri)
             state.loaded(Marker.read(local).state.updates)
+    if model.sharded:
+        model.sharded.publish()
 
 
-def require_digests(step: Folder, names: Iterable[str] | None = None, where: str = "") -> bool:
-    """Compare files of a checkpoint with their recorded digests, all of them or those named.
+def require_digests(step: Folder, wanted: Callable[[str], bool] = lambda name: True, where: str = "") -> bool:
+    """Compare files of a checkpoint with their recorded digests, all of them or those whose name is wanted.
 
     Return False if none is recorded: checkpoints made before digests were. Raises DamagedError naming the first file
     that differs.
@@ -60,8 +63,8 @@ def require_digests(step: Folder, names: Iterable[str] | None = None, where: str
     if recorded is None:
         return False
     with ThreadPoolExecutor(_THREADS) as pool:
-        wanted = list(recorded if names is None else names)
-        for name, digest in zip(wanted, pool.map(step.digest, wanted), strict=True):
+        names = [name for name in recorded if wanted(name)]
+        for name, digest in zip(names, pool.map(step.digest, names), strict=True):
             if digest != recorded[name].xxh3:
                 raise DamagedError(
                     f"{where or step.uri}/{name} is damaged (its digest is {digest}, recorded is "
@@ -104,11 +107,11 @@ def _on_local_disk(step: Folder) -> Iterator[Folder]:
 
 def _check_digests(step: Folder, where: str) -> None:
     """Each rank checks its share of the files. Raises DamagedError on every rank if one differs."""
-    names = sorted(Marker.read(step).files or [])
+    names = sorted(Marker.read(step).files or [])[dist.get_rank() :: dist.get_world_size()]
     error: list[Any] = [None] * dist.get_world_size()
     mine = None
     try:
-        if not require_digests(step, names[dist.get_rank() :: dist.get_world_size()], where) and dist.get_rank() == 0:
+        if not require_digests(step, names.__contains__, where) and dist.get_rank() == 0:
             print(f"{where}: no digest recorded, so its content cannot be checked", flush=True)
     except (UserError, OSError) as damaged:
         mine = str(damaged)

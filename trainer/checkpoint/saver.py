@@ -165,7 +165,7 @@ class Saver:
     def _run(self, save: Save) -> None:
         """In the writing thread: every rank makes the same calls, whatever fails."""
         try:
-            error = self._write(save)
+            error = self.write(save)
         except BaseException as fatal:
             self._fatal = fatal
             return
@@ -176,8 +176,8 @@ class Saver:
         kept = f"{self.last} stays the last" if self.last else "there is none before it"
         self._error = f"checkpoint {save.name} was not written ({error}); {kept}, the next save tries again"
 
-    def _write(self, save: Save) -> str | None:
-        """Return what went wrong on some rank, or None."""
+    def write(self, save: Save) -> str | None:
+        """Write a checkpoint. Return what went wrong on some rank, or None."""
         attempt = attempt_folder(self._output, save.name)
         sizes = self._gather(sum(part.size for part in save.parts))
         error = self._from_first(lambda: self._begin(save, sum(sizes)))
@@ -265,8 +265,14 @@ def save(
 
     Raises UserError if it cannot be written.
     """
-    saver = Saver(output, hf, keep_last=keep_last)
-    saver.start(state, model, optimizer)
-    if error := saver.news():
+    return save_parts(output, state, parts_of(model, optimizer, check=True), hf, keep_last)
+
+
+def save_parts(output: Folder, state: State, parts: Sequence[Part], hf: Folder, keep_last: int = 1) -> Folder:
+    """Write one checkpoint of these parts, whose values are asked for as they are written. Every rank calls it.
+
+    Raises UserError if it cannot be written.
+    """
+    if error := Saver(output, hf, keep_last=keep_last).write(Save(state, parts)):
         raise UserError(error)
     return checkpoints_of(output) / step_name(state.step)

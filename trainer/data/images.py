@@ -1,66 +1,89 @@
-"""Decodes images into the patches that the vision tower reads, in window order.
+"""Decodes images into the patches that a vision tower reads, in the order in which it reads them.
 
-The tower attends in windows of 8 x 8 patches. transformers permutes activations into window order on the device and
-back; here the permutation is an index that depends on the grid alone, applied while pixels are copied out of the image.
+transformers permutes activations on the device, where a tower attends in windows. Here the order is an index
+that depends on the grid alone, applied while pixels are copied out of the image.
 """
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+if TYPE_CHECKING:
+    from trainer.data.source import Packs
+
+# Padding patches form images of this many: large enough to add few segments, small enough that full attention over
+# them costs little (it grows with the square; a 784 x 784 picture has 3,136).
+PADDING_IMAGE = 1024
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """The P = h x w patches of one image as a tower reads them; M = P / merge^2 visual tokens. Arrays are read-only."""
+
+    tokens: np.ndarray  # [M] int64: visual token j is the tokens[j]-th image token in the text
+    # [P, ...]: "positions" [P, 2] int32, row and column of the patch; and what else the family's tower reads of a patch
+    per_patch: Mapping[str, np.ndarray]
+    # Lengths in patches of the segments within which patches attend: "images", and a family's own.
+    segments: Mapping[str, np.ndarray]
+
 
 @dataclass(frozen=True)
 class PatchGeometry:
-    """Sizes from the model's vision config, in pixels except `merge`."""
+    """How an image becomes patches: merge blocks row by row, whole images attending. A family may have a subclass."""
 
-    patch: int = 14  # side of a patch
-    merge: int = 2  # patches a side that become one visual token
-    window: int = 112  # side of an attention window
+    patch: int  # pixels, side of a patch
+    merge: int  # patches a side that become one visual token
 
     @property
     def pixels(self) -> int:
         """Values of a patch: 3 channels x side x side."""
         return 3 * self.patch * self.patch
 
+    @property
+    def multiple(self) -> int:
+        """Numbers of patches are padded to multiples of this, 16 visual tokens: fp8 wants that of rows."""
+        return 16 * self.merge**2
 
-@dataclass(frozen=True)
-class WindowOrder:
-    """The P = h x w patches of one image in window order; M = P / merge^2 visual tokens."""
+    @property
+    def padding(self) -> dict[str, int]:
+        """Patches of the segments that padding is cut into, by the names of ImageLayout.segments."""
+        return {"images": PADDING_IMAGE}
 
-    positions: np.ndarray  # [P, 2] int32: row and column of the patch
-    windows: np.ndarray  # [windows] int32: patches in each attention window
-    tokens: np.ndarray  # [M] int64: visual token j is the tokens[j]-th image token in the text
+    def most_segments(self, packs: "Packs") -> dict[str, np.ndarray]:
+        """Return how many segments each pack's images have at most, [packs], by the names of ImageLayout.segments."""
+        return {"images": packs.column("pack_images")}
+
+    def layout(self, height: int, width: int) -> ImageLayout:
+        """Return the layout of an image of height x width patches; `layout_of` caches it."""
+        tokens = np.arange(height * width // self.merge**2)
+        positions = self.block_positions(tokens, width)
+        return ImageLayout(tokens, {"positions": positions}, {"images": np.array([height * width], np.int32)})
+
+    def block_positions(self, tokens: np.ndarray, width: int) -> np.ndarray:
+        """Return row and column of the merge x merge patches of each of `tokens`, [P, 2] int32, row by row in a block.
+
+        tokens [M] are numbered row by row; `width`: of the image, in patches.
+        """
+        row, column = np.divmod(tokens, width // self.merge)
+        inner = np.divmod(np.arange(self.merge**2), self.merge)
+        rows, columns = row[:, None] * self.merge + inner[0], column[:, None] * self.merge + inner[1]
+        return np.stack([rows.ravel(), columns.ravel()], axis=1).astype(np.int32)
 
 
 @lru_cache(maxsize=4096)
-def window_order(height: int, width: int, geometry: PatchGeometry) -> WindowOrder:
-    """Return the order of transformers' get_vision_window_index for height x width patches, merge blocks kept whole.
-
-    Windows go row by row; in a window visual tokens go row by row; in a visual token its merge x merge patches do.
-    Windows at the right and lower border are smaller where the image ends.
-    """
-    merge, side = geometry.merge, geometry.window // geometry.patch // geometry.merge  # side: in visual tokens
-    rows, columns = height // merge, width // merge
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    window = row // side * -(-columns // side) + column // side
-    tokens = np.argsort(window, kind="stable")  # stable: row-major order remains inside a window
-
-    inner = np.divmod(np.arange(merge * merge), merge)
-    patch_rows = row[tokens, None] * merge + inner[0]
-    patch_columns = column[tokens, None] * merge + inner[1]
-    order = WindowOrder(
-        positions=np.stack([patch_rows.ravel(), patch_columns.ravel()], axis=1).astype(np.int32),
-        windows=(np.bincount(window) * merge * merge).astype(np.int32),
-        tokens=tokens,
-    )
-    for array in (order.positions, order.windows, order.tokens):
-        array.flags.writeable = False  # cached: all images of this grid share them
-    return order
+def layout_of(geometry: PatchGeometry, height: int, width: int) -> ImageLayout:
+    """Return the layout of an image of height x width patches: all images of this grid share it."""
+    layout = geometry.layout(height, width)
+    for array in (layout.tokens, *layout.per_patch.values(), *layout.segments.values()):
+        array.flags.writeable = False
+    return layout
 
 
 def decode(data: bytes, height: int, width: int) -> np.ndarray:
@@ -80,15 +103,15 @@ def decode(data: bytes, height: int, width: int) -> np.ndarray:
     return channels_first[0].numpy()
 
 
-def write_patches(out: np.ndarray, data: bytes, grid: tuple[int, int], geometry: PatchGeometry) -> WindowOrder:
-    """Decode an image of grid = (h, w) patches into out [h * w, pixels] uint8: window order, channel major.
+def write_patches(out: np.ndarray, data: bytes, grid: tuple[int, int], geometry: PatchGeometry) -> ImageLayout:
+    """Decode an image of grid = (h, w) patches into out [h * w, pixels] uint8: in its layout's order, channel major.
 
     Copies the pixels once, from the resized image to `out`.
     """
     height, width = grid
     side = geometry.patch
-    order = window_order(height, width, geometry)
+    layout = layout_of(geometry, height, width)
     pixels = decode(data, height * side, width * side).reshape(3, height, side, width, side)
-    rows, columns = order.positions.T
+    rows, columns = layout.per_patch["positions"].T
     out.reshape(-1, 3, side, side)[:] = pixels.transpose(1, 3, 0, 2, 4)[rows, columns]
-    return order
+    return layout

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from kanyun.errors import DatasetError
-from kanyun.fingerprint import Fingerprint
+from kanyun.fingerprint import Fingerprint, difference
 from kanyun.manifest import digest_of
 from kanyun.naming import discover
 from kanyun.reader import PackedDataset
@@ -121,7 +121,10 @@ class PackedData:
                 f"set length: {manifest.length}, or pack the data with --length {self.length}"
             )
         if not model.is_of(manifest.tokenizer, dataset.folder / "tokenizer"):
+            built, own = difference(manifest.processor, model.processor)
+            if not built:
+                built, own = f"the tokenizer {manifest.tokenizer}", f"the tokenizer {model.digest}"
             raise DatasetError(
-                f"{uri} was built with tokenizer and processor {manifest.tokenizer}, but the model folder has "
-                f"{model.digest}: build and pack the data with the model folder as --tokenizer, or train its own model"
+                f"{uri} was built for a model with {built}, but the model folder has {own}: build and pack the data "
+                "with the model folder as --tokenizer, or train the model that it was built for"
             )

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kanyun.errors import UserError
+from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower and how its pixels are normalised."""
+    """The vision tower and how its pixels are normalised. A family adds what only its own towers have."""
 
     depth: int
     hidden_size: int
@@ -23,8 +24,6 @@ class VisionConfig:
     patch_size: int
     temporal_patch_size: int
     merge_size: int  # merge_size x merge_size patches become one visual token
-    window_size: int  # pixels
-    full_attention_blocks: tuple[int, ...]  # all other blocks attend within windows
     initializer_range: float
     image_mean: tuple[float, ...]  # of pixels in 0..1, one value a channel
     image_std: tuple[float, ...]
@@ -32,20 +31,6 @@ class VisionConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
-
-    @property
-    def padded_intermediate_size(self) -> int:
-        """Neurons of the gated MLP in our weights, a multiple of 64.
-
-        3420 is no multiple of 8, which matrix products want (16 in fp8). The 36 added neurons always give 0: their
-        weights and biases are 0, and so are the gradients of those.
-        """
-        return -(-self.intermediate_size // 64) * 64
-
-    @property
-    def longest_window(self) -> int:
-        """Patches of a whole attention window."""
-        return (self.window_size // self.patch_size) ** 2
 
     @property
     def channels(self) -> int:
@@ -146,6 +131,29 @@ def read_decoder(
         "vision": None,
     }
     return ModelConfig(**fields | options)
+
+
+def vision_fields(vision: dict[str, Any], folder: Folder) -> dict[str, Any]:
+    """Return the fields of VisionConfig; `vision`: vision_config of config.json, which every family spells alike.
+
+    Raises UserError if the folder has no processor settings.
+    """
+    processor = fingerprint(folder).processor
+    if processor is None:
+        raise UserError(f"{folder.uri} has no preprocessor_config.json: put the image model's processor settings there")
+    return {
+        "depth": vision["depth"],
+        "hidden_size": vision["hidden_size"],
+        "intermediate_size": vision["intermediate_size"],
+        "num_heads": vision["num_heads"],
+        "out_hidden_size": vision["out_hidden_size"],
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "initializer_range": vision.get("initializer_range", 0.02),
+        "image_mean": tuple(processor["image_mean"]),
+        "image_std": tuple(processor["image_std"]),
+    }
 
 
 def refuse_options(folder: Folder, options: dict[str, bool]) -> None:

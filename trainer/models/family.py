@@ -10,6 +10,7 @@ from trainer.models.costs import Costs
 from trainer.models.names import EMBEDDING, HEAD, Row
 
 if TYPE_CHECKING:
+    from trainer.data.images import PatchGeometry
     from trainer.models.language import LanguageModel
     from trainer.runtime import Runtime
 
@@ -33,6 +34,12 @@ class Family(ABC):
         """Return the model's parameters, FLOPs and bytes. A family whose layers differ returns a subclass."""
         return Costs(config)
 
+    def geometry(self, config: ModelConfig) -> "PatchGeometry | None":
+        """Return how the vision tower wants an image's patches; None for a text model."""
+        from trainer.data.images import PatchGeometry
+
+        return PatchGeometry(config.vision.patch_size, config.vision.merge_size) if config.vision else None
+
     @abstractmethod
     def table(self, config: ModelConfig) -> tuple[Row, ...]:
         """Return every tensor of this model, in the order of the forward pass."""
@@ -46,7 +53,8 @@ class Family(ABC):
 
         Some released models with tied embeddings have the output head in their files all the same.
         """
-        return {HEAD.hf[0]: EMBEDDING.hf[0]} if config.tied else {}
+        embedding = next(row for row in self.table(config) if row.megatron == EMBEDDING.megatron)
+        return {HEAD.hf[0]: embedding.hf[0]} if config.tied else {}
 
     @abstractmethod
     def build(self, config: ModelConfig, runtime: "Runtime", compute: Compute) -> "LanguageModel":

@@ -4,7 +4,7 @@ A pack is one sequence of batch 1 with separate position ids; cu_seqlens reach t
 GPTModel is deprecated in megatron.core 0.19 (its successor has no mrope): only this file knows it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from trainer.kernels.constants import IGNORED
 from trainer.kernels.embedding import LookUp
 from trainer.kernels.loss import LinearCrossEntropy
 from trainer.models.config import BFLOAT16, Compute, ModelConfig
+from trainer.optim.sharded_layers import ShardedLayers
 from trainer.runtime import Runtime
 
 EXTRA_STATE = "._extra_state"
@@ -46,6 +47,7 @@ class LanguageModel(MegatronModule):
         )
         # Under tensor parallelism each rank has a part of the vocabulary, which megatron.core's own modules add up.
         self._fused = runtime.cuda and runtime.tensor_parallel == 1
+        self.sharded: ShardedLayers | None = None  # set by who wraps the model for several ranks
         self.register_load_state_dict_post_hook(_ignore_extra_state)
 
     def forward(self, batch: Batch, observe: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -77,8 +79,22 @@ class LanguageModel(MegatronModule):
 
         Nothing we train needs it, it differs between CPU and CUDA layers, and it would be pickled into checkpoints.
         """
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.sharded:
+            with self.sharded.placeholders() as matrices:
+                state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+            state = self.sharded.in_checkpoint(state, matrices)
+        else:
+            state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {name: tensor for name, tensor in state.items() if not name.endswith(EXTRA_STATE)}
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what this rank keeps: parameters, and its parts of sharded layers instead of theirs."""
+        elsewhere = {id(p) for layer in self.sharded.parameters for p in layer} if self.sharded else set()
+        for name, parameter in self.named_parameters():
+            if id(parameter) not in elsewhere:
+                yield name, parameter
+        if self.sharded:
+            yield from self.sharded.named_parts()
 
     def clear_padding(self) -> None:
         """Zero what random weights have filled but must be 0. A decoder has no such padding."""
@@ -88,9 +104,13 @@ class LanguageModel(MegatronModule):
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[:, None],
             attention_mask=batch.cu_seqlens,
-            decoder_input=self._embed(batch),
+            **self._inputs(batch),
             **kwargs,
         )
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return what GPTModel is given to compute on: its `decoder_input`, [T, 1, H], and a family's additions."""
+        return {"decoder_input": self._embed(batch)}
 
     def _embed(self, batch: Batch) -> Tensor:
         """Return the input embeddings [T, 1, H]."""

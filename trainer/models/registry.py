@@ -16,6 +16,7 @@ _MODELS = {
     "qwen2": ("Qwen2.5", "trainer.models.qwen2_5.family"),
     "qwen2_5_vl": ("Qwen2.5-VL", "trainer.models.qwen2_5.family"),
     "qwen3": ("Qwen3", "trainer.models.qwen3.family"),
+    "qwen3_vl": ("Qwen3-VL", "trainer.models.qwen3_vl.family"),
 }
 
 

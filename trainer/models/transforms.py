@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.models.config import ModelConfig, VisionConfig
+from trainer.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,8 @@ class Transform:
     to_hf: Callable[["Tensor", ModelConfig], Sequence["Tensor"]]
 
 
-def _concatenate(parts: Sequence["Tensor"], dim: int = 0) -> "Tensor":
+def concatenate(parts: Sequence["Tensor"], dim: int = 0) -> "Tensor":
+    """Return torch.cat(parts, dim)."""
     import torch
 
     return torch.cat(list(parts), dim)
@@ -34,7 +35,7 @@ def _interleave(qkv: Sequence["Tensor"], config: ModelConfig) -> "Tensor":
     """
     rows = _group_rows(config)
     groups = [x.unflatten(0, (config.num_kv_heads, size)) for x, size in zip(qkv, rows, strict=True)]
-    return _concatenate(groups, 1).flatten(0, 1)
+    return concatenate(groups, 1).flatten(0, 1)
 
 
 def _separate(fused: "Tensor", config: ModelConfig) -> Sequence["Tensor"]:
@@ -50,37 +51,15 @@ def _group_rows(config: ModelConfig) -> list[int]:
 
 def _patch_shape(config: ModelConfig) -> tuple[int, int, int, int]:
     """Return [channels, frames, height, width] of Conv3d's kernel: a whole patch, so the convolution is a matrix."""
-    vision = _vision(config)
+    vision = config.vision
+    assert vision is not None
     return vision.channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size
-
-
-def _pad(part: "Tensor", config: ModelConfig, dim: int) -> "Tensor":
-    """Add the zero neurons of VisionConfig.padded_intermediate_size along `dim`."""
-    vision, added = _vision(config), list(part.shape)
-    added[dim] = vision.padded_intermediate_size - vision.intermediate_size
-    return _concatenate([part, part.new_zeros(added)], dim)
-
-
-def _unpad(part: "Tensor", config: ModelConfig, dim: int) -> "Tensor":
-    return part.narrow(dim, 0, _vision(config).intermediate_size)
-
-
-def _vision(config: ModelConfig) -> VisionConfig:
-    assert config.vision is not None
-    return config.vision
 
 
 COPY = Transform(lambda parts, config: parts[0], lambda whole, config: [whole])
 QKV = Transform(_interleave, _separate)
 # Two matrices of equal size, one below the other: the gate's rows, then the up projection's.
-GATE_UP = Transform(lambda parts, config: _concatenate(parts), lambda whole, config: whole.chunk(2))
-VISION_GATE_UP = Transform(
-    lambda parts, config: _concatenate([_pad(part, config, 0) for part in parts]),
-    lambda whole, config: [_unpad(part, config, 0) for part in whole.chunk(2)],
-)
-VISION_DOWN = Transform(
-    lambda parts, config: _pad(parts[0], config, 1), lambda whole, config: [_unpad(whole, config, 1)]
-)
+GATE_UP = Transform(lambda parts, config: concatenate(parts), lambda whole, config: whole.chunk(2))
 PATCH_EMBED = Transform(
     lambda parts, config: parts[0].flatten(1), lambda whole, config: [whole.unflatten(1, _patch_shape(config))]
 )

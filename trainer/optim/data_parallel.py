@@ -15,15 +15,20 @@ has long happened. Graphs with the collectives inside would be three of each sha
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Bucket  # a group has one bucket
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
+
+from trainer.models.language import LanguageModel
+from trainer.optim.sharded_layers import ShardedLayers
 
 # Parameters of a bucket, and of a rank's part of one, as megatron.core has them: smaller ones cost latency.
 BUCKET, PART = 40_000_000, 1_000_000
@@ -35,17 +40,23 @@ class OverlappedDataParallel(DistributedDataParallel):
 
     Between the optimizer's step and the next forward pass weights are still under way: whoever reads them elsewhere
     calls `wait_for_weights` first. Must be made and called on the stream that captures.
+
+    `weight_shards`: ranks over which the decoder layers' matrices are sharded, see ShardedLayers; the rest is here.
     """
 
-    def __init__(self, config: TransformerConfig, module: nn.Module) -> None:
+    def __init__(self, config: TransformerConfig, module: LanguageModel, *, weight_shards: int = 1) -> None:
+        sharded = shard_layers(module, weight_shards) if weight_shards > 1 else None
         # Not megatron.core's own overlap: its hooks want a gradient tensor of every parameter, and ours go straight
         # into main_grad; and its collectives would have to be captured.
         settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        hidden = sharded.hidden() if sharded else nullcontext()
         ranks = parallel_state.get_data_parallel_world_size()
-        size = min(max(BUCKET, ranks * PART), sum(p.numel() for p in trainable) // LEAST_BUCKETS)
-        layout = DistributedOptimizer.compute_full_param_layout(trainable, size, ranks, settings)
-        super().__init__(config, settings, module, full_param_layout=layout)
+        with hidden:
+            trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            size = min(max(BUCKET, ranks * PART), sum(p.numel() for p in trainable) // LEAST_BUCKETS)
+            layout = DistributedOptimizer.compute_full_param_layout(trainable, size, ranks, settings)
+            super().__init__(config, settings, module, full_param_layout=layout)
+        self.sharded = module.sharded = sharded
 
         self._exchange = torch.cuda.Stream(priority=-1)  # its kernels get multiprocessors first, as they free up
         self._ready = {bucket: _event() for bucket in self.bucket_groups}
@@ -57,8 +68,18 @@ class OverlappedDataParallel(DistributedDataParallel):
         for parameter, node in zip(trainable, self.grad_accs, strict=True):
             node.register_hook(self._gradient_hook(self.param_to_bucket_group[parameter]))
         for user, parameters in users(module):
-            buckets = [self.param_to_bucket_group[p] for p in parameters if p.requires_grad]
+            buckets = [self.param_to_bucket_group[p] for p in parameters if p in self.param_to_bucket_group]
             user.register_forward_pre_hook(self._weights_hook(list(dict.fromkeys(buckets))))
+
+    def zero_grad_buffer(self) -> None:
+        super().zero_grad_buffer()
+        if self.sharded:
+            self.sharded.gradients.zero_()
+
+    def scale_gradients(self, scaling_factor: float | Tensor) -> None:
+        super().scale_gradients(scaling_factor)
+        if self.sharded:
+            self.sharded.gradients.mul_(scaling_factor)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Reduce-scatter every bucket once; the current stream waits for the sums. Called once a step."""
@@ -67,6 +88,8 @@ class OverlappedDataParallel(DistributedDataParallel):
             for bucket in self._reduce_order:
                 self._ready[bucket].wait()
                 bucket.start_grad_sync()
+        if self.sharded:
+            self.sharded.sum_over_replicas()
         torch.cuda.current_stream().wait_stream(self._exchange)
         # The optimizer gathers weights in the order of this list.
         self.bucket_groups.sort(key=self._gather_order.index)
@@ -103,6 +126,19 @@ class OverlappedDataParallel(DistributedDataParallel):
                     self._gather_order.append(bucket)
 
         return hook
+
+
+def shard_layers(model: LanguageModel, count: int) -> ShardedLayers:
+    """Shard the decoder's layers over `count` neighbouring ranks."""
+    # Communicators of their own: their collectives are captured, and run beside those of the buckets.
+    ranks = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+    blocks = [ranks[first : first + count] for first in range(0, len(ranks), count)]
+    group, _ = dist.new_subgroups_by_enumeration(blocks)
+    gathers, _ = dist.new_subgroups_by_enumeration(blocks)
+    replicas, _ = dist.new_subgroups_by_enumeration([ranks[first::count] for first in range(count)])
+    decoder = model.language.decoder
+    fp8 = model.config.fp8 is not None
+    return ShardedLayers(decoder, decoder.layers, group=group, gathers=gathers, replicas=replicas, fp8=fp8)
 
 
 def users(model: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:

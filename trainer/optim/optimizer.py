@@ -1,18 +1,20 @@
 """AdamW, sharded over the data-parallel ranks by megatron.core, and its learning rate."""
 
 import math
+from contextlib import nullcontext
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from trainer.config import TrainConfig
+from trainer.optim.data_parallel import OverlappedDataParallel
+from trainer.optim.sharded_layers import ShardedLayers
 from trainer.optim.state import MOMENTS
 from trainer.runtime import Runtime
 
 
-def build_optimizer(config: TrainConfig, ddp: DistributedDataParallel, runtime: Runtime) -> ChainedOptimizer:
+def build_optimizer(config: TrainConfig, ddp: OverlappedDataParallel, runtime: Runtime) -> ChainedOptimizer:
     """Over the parameters that require a gradient. Master weights in float32, moments in the precision of the model."""
     moments = torch.bfloat16 if runtime.cuda else torch.float32
     settings = OptimizerConfig(
@@ -32,7 +34,13 @@ def build_optimizer(config: TrainConfig, ddp: DistributedDataParallel, runtime: 
         exp_avg_dtype=moments,
         exp_avg_sq_dtype=moments,
     )
-    optimizer: ChainedOptimizer = get_megatron_optimizer(settings, [ddp])
+    sharded = ddp.sharded
+    with sharded.hidden() if sharded else nullcontext():
+        optimizer: ChainedOptimizer = get_megatron_optimizer(settings, [ddp])
+    if sharded and sharded.trains:
+        adam = optimizer.chained_optimizers[0].optimizer
+        decayed = next(group for group in adam.param_groups if group["wd_mult"] == 1.0)
+        adam.add_param_group({**decayed, "params": list(sharded.weights)})
     # Adam makes its state in its first step. A checkpoint is loaded before that, and the first step may be skipped.
     for sharded in optimizer.chained_optimizers:
         for parameter in sharded.get_parameters():
@@ -66,11 +74,13 @@ def set_rates(optimizer: ChainedOptimizer, config: TrainConfig, lr: float) -> No
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
 
 
-def take_step(optimizer: ChainedOptimizer, clip_grad: float) -> float:
+def take_step(optimizer: ChainedOptimizer, clip_grad: float, sharded: ShardedLayers | None = None) -> float:
     """Clip the gradient and step. Returns its norm before clipping; if that is not finite, weights stay as they are."""
     optimizer.prepare_grads()
     (only,) = optimizer.chained_optimizers  # a second one would be of experts
     norm = float(only.clip_grad_norm(clip_grad))
     if math.isfinite(norm):
         optimizer.step_with_ready_grads()
+        if sharded:
+            sharded.publish()
     return norm

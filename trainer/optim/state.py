@@ -9,7 +9,7 @@ megatron.core's own `fully_reshardable` holds all of it in every rank's memory: 
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -19,7 +19,22 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
 type Place = ShardedTensor | ShardedTensorFactory  # a parameter's, in a checkpoint
+
+
+class ShardedWeights(Protocol):
+    """What OptimizerState needs of layers that are sharded."""
+
+    @property
+    def replica(self) -> int:
+        """Ranks with the same part are numbered: 0 writes it."""
+        ...
+
+    def shards(self) -> Iterator[tuple[Tensor, list[tuple[Place, int, slice]]]]:
+        """Yield a tensor that Adam updates; for each matrix in it its place, first element, and where they are."""
+        ...
+
 
 type Sources = tuple[Tensor, ...]  # the values; or a master weight's bfloat16 upper half and int16 remainder
 
@@ -32,25 +47,36 @@ class OptimizerState:
     copies on the CPU, because a GPU that trains has no room for them.
     """
 
-    def __init__(self, optimizer: ChainedOptimizer, model_state: dict[str, Any]) -> None:
-        """model_state: what the model's sharded_state_dict returned."""
+    def __init__(
+        self, optimizer: ChainedOptimizer, model_state: dict[str, Any], layers: ShardedWeights | None = None
+    ) -> None:
+        """model_state: what the model's sharded_state_dict returned. `layers`: those of the model that are sharded."""
         (sharded,) = optimizer.chained_optimizers  # a second one would be of experts
         self._adam = sharded.optimizer
         self._joins: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, remainder, their join
-        self._shards: list[tuple[Place, int, dict[str, Sources]]] = []  # parameter, first element, values by name
+        # Parameter, first element, values by name, number among the ranks that have the same ones.
+        self._shards: list[tuple[Place, int, dict[str, Sources], int]] = []
         places = {entry.data: entry for entry in nested_values(model_state)}
         for parameter, start, shard in _shards(sharded):
-            state, master = self._adam.state[shard], shard.detach()
-            moments = {name: (state[name],) for name in MOMENTS}
-            param = (master, state["master_param"]) if "master_param" in state else (master,)
-            self._shards.append((places[parameter], start, {"param": param, **moments}))
+            self._shards.append((places[parameter], start, self._values(shard), 0))
+        for shard, pieces in layers.shards() if layers else ():
+            assert layers is not None
+            values = self._values(shard)
+            for place, start, span in pieces:
+                cut_out = {name: tuple(source[span] for source in sources) for name, sources in values.items()}
+                self._shards.append((place, start, cut_out, layers.replica))
+
+    def _values(self, shard: Tensor) -> dict[str, Sources]:
+        state, master = self._adam.state[shard], shard.detach()
+        moments = {name: (state[name],) for name in MOMENTS}
+        return {"param": (master, state["master_param"]) if "master_param" in state else (master,), **moments}
 
     def to_save(self) -> list[tuple[ShardedTensor, Sources]]:
         """Return each rectangle with views of its values."""
         found = []
-        for place, start, values in self._shards:
+        for place, start, values, replica in self._shards:
             for name, sources in values.items():
-                by_source = [list(_rectangles(place, start, source.view(-1))) for source in sources]
+                by_source = [list(rectangles(place, start, source.view(-1), replica)) for source in sources]
                 for same in zip(*by_source, strict=True):
                     key = f"optimizer.state.{name}.{same[0].key}"
                     dtype = torch.float32 if len(same) > 1 else same[0].dtype
@@ -60,13 +86,13 @@ class OptimizerState:
     def to_load(self) -> dict[str, ShardedTensor]:
         """Return rectangles to load into; call `loaded` after that."""
         tensors: dict[str, ShardedTensor] = {}
-        for place, start, values in self._shards:
+        for place, start, values, replica in self._shards:
             for name, sources in values.items():
                 whole = sources[0]
                 if len(sources) > 1:
                     whole = torch.empty(sources[0].shape, dtype=torch.float32)
                     self._joins.append((sources[0], sources[1], whole))
-                for index, part in enumerate(_rectangles(place, start, whole.view(-1))):
+                for index, part in enumerate(rectangles(place, start, whole.view(-1), replica)):
                     key = f"optimizer.state.{name}.{part.key}"
                     tensors[f"{key} {index}"] = replace(part, key=key)
         return tensors
@@ -108,11 +134,13 @@ def _shards(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, int, Tens
                     yield parameter, ranges["param"].start, optimizer.optimizer.param_groups[group]["params"][index]
 
 
-def _rectangles(place: Place, start: int, values: Tensor) -> Iterator[ShardedTensor]:
-    """Cut `values`, the parameter's elements from `start` on, into rectangles: views of them."""
+def rectangles(place: Place, start: int, values: Tensor, replica: int = 0) -> Iterator[ShardedTensor]:
+    """Cut `values`, the parameter's elements from `start` on, into rectangles: views of them.
+
+    `replica`: this rank's number among the data-parallel ranks that have the same elements.
+    """
     # A factory makes several of one parameter, one below the other: gate and up.
     blocks = list(nested_values(place.build())) if isinstance(place, ShardedTensorFactory) else [place]
-    replica = (*place.replica_id[:2], 0)  # no other data-parallel rank has these elements
     for block in blocks:
         rows, *columns = block.local_shape
         width = prod(columns)
@@ -129,7 +157,7 @@ def _rectangles(place: Place, start: int, values: Tensor) -> Iterator[ShardedTen
                 local_shape=shape,
                 global_offset=tuple(a + b for a, b in zip(block.global_offset, offset, strict=True)),
                 axis_fragmentations=None,  # no regular grid
-                replica_id=replica,
+                replica_id=(*place.replica_id[:2], replica),
             )
         start -= rows * width
 

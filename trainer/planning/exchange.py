@@ -12,19 +12,21 @@ from trainer.planning.gpus import NETWORK, NETWORK_NODE, NVLINK
 # reduce-scatter of a 7B layer 0.98 of 1.67. NCCL's kernels hold multiprocessors that matrix products wait for.
 BESIDE = 0.6
 # A 7B layer of 233 M parameters on two GPUs, whose gathers in both passes receive 233 MB in fp8, whose gradient is
-# 233 MB in bfloat16; ms alone and exposed (docs/design.md; alone: the table of exchange_floor.py). By copy engines
-# 0.84 and 0.46 to gather, 0.20 more to pull gradients, whose addition is not in that. By NCCL 0.98 and 0.88 to gather,
-# 0.93 and 0.67 to reduce-scatter. bfloat16 gathers, and more than two GPUs: by their bytes, not measured. Copy engines
-# reach the GPUs of a node; between nodes NCCL does it, taken to be no faster than it was within one.
-COPY_RATE, COPY_GATHER, COPY_PULL = 277e9, 0.46 / 0.84, 0.20 / 0.84
-NCCL_RATE, NCCL_GATHER, NCCL_SCATTER = 238e9, 0.88 / 0.98, 0.67 / 0.93
+# 233 MB in bfloat16; ms alone and exposed (docs/design.md; alone: the table of exchange_floor.py). Gathers by copy
+# engines 0.84 and 0.46, and NCCL's reduce-scatter beside those 0.93 and 0.53. All by NCCL: 0.98 and 0.88, 0.93 and
+# 0.50. (Gradients pulled by copy engines would be 0.20.) bfloat16 gathers, and more than two GPUs: by their bytes, not
+# measured. Copy engines reach the GPUs of a node; between nodes NCCL is taken to be as fast as it was within one.
+COPY_RATE, NCCL_RATE = 277e9, 238e9
+COPY_GATHER, SCATTER_BESIDE_COPIES = 0.46 / 0.84, 0.53 / 0.98
+NCCL_GATHER, NCCL_SCATTER = 0.88 / 0.98, 0.50 / 0.98
 # Seconds that each GPU adds to the way round a ring of NCCL's; usual between nodes, not measured here. It is why
 # weights are not sharded over more GPUs than needed: over 512, a layer's gather would take 5 ms for nothing else.
 HOP = 10e-6
-# Bytes of a parameter through memory in each micro-batch, beside the addition to a shard's float32 sum: its bfloat16
-# gradient is written, and read once by the rank that adds it up, in one kernel. (Two separate additions took 0.86 ms a
-# layer of 7B; by its bytes one takes 0.47.)
-SHARDED_GRADIENT = 4
+# Bytes of a sharded parameter through memory in each micro-batch: its gradient is written in bfloat16, received by the
+# rank that has this part, and added to a float32 sum there: read, read and written. Whole weights: 8, in place.
+SHARDED_GRADIENT, SHARDED_SUM = 2, 2 + 8
+# In fp8 it is cast once a step; in each micro-batch it is transposed for the backward pass, read and written.
+SHARDED_CAST = 2
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,7 @@ class WeightExchange:
     ranks, with the parts of them that cost time beside compute; and seconds of a step between replicas.
     """
 
-    forward: float
-    backward: float
+    gather: float
     gradients: float
     gather_part: float
     gradient_part: float
@@ -42,33 +43,27 @@ class WeightExchange:
 
     def exposed(self, forward: float, backward: float, micro_batches: int) -> float:
         """Return the seconds of a step beside `forward` and `backward` seconds of compute in each micro-batch."""
-        there = exposed(self.forward, forward, self.gather_part)
-        alone = self.backward + self.gradients
-        part = (self.backward * self.gather_part + self.gradients * self.gradient_part) / alone
+        there = exposed(self.gather, forward, self.gather_part)
+        alone = self.gather + self.gradients
+        part = (self.gather * self.gather_part + self.gradients * self.gradient_part) / alone
         back = exposed(alone, backward, part)
         return micro_batches * (there + back) + exposed(self.replicas, backward)
 
 
-def weight_exchange(
-    layers: float, embeddings: float, *, count: int, fp8: bool, gpus: int, shards: int, node: int
-) -> WeightExchange:
-    """Return the exchange of `layers` and `embeddings` parameters, `count` layers, over `shards` neighbouring GPUs.
-
-    The embedding is needed in the forward pass alone, the output head once for both, each in bfloat16.
-    """
-    inside = shards <= node
-    rate = COPY_RATE if inside else min(NCCL_RATE, NETWORK_NODE)
-    received = (shards - 1) / shards / rate
-    latency = 0.0 if inside else count * (shards - 1) * HOP
-    size, replicas = (1 if fp8 else 2), gpus // shards
+def weight_exchange(parameters: float, *, layers: int, fp8: bool, gpus: int, shards: int, node: int) -> WeightExchange:
+    """Return the exchange of the `parameters` of so many layers, sharded over `shards` neighbouring GPUs."""
+    inside, replicas = shards <= node, gpus // shards
+    received = (shards - 1) / shards * parameters
+    latency = 0.0 if inside else layers * (shards - 1) * HOP
+    nccl = NCCL_RATE if inside else min(NCCL_RATE, NETWORK_NODE)
+    gather = (1 if fp8 else 2) * received / (COPY_RATE if inside else nccl) + latency
     # An all-reduce of the float32 shards between GPUs at the same place of their nodes: each has its network card.
-    between = 2 * 4 * (layers + embeddings) / shards * (replicas - 1) / replicas / NETWORK
+    between = 2 * 4 * parameters / shards * (replicas - 1) / replicas / NETWORK
     return WeightExchange(
-        forward=(size * layers + 2 * embeddings) * received + latency,
-        backward=size * layers * received + latency,
-        gradients=2 * (layers + embeddings) * received + latency,
+        gather=gather,
+        gradients=2 * received / nccl + latency,
         gather_part=COPY_GATHER if inside else NCCL_GATHER,
-        gradient_part=COPY_PULL if inside else NCCL_SCATTER,
+        gradient_part=SCATTER_BESIDE_COPIES if inside else NCCL_SCATTER,
         replicas=between,
     )
 

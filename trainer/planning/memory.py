@@ -1,6 +1,6 @@
 """Predicted peak memory of a GPU in training; within 3 % of what was measured (benchmarks/README.md).
 
-With sharded weights nothing has been measured yet: their formula is that of docs/design.md.
+With sharded weights nothing has been measured yet: their formula is by the buffers of trainer/optim.
 """
 
 from trainer.kernels.constants import CHUNK
@@ -14,6 +14,8 @@ WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 6
 # Of a sharded layer's parameter, while the layer is at work and the next is on its way. Weights: both as they are
 # gathered, in bfloat16 or fp8, in fp8 also one transposed for the backward pass. Gradients: both in bfloat16.
 WORKING_WEIGHT, WORKING_WEIGHT_FP8, WORKING_GRADIENT = 2 + 2, 1 + 1 + 1, 2 + 2
+# Of a sharded parameter in fp8: what other ranks read. And of a rank's part of one layer: its gradient as received.
+PUBLISHED, RECEIVED = 1, 2
 
 
 class MemoryModel:
@@ -31,26 +33,34 @@ class MemoryModel:
         patches: int,
         compute: Compute,
         weight_shards: int = 1,
+        all_sharded: bool = False,
     ) -> float:
         """Return the bytes of a GPU for a micro-batch of `tokens` slots and `patches`.
 
         `data_parallel`: ranks that the optimizer's state is sharded over. `weight_shards` > 1: weights, gradients and
-        optimizer state are sharded over so many.
+        optimizer state of the decoder's layers are sharded over so many; embedding, output head and vision tower are
+        too if `all_sharded`, and else as with whole weights.
         """
         if weight_shards > 1:
-            state = self._sharded_state(weight_shards, compute)
+            state = self._sharded_state(weight_shards, data_parallel, compute, all_sharded)
         else:
             state = self._state(tensor_parallel, data_parallel, compute)
         rounded = ROUNDING * (self._activations(tensor_parallel, tokens, compute) + self._vision(patches, compute))
         return state + rounded + self._logits(tensor_parallel, tokens)
 
-    def _sharded_state(self, shards: int, compute: Compute) -> float:
-        layer = (self._costs.decoder_parameters - self._costs.embedding_parameters) / self._model.num_layers
-        # Embedding and output head, in bfloat16, take turns with the layers in the same two buffers.
-        vocabulary = 2 * self._model.vocab_size * self._model.hidden_size
-        weights = max((WORKING_WEIGHT_FP8 if compute.fp8 else WORKING_WEIGHT) * layer, vocabulary)
-        gradients = max(WORKING_GRADIENT * layer, vocabulary)
-        return (WEIGHT + GRADIENT + OPTIMIZER) * self._costs.parameters / shards + weights + gradients
+    def _sharded_state(self, shards: int, data_parallel: int, compute: Compute, all_sharded: bool) -> float:
+        costs, vision = self._costs, self._costs.vision_parameters
+        sharded = costs.decoder_parameters - costs.embedding_parameters
+        layer, whole = sharded / self._model.num_layers, costs.embedding_parameters + vision
+        weights, gradients = (WORKING_WEIGHT_FP8 if compute.fp8 else WORKING_WEIGHT) * layer, WORKING_GRADIENT * layer
+        if all_sharded:
+            # Embedding and output head, in bfloat16, take turns with the layers in the same two buffers.
+            vocabulary = 2 * self._model.vocab_size * self._model.hidden_size
+            weights, gradients = max(weights, vocabulary), max(gradients, vocabulary)
+            sharded, whole = costs.parameters, 0
+        kept = (WEIGHT + GRADIENT + OPTIMIZER + compute.fp8 * PUBLISHED * (not all_sharded)) * sharded / shards
+        around = whole * (WEIGHT + GRADIENT + OPTIMIZER / data_parallel) + compute.fp8 * vision * (not all_sharded)
+        return kept + around + weights + gradients + RECEIVED * layer / shards
 
     def _state(self, tensor_parallel: int, data_parallel: int, compute: Compute) -> float:
         # The vision tower is whole on every rank.

@@ -23,9 +23,8 @@ MOST_TOKENS = 65_536
 MICRO_BATCHES = (8, 4, 2, 1)
 TENSOR_PARALLEL = (1, 2, 4, 8)  # within a node
 MOST_GPUS = 512
-# GPUs over which the trainer can shard weights today. 1: it cannot, trainer/optim has no code for it, and runs get the
-# best of the other layouts. A node's 8 when that code gathers within a node; MOST_GPUS when it does between nodes.
-MOST_WEIGHT_SHARDS = 1
+# GPUs over which runs get sharded weights. 1: none, the best of the other layouts is taken.
+MOST_WEIGHT_SHARDS = 512
 # Sharded weights, and recomputation with several packs a micro-batch, have not been measured: they are taken where they
 # are predicted to be faster by more than this, a third of what predictions are off by.
 MARGIN = 1.02
@@ -41,11 +40,6 @@ class Layout:
     # 1: every rank has whole weights. N: weights, gradients and optimizer state are sharded over N neighbouring ranks.
     weight_shards: int = 1
     step: StepTime | None = None  # predicted
-
-    @property
-    def built(self) -> bool:
-        """Whether the trainer can run it."""
-        return self.weight_shards <= MOST_WEIGHT_SHARDS
 
 
 class LayoutPlanner:
@@ -64,7 +58,7 @@ class LayoutPlanner:
             reason = f"the whole model on each of {self._gpus} CPU process(es), one pack at a time for the least memory"
             return Layout(tensor_parallel=1, micro_batch=1, reason=reason)
         ranked = self.ranked(length=length, global_batch=global_batch, patches=patches)
-        built = next((layout for layout in ranked if layout.built), None)
+        built = next((layout for layout in ranked if self.built(layout)), None)
         if built is None:
             raise UserError(self._does_not_fit(self._gpu, length, patches, MOST_WEIGHT_SHARDS))
         return built
@@ -83,7 +77,14 @@ class LayoutPlanner:
         ]
         if not found:
             raise UserError(self._does_not_fit(self._gpu, length, patches, MOST_GPUS))
+        if any(1 < layout.weight_shards <= self._node for layout in found):
+            # Between nodes NCCL would gather, which nobody has measured: only for what does not fit a node.
+            found = [layout for layout in found if layout.weight_shards <= self._node]
         return sorted(found, key=_order)
+
+    def built(self, layout: Layout) -> bool:
+        """Return whether the trainer can run it."""
+        return layout.weight_shards <= MOST_WEIGHT_SHARDS
 
     def _splits(self, gpus: int) -> Iterator[tuple[int, int]]:
         """Yield tensor-parallel sizes with whole weights, then the numbers of ranks that weights are sharded over."""
@@ -141,6 +142,8 @@ class LayoutPlanner:
             patches=patches,
             compute=compute,
             weight_shards=weight_shards,
+            # Planned for sharding between nodes, which is not built: within a node the layers alone are sharded.
+            all_sharded=weight_shards > self._node,
         )
 
     def _reason(self, gpu: GPU, layout: Layout, length: int, memory: float) -> str:

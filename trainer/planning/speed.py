@@ -10,7 +10,14 @@ from typing import NamedTuple
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import TRAINING
 from trainer.models.registry import costs_of
-from trainer.planning.exchange import SHARDED_GRADIENT, exposed, weight_exchange, whole_exchange
+from trainer.planning.exchange import (
+    SHARDED_CAST,
+    SHARDED_GRADIENT,
+    SHARDED_SUM,
+    exposed,
+    weight_exchange,
+    whole_exchange,
+)
 from trainer.planning.gpus import GPU, GPUS, NODE, NVLINK
 
 SEGMENT = 900  # tokens of a sample
@@ -131,9 +138,11 @@ class SpeedModel:
         parameters, layers = self._costs.parameters / split, self._layers / split
         products = token.products / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS) + token.head / PRODUCTS
         passes = (token.swiglu + token.loss) / ELEMENTWISE + token.norms / NORMS
-        added = ADDED if weight_shards == 1 else SHARDED_GRADIENT + ADDED / weight_shards
-        gradients = micro_batches * added * parameters / ELEMENTWISE
-        weights = compute.fp8 * micro_batches * CAST * layers / ELEMENTWISE
+        added, cast = float(ADDED), float(CAST)
+        if weight_shards > 1:
+            added, cast = SHARDED_GRADIENT + SHARDED_SUM / weight_shards, SHARDED_CAST
+        gradients = micro_batches * (added * layers + ADDED * (parameters - layers)) / ELEMENTWISE
+        weights = compute.fp8 * micro_batches * cast * layers / ELEMENTWISE
         return StepTime(
             products=tokens / split * products / self._faster,
             attention=tokens / split * token.attention / ATTENTION / self._faster,
@@ -150,23 +159,23 @@ class SpeedModel:
     ) -> float:
         """Return what the exchange of weights and gradients adds to `seconds` of compute."""
         backward, forward = 2 / 3 * seconds / micro_batches, 1 / 3 * seconds / micro_batches
+        # Of whole weights: the last backward pass hides the reduce-scatter, the first forward pass the gather.
+        whole = self._costs.parameters / split if weight_shards == 1 else self._costs.embedding_parameters
+        reduce, gather = whole_exchange(whole, gpus=gpus, tensor_parallel=split, node=self._node)
+        once = exposed(reduce, backward) + exposed(gather, forward)
         if weight_shards == 1:
-            # The last backward pass hides the reduce-scatter of gradients, the first forward pass the gather.
-            parameters = self._costs.parameters / split
-            reduce, gather = whole_exchange(parameters, gpus=gpus, tensor_parallel=split, node=self._node)
-            return exposed(reduce, backward) + exposed(gather, forward)
+            return once
         sent = weight_exchange(
             self._layers,
-            self._costs.embedding_parameters,
-            count=self._model.num_layers,
+            layers=self._model.num_layers,
             fp8=compute.fp8,
             gpus=gpus,
             shards=weight_shards,
             node=self._node,
         )
-        return sent.exposed(forward, backward, micro_batches)
+        return once + sent.exposed(forward, backward, micro_batches)
 
     @property
     def _layers(self) -> int:
-        """Parameters of the decoder's layers and of the vision tower."""
+        """Parameters of the decoder's layers, and of the vision tower, which is small."""
         return self._costs.parameters - self._costs.embedding_parameters

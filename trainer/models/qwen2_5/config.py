@@ -1,11 +1,32 @@
 """Qwen2.5's and Qwen2.5-VL's config.json as a ModelConfig."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from kanyun.errors import UserError
-from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
-from trainer.models.config import ModelConfig, VisionConfig, read_decoder
+from trainer.models.config import ModelConfig, VisionConfig, read_decoder, vision_fields
+
+
+@dataclass(frozen=True)
+class WindowedVisionConfig(VisionConfig):
+    """A tower most of whose blocks attend within windows."""
+
+    window_size: int  # pixels
+    full_attention_blocks: tuple[int, ...]  # all other blocks attend within windows
+
+    @property
+    def padded_intermediate_size(self) -> int:
+        """Neurons of the gated MLP in our weights, a multiple of 64.
+
+        3420 is no multiple of 8, which matrix products want (16 in fp8). The 36 added neurons always give 0: their
+        weights and biases are 0, and so are the gradients of those.
+        """
+        return -(-self.intermediate_size // 64) * 64
+
+    @property
+    def longest_window(self) -> int:
+        """Patches of a whole attention window."""
+        return (self.window_size // self.patch_size) ** 2
 
 
 def read_config(values: dict[str, Any], folder: Folder) -> ModelConfig:
@@ -17,26 +38,16 @@ def read_config(values: dict[str, Any], folder: Folder) -> ModelConfig:
         time, height, width = (text.get("rope_parameters") or text["rope_scaling"])["mrope_section"]
         options["mrope_section"] = (time, height, width)
         options["image_token_id"] = values["image_token_id"]
-        options["vision"] = _vision_config(values["vision_config"], folder)
+        vision = values["vision_config"]
+        options["vision"] = WindowedVisionConfig(
+            **vision_fields(vision, folder),
+            window_size=vision["window_size"],
+            full_attention_blocks=tuple(vision["fullatt_block_indexes"]),
+        )
     return read_decoder(values, folder, head_dim=None, **options)
 
 
-def _vision_config(vision: dict[str, Any], folder: Folder) -> VisionConfig:
-    processor = fingerprint(folder).processor
-    if processor is None:
-        raise UserError(f"{folder.uri} has no preprocessor_config.json: put the image model's processor settings there")
-    return VisionConfig(
-        depth=vision["depth"],
-        hidden_size=vision["hidden_size"],
-        intermediate_size=vision["intermediate_size"],
-        num_heads=vision["num_heads"],
-        out_hidden_size=vision["out_hidden_size"],
-        patch_size=vision["patch_size"],
-        temporal_patch_size=vision["temporal_patch_size"],
-        merge_size=vision["spatial_merge_size"],
-        window_size=vision["window_size"],
-        full_attention_blocks=tuple(vision["fullatt_block_indexes"]),
-        initializer_range=vision.get("initializer_range", 0.02),
-        image_mean=tuple(processor["image_mean"]),
-        image_std=tuple(processor["image_std"]),
-    )
+def vision_of(config: ModelConfig) -> WindowedVisionConfig:
+    """Return the vision tower's part of an image model's configuration."""
+    assert isinstance(config.vision, WindowedVisionConfig)
+    return config.vision

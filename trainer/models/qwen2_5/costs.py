@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING
 
 from trainer.data.source import PackCost
-from trainer.models.config import Compute, ModelConfig, VisionConfig
+from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import Costs
+from trainer.models.qwen2_5.config import vision_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class VisionLanguageCosts(Costs):
-    def __init__(self, model: ModelConfig, vision: VisionConfig) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
-        self.vision = vision
+        self.vision = vision_of(model)
 
     @property
     def vision_parameters(self) -> int:
@@ -52,9 +53,9 @@ class VisionLanguageCosts(Costs):
     def _vision_flops(self, images: "VisionBatch", patches: int) -> int:
         """Return the tower's FLOPs on the first `patches`; all others are padding."""
         full = len(self.vision.full_attention_blocks)
-        squares = full * _squares(images.cu_images, patches)
-        squares += (self.vision.depth - full) * _squares(images.cu_windows, patches)
-        return patches * self.patch_flops + squares * 2 * 2 * self.vision.hidden_size
+        attended = full * squares(images.segments["images"], patches)
+        attended += (self.vision.depth - full) * squares(images.segments["windows"], patches)
+        return patches * self.patch_flops + attended * 2 * 2 * self.vision.hidden_size
 
     def patch_bytes(self, compute: Compute) -> int:
         """See Costs.layer_bytes.
@@ -71,7 +72,7 @@ class VisionLanguageCosts(Costs):
         return kept * block + recomputed * 2 * h + merger + embedding
 
 
-def _squares(cumulative: "Tensor", patches: int) -> int:
+def squares(cumulative: "Tensor", patches: int) -> int:
     """Return the sum of squared segment lengths; segments behind the first `patches` are padding."""
     lengths = cumulative.clamp(max=patches).diff().long()
     return int((lengths * lengths).sum())

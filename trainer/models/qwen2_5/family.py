@@ -8,11 +8,12 @@ from trainer.models.costs import Costs
 from trainer.models.family import Family
 from trainer.models.names import Row
 from trainer.models.qwen2_5 import names
-from trainer.models.qwen2_5.config import read_config
+from trainer.models.qwen2_5.config import read_config, vision_of
 from trainer.models.qwen2_5.costs import VisionLanguageCosts
 from trainer.models.qwen2_5.sizes import SIZES
 
 if TYPE_CHECKING:
+    from trainer.data.images import PatchGeometry
     from trainer.models.language import LanguageModel
     from trainer.runtime import Runtime
 
@@ -24,7 +25,15 @@ class Qwen2_5Family(Family):  # noqa: N801 - the model's name
         return read_config(values, folder)
 
     def costs(self, config: ModelConfig) -> Costs:
-        return VisionLanguageCosts(config, config.vision) if config.vision else Costs(config)
+        return VisionLanguageCosts(config) if config.vision else Costs(config)
+
+    def geometry(self, config: ModelConfig) -> "PatchGeometry | None":
+        if config.vision is None:
+            return None
+        from trainer.models.qwen2_5.windows import WindowGeometry
+
+        vision = vision_of(config)
+        return WindowGeometry(vision.patch_size, vision.merge_size, vision.window_size)
 
     def table(self, config: ModelConfig) -> tuple[Row, ...]:
         return names.table(config)

@@ -2,7 +2,8 @@
 
 from trainer.models.config import ModelConfig
 from trainer.models.names import Row, decoder_layer, decoder_table, prefixed
-from trainer.models.transforms import COPY, GATE_UP, PATCH_EMBED, QKV, VISION_DOWN, VISION_GATE_UP
+from trainer.models.qwen2_5.padding import VISION_DOWN, VISION_GATE_UP
+from trainer.models.transforms import COPY, GATE_UP, PATCH_EMBED, QKV
 
 # Hugging Face names as transformers 5 writes them, for text and VL alike; `canonical` knows the other layout.
 LAYER = decoder_layer(

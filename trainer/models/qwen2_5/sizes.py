@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from trainer.models.config import ModelConfig, VisionConfig
+from trainer.models.config import ModelConfig
+from trainer.models.qwen2_5.config import WindowedVisionConfig
 
 
 def _text(
@@ -30,8 +31,8 @@ def _text(
     )
 
 
-def _vision(intermediate: int, out: int) -> VisionConfig:
-    return VisionConfig(
+def _vision(intermediate: int, out: int) -> WindowedVisionConfig:
+    return WindowedVisionConfig(
         depth=32,
         hidden_size=1280,
         intermediate_size=intermediate,

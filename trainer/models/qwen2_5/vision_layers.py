@@ -18,7 +18,8 @@ NORM_EPS = 1e-6  # fixed in Qwen2.5-VL, no configuration names it
 class VisionLayers(ABC):
     """Makes and runs the parts of a block. All implementations have weights of the same names and shapes."""
 
-    swiglu: Callable[[Tensor], Tensor]  # [P, 2 F] -> [P, F]: silu of the first half of the channels times the second
+    # Of the MLP. SwiGLU, [P, 2 F] -> [P, F]: silu of the first half of the channels times the second.
+    activation: Callable[[Tensor], Tensor]
 
     @abstractmethod
     def linear(self, inputs: int, outputs: int) -> nn.Module:
@@ -55,7 +56,7 @@ class ReferenceVisionLayers(VisionLayers):
         return reduce(lambda value, module: module(value), modules, x), x
 
     @staticmethod
-    def swiglu(x: Tensor) -> Tensor:
+    def activation(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return silu(gate) * up
 

@@ -24,7 +24,7 @@ class TEVisionLayers(VisionLayers):
     def __init__(self, vision: VisionConfig, config: TransformerConfig, device: torch.device) -> None:
         """`config`: the decoder's, which says whether matrix products are in fp8."""
         self._config, self._device = config, device
-        self.swiglu = SwiGLU()  # an operation: `branch` fuses it with its neighbours
+        self.activation = SwiGLU()  # an operation: `branch` fuses it with its neighbours
         self._cudnn = DotProductAttention(vision.num_heads, vision.head_dim, attention_dropout=0.0, qkv_format="thd")
         self._reference = ReferenceVisionLayers()
 

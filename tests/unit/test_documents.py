@@ -1,0 +1,153 @@
+"""Commands in the documents are those of today: every block is parsed by the command's own parser, or run dry."""
+
+import ast
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.recipe import Recipe
+from trainer.config import load_config
+
+ROOT = Path(__file__).parents[2]
+# A page, and the same page in Chinese: their blocks are the same but for comments.
+PAIRS = [
+    ("README.md", "README.zh.md"),
+    *((f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("datasets", "operations", "glossary")),
+]
+PAGES = [page for pair in PAIRS for page in pair]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def without_comments(block: str) -> str:
+    return "\n".join(line for part in block.splitlines() if (line := re.sub(r"(^|\s)#.*$", "", part).rstrip()))
+
+
+def commands(page: str) -> list[str]:
+    return [line for block in blocks(page, "bash") for line in without_comments(block).splitlines()]
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS)
+def test_both_languages_have_the_same_blocks(english: str, chinese: str) -> None:
+    for language in ("bash", "yaml", "python", "json"):
+        ours, theirs = ([without_comments(block) for block in blocks(page, language)] for page in (english, chinese))
+        assert ours == theirs, language
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS)
+def test_both_languages_have_the_same_structure(english: str, chinese: str) -> None:
+    """As many headings of each level and rows of tables: a section that was added to one is missed in the other."""
+    shapes = []
+    for page in (english, chinese):
+        text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+        lines = text.splitlines()
+        shapes.append(
+            (
+                [re.match(r"#+", line)[0] for line in lines if line.startswith("#")],
+                sum(line.startswith("|") for line in lines),
+                sum(line.lstrip().startswith("- ") for line in lines),
+            )
+        )
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("page", [english for english, _ in PAIRS])
+def test_every_command_is_one_that_exists(page: str) -> None:
+    exported: dict[str, str] = {}
+    for command in commands(page):
+        words = shlex.split(command)
+        if words[0] == "export":
+            exported |= dict(word.split("=", 1) for word in words[1:])
+        elif words != ["source", ".venv/bin/activate"]:
+            check(words, exported)
+
+
+def check(words: list[str], exported: dict[str, str]) -> None:
+    """Parse a command, or what a script of jobs/ would run, by the parser of its module; ask make for its recipe."""
+    environment = dict(exported)
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    if words[:2] == ["python", "-m"]:
+        parse(words[2], words[3:])
+    elif words[0] == "make":
+        dry_run(["make", "-n", *words[1:]], environment)
+    else:
+        assert words[0].startswith("jobs/"), f"{words}: what is this?"
+        printed = shlex.split(dry_run(words, environment | {"DRY_RUN": "1", "PYTHON": sys.executable}).splitlines()[-1])
+        if str(ROOT / "jobs/spark_main.py") in printed:
+            parse("pipeline", printed[printed.index(str(ROOT / "jobs/spark_main.py")) + 1 :])
+        elif str(ROOT / "trainer/launch.py") in printed:
+            config, *changes = printed[printed.index("--") + 1 :]
+            load_config(str(ROOT / config), changes)
+        elif words[0] != "jobs/pack_env.sh":
+            module = printed.index("-m") + 1
+            parse(printed[module], printed[module + 1 :])
+
+
+def parse(module: str, arguments: list[str]) -> None:
+    package = importlib.util.find_spec(f"{module}.__main__") if "." not in module else None
+    found = importlib.import_module(f"{module}.__main__" if package else module)
+    if hasattr(found, "parser"):
+        found.parser().parse_args(arguments)
+    else:  # a module that is one command, which only prints
+        done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+
+
+def dry_run(words: list[str], environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        words, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")])
+def test_recipes_are_read(page: str, tmp_path: Path) -> None:
+    for number, block in enumerate(blocks(page, "yaml")):
+        values = yaml.safe_load(block)
+        assert "datasets" in values, "a block of YAML is a recipe"
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(block)
+        assert set(Recipe.load(str(file)).datasets) == set(values["datasets"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_lead_somewhere(page: str) -> None:
+    here = (ROOT / page).parent
+    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", (ROOT / page).read_text())
+    assert [t for t in targets if not t.startswith("https://") and not (here / t).exists()] == []
+
+
+def literals() -> str:
+    """The texts of all strings in the packages; what is filled in is left out."""
+    found = []
+    for package in ("kanyun", "pipeline", "trainer", "convert"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    found.append("\0".join(v.value for v in node.values if isinstance(v, ast.Constant)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return "\0".join(found)
+
+
+@pytest.mark.parametrize("page", ["docs/operations.md", "docs/zh/operations.md"])
+def test_error_sentences_are_those_of_the_code(page: str) -> None:
+    """The first column of the tables under the headings of errors: what a command prints, in code's quotes."""
+    text = literals()
+    cells = [line.split("|")[1] for line in (ROOT / page).read_text().splitlines() if line.startswith("| `")]
+    quoted = [part for cell in cells for part in re.findall(r"`([^`]+)`", cell) if not part.isupper()]
+    assert len(quoted) > 35
+    assert [part for part in quoted if part not in text and part != "ModuleNotFoundError"] == []

@@ -1,0 +1,69 @@
+"""How a layer's matrices lie in a row that ranks share."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ALIGNED = 256  # elements: where a matrix, and a part, begins
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of one matrix that lie in a rank's part of a row."""
+
+    matrix: int
+    first: int  # of the matrix
+    begin: int  # of the part
+    end: int
+
+
+class Row:
+    """Matrices of these shapes one after the other, cut into `ranks` equal parts."""
+
+    def __init__(self, shapes: Sequence[torch.Size], ranks: int) -> None:
+        self.shapes, self.starts, end = list(shapes), [], 0
+        for shape in shapes:
+            self.starts.append(end)
+            end += -(-shape.numel() // ALIGNED) * ALIGNED
+        self.part = -(-end // (ALIGNED * ranks)) * ALIGNED  # elements
+
+    def pieces(self, rank: int) -> Iterator[Piece]:
+        """Yield what a rank's part has of each matrix."""
+        low, high = rank * self.part, (rank + 1) * self.part
+        for matrix, (start, shape) in enumerate(zip(self.starts, self.shapes, strict=True)):
+            begin, end = max(low, start), min(high, start + shape.numel())
+            if begin < end:
+                yield Piece(matrix, begin - start, begin - low, end - low)
+
+
+def matrices_of(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the module and the name of each matrix of a layer."""
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 2:
+                yield module, name
+
+
+def set_matrices(owners: Sequence[tuple[nn.Module, str]], parameters: Sequence[nn.Parameter]) -> None:
+    """Put these in the places that `matrices_of` yields."""
+    for (module, name), parameter in zip(owners, parameters, strict=True):
+        setattr(module, name, parameter)
+
+
+def fp8_parameter(data: Tensor, scale: Tensor, old: nn.Parameter) -> nn.Parameter:
+    """Return a parameter of Transformer Engine over fp8 values of the shape of `old`, and what one is multiplied by."""
+    from transformer_engine.pytorch.constants import DType
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Tensor
+
+    quantizer = Float8CurrentScalingQuantizer(DType.kFloat8E4M3, data.device)
+    values = Float8Tensor(
+        shape=old.shape,
+        dtype=old.dtype,
+        data=data,
+        fp8_scale_inv=scale,
+        fp8_dtype=DType.kFloat8E4M3,
+        quantizer=quantizer,
+    )
+    return nn.Parameter(values, requires_grad=old.requires_grad)
