@@ -9,6 +9,7 @@ import torch
 from trainer.data.batch import Batch
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import TRAINING
+from trainer.models.qwen2_5.config import WindowedVisionConfig
 from trainer.models.registry import costs_of
 from trainer.planning.gpus import GPUS
 from trainer.planning.speed import PRODUCTS_FP8, UPDATE, SpeedModel
@@ -20,7 +21,7 @@ KINDS = {
     "attention": "sdpa|flash|fmha|attention|attn|window|cudnn_generated",
     "matrix products": "gemm|nvjet|cutlass|xmma|cublas|splitk",
     "cross entropy": "cross_entropy",
-    "SwiGLU": "gated|swiglu|glu",
+    "SwiGLU, GELU": "gated|swiglu|glu|gelu",
     "casts to fp8 and their maxima": "amax|cast|quantize|fp8|transpose_optimized",
     "copies, fills": "memcpy|memset|copy|fill|catarray",
     "norms, rope, residuals, biases": "norm|rope|elementwise|triton|reduce",
@@ -62,10 +63,11 @@ def least(model: ModelConfig, compute: Compute, batches: Sequence[Batch]) -> dic
         vision = model.vision
         patches = sum(batch.real_patches for batch in batches)
         layer_flops += patches * costs_of(model).patch_flops
-        # As of the language model's layers, see SpeedModel.work.
-        patch_bytes["SwiGLU"] = patches * vision.depth * 2 * 8 * vision.intermediate_size
+        # As of the language model's layers, see SpeedModel.work. GELU reads and writes 5 values, SwiGLU 8.
+        gated = isinstance(vision, WindowedVisionConfig)
+        patch_bytes["activations"] = patches * vision.depth * 2 * (8 if gated else 5) * vision.intermediate_size
         patch_bytes["norms"] = patches * vision.depth * 2 * 24 * vision.hidden_size
-        casts = 5 * (8 * vision.hidden_size + 3 * vision.intermediate_size) * compute.fp8
+        casts = 5 * (8 * vision.hidden_size + (2 + gated) * vision.intermediate_size) * compute.fp8
         patch_bytes["casts"] = patches * vision.depth * casts
     head, in_layers = slots * token.head, TRAINING * layer_flops - slots * token.head
     return {
@@ -73,7 +75,7 @@ def least(model: ModelConfig, compute: Compute, batches: Sequence[Batch]) -> dic
         "attention": 3.5 * (forward - layer_flops) / ATTENTION,
         "matrix products": in_layers / (PRODUCTS_FP8 if compute.fp8 else PRODUCTS) + head / PRODUCTS,
         "cross entropy": slots * token.loss / BANDWIDTH,
-        "SwiGLU": (slots * token.swiglu + patch_bytes["SwiGLU"]) / BANDWIDTH,
+        "SwiGLU, GELU": (slots * token.swiglu + patch_bytes["activations"]) / BANDWIDTH,
         "casts to fp8 and their maxima": (slots * token.casts + patch_bytes["casts"]) / BANDWIDTH,
         "norms, rope, residuals, biases": (slots * token.norms + patch_bytes["norms"]) / BANDWIDTH,
     }

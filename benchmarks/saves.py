@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import psutil
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from kanyun.storage import Folder
 from trainer.checkpoint import Saver, State
@@ -35,7 +34,9 @@ from trainer.checkpoint.writer import FILES
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
+from trainer.models.qwen2_5.config import WindowedVisionConfig
 from trainer.models.registry import published_sizes
+from trainer.optim.data_parallel import OverlappedDataParallel
 from trainer.optim.optimizer import build_optimizer
 from trainer.runtime import Runtime
 
@@ -52,6 +53,7 @@ def sizes() -> dict[str, ModelConfig]:
     assert large.vision is not None
     vision = replace(large.vision, depth=2, hidden_size=160, intermediate_size=320, num_heads=2, out_hidden_size=256)
     tiny = replace(large, vocab_size=2048, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=2)
+    assert isinstance(vision, WindowedVisionConfig)
     tiny = replace(tiny, num_kv_heads=1, vision=replace(vision, full_attention_blocks=(1,)))
     return {name.removeprefix("Qwen2.5-"): config for name, config in published.items()} | {"tiny": tiny}
 
@@ -76,7 +78,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, config: ModelConfig, here: Path, runtime: Runtime) -> None:
     model = build_model(config, runtime)
-    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    ddp = OverlappedDataParallel(model.config, model)
     values = {"model": "", "data": "", "output": "", "length": 1, "global_batch": 1, "steps": 1, "lr": 1e-3}
     optimizer = build_optimizer(TrainConfig.model_validate(values), ddp, runtime)
     run, hf = here / "run", here / "hf"

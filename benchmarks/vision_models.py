@@ -99,7 +99,7 @@ def add_kernels(model_type: str) -> None:
 
     family = FAMILIES[model_type]
     getattr(liger, family.apply_kernels)()
-    modeling = import_module(family.modeling)
+    modeling: Any = import_module(family.modeling)
     # transformers 5 puts the three axes of mrope together before it: the plain kernel is the one that fits.
     modeling.apply_rotary_pos_emb = liger_rotary_pos_emb
     if model_type == "qwen3_vl":  # Liger has SwiGLU's kernel, and leaves this model's as it is

@@ -6,7 +6,7 @@ Tensors are whole to a reader, in whatever pieces the ranks that trained wrote t
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class MegatronWeights:
         try:
             with (self._step / place.relative_path).open("rb") as file:
                 # A view of the file, not its bytes: torch reads from it into the tensor's memory.
-                view = _create_file_view(file, place.offset, place.length)
+                view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
                 piece: Tensor = torch.load(view, weights_only=True, map_location="cpu")
         except Exception as error:  # a damaged record raises whatever its wrong bytes mean
             raise UserError(f"{self._step} is damaged, {name} cannot be read: use another checkpoint") from error

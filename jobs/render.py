@@ -87,7 +87,7 @@ def _sentence(path: str, kind: type[Facts], problem: Any) -> str:
 def volcano_train(facts: TrainFacts) -> list[Manifest]:
     """One task, worker: all pods at once or none; plugins give each its number and the name of the first."""
     pod = _training_pod(facts, {"MASTER_PORT": str(MASTER_PORT)})
-    policies = [
+    policies: list[Manifest] = [
         {"exitCode": PREEMPTED, "action": "RestartJob"},
         {"exitCode": WRONG_INPUT, "action": "TerminateJob"},
         {"events": ["PodFailed", "PodEvicted"], "action": "RestartJob"},
@@ -134,7 +134,7 @@ def kubernetes_train(facts: TrainFacts) -> list[Manifest]:
 def volcano_spark(facts: SparkFacts) -> list[Manifest]:
     """The driver's pod; executors are pods that it makes, and Volcano places as it does the driver."""
     pod = _driver_pod(facts, scheduler="volcano")
-    policies = [
+    policies: list[Manifest] = [
         {"exitCode": WRONG_INPUT, "action": "TerminateJob"},
         {"events": ["PodFailed", "PodEvicted"], "action": "RestartJob"},
         {"event": "TaskCompleted", "action": "CompleteJob"},

@@ -149,8 +149,9 @@ class Trainer:
             checkpoint.remove_leftovers(self.run.output)
             notes.append(checkpoint.set_aside(self.run.output, self.step))
             self.run.output.write(RUN, (self.config.model_dump_json(indent=2) + "\n").encode())
-            more = {"ranks": self.runtime.data_world, "config": self.config.model_dump()}
-            self.metrics = self._open.enter_context(Metrics(self.run.output, self.step, self.steps, **more))
+            ranks, config = self.runtime.data_world, self.config.model_dump()
+            metrics = Metrics(self.run.output, self.step, self.steps, ranks=ranks, config=config)
+            self.metrics = self._open.enter_context(metrics)
             notes.append(self.metrics.notes)
         for note in filter(None, notes):
             self._say(note)

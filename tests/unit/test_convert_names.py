@@ -12,7 +12,8 @@ from trainer.models.config import ModelConfig
 from trainer.models.qwen2_5.config import WindowedVisionConfig
 from trainer.models.qwen2_5.names import canonical, table
 from trainer.models.qwen2_5.padding import VISION_DOWN, VISION_GATE_UP
-from trainer.models.registry import family_of
+from trainer.models.qwen3_vl.config import DeepstackVisionConfig
+from trainer.models.registry import family_of, published_sizes
 from trainer.models.transforms import GATE_UP, PATCH_EMBED, QKV
 
 VISION = WindowedVisionConfig(
@@ -75,6 +76,31 @@ def test_a_qwen3_layer_has_norms_of_query_and_key_and_no_bias(tied: bool) -> Non
     assert len(set(theirs)) == len(theirs) == 11 * 2 + 2 + (not tied)
     assert "language.decoder.layers.1.self_attention.k_layernorm.weight" in mine
     assert not any("bias" in name for name in theirs)
+
+
+_4B = published_sizes()["Qwen3-VL-4B"]
+assert isinstance(_4B.vision, DeepstackVisionConfig)
+QWEN3_VL = replace(_4B, num_layers=2, vision=replace(_4B.vision, depth=3, deepstack_blocks=(2, 0)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_qwen3_vl_has_qwen3s_decoder_and_its_own_tower(tied: bool) -> None:
+    config, family = replace(QWEN3_VL, tied=tied), family_of(QWEN3_VL)
+    rows = family.table(config)
+    mine, theirs = [row.megatron for row in rows], list(chain.from_iterable(row.hf for row in rows))
+    # A block has 12 tensors, each of 3 mergers 6; around them patches, their bias, positions.
+    assert len(set(mine)) == len(mine) == 3 + 12 * 3 + 6 * 3 + 8 * 2 + 2 + (not tied)
+    assert len(set(theirs)) == len(theirs) == 3 + 12 * 3 + 6 * 3 + 11 * 2 + 2 + (not tied)
+    assert family.copies(config) == ({"lm_head.weight": "model.language_model.embed_tokens.weight"} if tied else {})
+
+
+@given(
+    name=st.sampled_from([name for row in family_of(QWEN3_VL).table(replace(QWEN3_VL, tied=False)) for name in row.hf])
+)
+def test_both_layouts_of_qwen3_vl_have_the_same_canonical_name(name: str) -> None:
+    flat = name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
+    assert (flat == name) is (name == "lm_head.weight")
+    assert family_of(QWEN3_VL).canonical(flat) == family_of(QWEN3_VL).canonical(name) == name
 
 
 @given(name=st.sampled_from([name for row in table(replace(CONFIG, tied=False)) for name in row.hf]))

@@ -53,7 +53,7 @@ def test_both_languages_have_the_same_structure(english: str, chinese: str) -> N
         lines = text.splitlines()
         shapes.append(
             (
-                [re.match(r"#+", line)[0] for line in lines if line.startswith("#")],
+                [len(line) - len(line.lstrip("#")) for line in lines if line.startswith("#")],
                 sum(line.startswith("|") for line in lines),
                 sum(line.lstrip().startswith("- ") for line in lines),
             )
@@ -137,7 +137,7 @@ def literals() -> str:
         for file in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.JoinedStr):
-                    found.append("\0".join(v.value for v in node.values if isinstance(v, ast.Constant)))
+                    found.append("\0".join(str(v.value) for v in node.values if isinstance(v, ast.Constant)))
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.append(node.value)
     return "\0".join(found)

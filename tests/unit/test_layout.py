@@ -182,6 +182,10 @@ def test_gpu_is_found_by_cudas_name_for_it() -> None:
         ("Qwen3-0.6B", "H100", 1, 0, (1, 4, 0, 0, "50.8")),
         ("Qwen3-8B", "H100", 8, 0, (2, 2, 0, 0, "75.3")),
         ("Qwen3-32B", "H100", 64, 0, (4, 1, 30, 0, "78.8")),
+        ("Qwen3-VL-2B", "H100", 1, 9216, (1, 2, 0, 0, "74.3")),
+        ("Qwen3-VL-4B", "H100", 1, 9216, (1, 1, 17, 24, "78.9")),
+        ("Qwen3-VL-8B", "H100", 8, 9216, (1, 1, 32, 27, "78.3")),
+        ("Qwen3-VL-32B", "H100", 64, 9216, (4, 1, 43, 27, "78.6")),
     ],
 )
 def test_layouts_stay(size: str, gpu: str, gpus: int, patches: int, layout: tuple[int, int, int, int, str]) -> None:

@@ -17,6 +17,7 @@ from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model, freeze
 from trainer.models.language import LanguageModel
+from trainer.models.qwen2_5.config import WindowedVisionConfig
 from trainer.models.registry import family_of
 from trainer.runtime import Runtime
 
@@ -181,6 +182,7 @@ def test_config_is_read_in_both_layouts(tmp_path: Path, make: Any, tied: bool) -
         assert new.image_token_id == theirs.image_token_id
         assert new.vision is not None
         assert new.vision.image_mean == (0.48145466, 0.4578275, 0.40821073)
+        assert isinstance(new.vision, WindowedVisionConfig)
         assert new.vision.full_attention_blocks == tuple(theirs.vision_config.fullatt_block_indexes)
         assert (new.vision.depth, new.vision.num_heads) == (theirs.vision_config.depth, theirs.vision_config.num_heads)
         assert new.vision.out_hidden_size == new.hidden_size

@@ -24,8 +24,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder]
-    subprocess.run([*pip, folder / "source"], check=True, capture_output=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*pip, str(folder / "source")], check=True, capture_output=True)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -42,8 +42,8 @@ def test_a_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
 
 def test_console_scripts_run_away_from_the_clone(wheel: Path, tmp_path: Path) -> None:
     """Installed in a folder; the dependencies are this environment's."""
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", tmp_path / "site"]
-    subprocess.run([*pip, wheel], check=True, capture_output=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(tmp_path / "site")]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     for script in PROJECT["scripts"]:
         command = [tmp_path / "site/bin" / script, "--help"]

@@ -17,12 +17,12 @@ from kanyun.naming import dataset_name, shard_name
 from kanyun.schema import Pack
 from tests.support.packed_data import IMAGE, MODEL, PAD, random_packs, write_packed
 from trainer.data.batch import Batch, BatchFormat, make_batch
-from trainer.data.images import PatchGeometry
 from trainer.data.source import PackCost, PackedData, Packs
 from trainer.data.stream import PackStream, ValidationStream
+from trainer.models.qwen2_5.windows import WindowGeometry
 
 LENGTH = 64
-FORM = BatchFormat(PatchGeometry(), IMAGE)
+FORM = BatchFormat(WindowGeometry(), IMAGE)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def nothing_is_set_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def run(service: type, said: list[str]) -> None:
+def run(service: Any, said: list[str]) -> None:
     (made,) = services("runs/a", {"lr": 1e-4}, said.append)
     assert made.name == service.name
     for step in (1, 2):

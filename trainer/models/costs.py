@@ -72,6 +72,11 @@ class Costs:
         return 0
 
     @property
+    def picture_flops(self) -> int:
+        """Attention of one vision patch, forward, in a tower that attends within whole pictures."""
+        return 0
+
+    @property
     def pack_cost(self) -> PackCost:
         """What makes one pack dearer than another, for choosing packs of near-equal cost: n^2 / 2 pairs a segment."""
         return PackCost(pair=self.pair_flops / 2, patch=0)

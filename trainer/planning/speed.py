@@ -24,7 +24,8 @@ SEGMENT = 900  # tokens of a sample
 # Of an H100, FLOP/s or bytes/s.
 PRODUCTS, PRODUCTS_FP8 = 720e12, 1345e12
 ATTENTION = 170e12  # of such segments: a third of what long ones reach
-TOWER, TOWER_FP8 = 440e12, 510e12  # all of the vision tower
+TOWER, TOWER_FP8 = 440e12, 510e12  # all of the vision tower, with attention within windows
+PICTURES = 240e12  # attention within whole pictures, as measured in Qwen2.5-VL's tower; in Qwen3-VL's not yet
 ELEMENTWISE, NORMS, CASTS = 3.0e12, 2.0e12, 2.75e12
 # Bytes of a parameter: Adam reads and writes 20; setting gradients to 0, scaling them, their norm and clipping 24.
 UPDATE = 44
@@ -46,6 +47,7 @@ class Work(NamedTuple):
     loss: float
     casts: float  # to fp8
     tower: float  # FLOPs of a patch, attention not counted
+    pictures: float  # its attention, where all of it is within whole pictures
 
 
 class StepTime(NamedTuple):
@@ -96,13 +98,14 @@ class SpeedModel:
             loss=2 * 3 * model.vocab_size,  # logits are read twice, their gradient written
             casts=layers * 5 * ((2 * h + q + f) + (q + 2 * kv + 2 * h + 2 * f)) * compute.fp8,  # 5 bytes a value
             tower=tower_passes * costs.patch_flops,
+            pictures=(tower_passes + 0.5) * costs.picture_flops,
         )
 
     def flops(self, tokens: int, patches: int) -> float:
         """Return the model's FLOPs of a step, without recomputation: MFU's numerator."""
         costs = self._costs
         token = costs.token_flops + costs.pair_flops * SEGMENT / 2
-        return TRAINING * (tokens * token + patches * costs.patch_flops)
+        return TRAINING * (tokens * token + patches * (costs.patch_flops + costs.picture_flops))
 
     def step(
         self,
@@ -148,7 +151,9 @@ class SpeedModel:
             attention=tokens / split * token.attention / ATTENTION / self._faster,
             passes=(tokens / split * passes + gradients) / self._wider,
             casts=(tokens / split * token.casts / CASTS + weights) / self._wider,
-            tower=patches * token.tower / (TOWER_FP8 if compute.fp8 else TOWER) / self._faster,
+            tower=patches
+            * (token.tower / (TOWER_FP8 if compute.fp8 else TOWER) + token.pictures / PICTURES)
+            / self._faster,
             rest=0.0,
             exchange=0.0,
             optimizer=0.0,

@@ -44,9 +44,13 @@ class DeepstackCosts(Costs):
         return 2 * (embedding + self.vision.depth * block) + 2 * self.mergers * merger // self.vision.merge_size**2
 
     @property
+    def picture_flops(self) -> int:
+        """Within pictures of PICTURE patches."""
+        return PICTURE * self._square_flops
+
+    @property
     def pack_cost(self) -> PackCost:
-        """The decoder's, and patches, whose attention is taken as within pictures of PICTURE patches."""
-        return PackCost(pair=super().pack_cost.pair, patch=self.patch_flops + PICTURE * self._square_flops)
+        return PackCost(pair=super().pack_cost.pair, patch=self.patch_flops + self.picture_flops)
 
     def forward_flops(self, batch: "Batch") -> int:
         flops = super().forward_flops(batch)
