@@ -147,7 +147,7 @@ def faults(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, list[str]]:
 
 @contextmanager
 def repeated(owner: Any, name: str, times: int) -> Iterator[None]:
-    """While entered, a call of owner.name is so many."""
+    """While entered, a call of owner.name is `times` calls."""
     function: Callable[..., Any] = getattr(owner, name)
 
     def call(*args: Any, **kwargs: Any) -> None:
