@@ -115,7 +115,7 @@ def test_put_killed_in_the_middle_goes_on(hdfs: Folder, tmp_path: Path) -> None:
     local = tmp_path / "packs"
     _write_packed(Folder(str(local)), random_packs(5, 20, 256))
     for number in range(30):
-        (local / NAME / f"extra-{number:02d}").write_bytes(BYTES[number:])
+        (local / NAME / f"extra-{number:02d}").write_bytes(BYTES[number : number + (6 << 20)])
     command = [sys.executable, "-m", "kanyun", "put", str(local), hdfs.uri]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as running:
         _until(lambda: sum(not name.startswith(".") for name in (hdfs / NAME).names()) >= 3)
