@@ -62,5 +62,5 @@ def kept(tower: Tower, batch: Batch) -> float:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         tower(batch.vision)
     assert batch.vision is not None
-    total: float = sum(found) / len(batch.vision.patches) / tower.config.hidden_size
-    return total
+    hidden_size: Any = tower.config.hidden_size
+    return sum(found) / len(batch.vision.patches) / int(hidden_size)
