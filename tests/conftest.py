@@ -52,6 +52,7 @@ def spark() -> Iterator["SparkSession"]:
     """The session that stages find running, on two cores. To set its conf, ask `spark_session()` for it: a test that
     uses another master (tests/support/spark_sessions.py) ends this one, and the next stage starts it anew."""
     from pipeline.spark import spark_session
+    from tests.support.spark_sessions import end_session
 
     yield spark_session()
-    spark_session().stop()
+    end_session()

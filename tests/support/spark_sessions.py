@@ -23,12 +23,12 @@ def spark_on(master: str, **settings: str) -> Iterator[SparkSession]:
     `settings`: Spark's names with __ for a dot.
     """
     named = {name.replace("__", "."): value for name, value in settings.items()}
-    _end_session()
+    end_session()
     with patch.dict(os.environ, SPARK_MASTER=master), patch.dict(spark._SETTINGS, named):
         try:
             yield spark.spark_session()
         finally:
-            _end_session()
+            end_session()
 
 
 @contextmanager
@@ -43,8 +43,11 @@ def spark_on_cluster(cluster: Cluster, **settings: str) -> Iterator[SparkSession
         yield session
 
 
-def _end_session() -> None:
-    """End it, and its clients of HDFS: Hadoop keeps them in the JVM, with the settings of the session they are of."""
+def end_session() -> None:
+    """End the running session, if there is one, and its clients of HDFS.
+
+    Hadoop keeps these in the JVM, with the settings of the session that made them.
+    """
     running: Any = SparkSession.getActiveSession()
     if running is not None:
         java = running._jvm
