@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -101,19 +102,20 @@ def line(row: str, gpus: int, result: dict[str, Any]) -> str:
 
 
 def _curves(args: argparse.Namespace, out: Path) -> None:
-    """The same batches from the same weights, on each number of GPUs and in each kind of layout that the run has."""
+    """The same batches from the same weights, on each number of GPUs, with whole weights and with sharded ones."""
     from benchmarks.loss_curves import write
 
     losses: dict[str, list[float]] = {}
     for gpus in args.gpus:
-        result = _launch(f"{CURVE}:{8 // gpus}", gpus, args.seconds * 4)
-        for name, values in result.get("curves", {}).items():
-            losses[f"{gpus} GPU(s), {name}"] = values
-        if "error" in result:
-            print(f"{gpus} GPU(s): {result['error']}", flush=True)
-        if losses:
+        for shards in sorted({1, gpus}):
+            name = f"{gpus} GPU(s), {'sharded' if shards > 1 else 'whole'} weights"
+            result = _launch(f"{CURVE}:{8 // gpus}:{shards}", gpus, args.seconds * 4)
+            if "error" in result:
+                print(f"{name}: {result['error']}", flush=True)
+                continue
+            losses[name] = result["losses"]
             write(losses, out)
-    first, *others = losses
+    first, *others = losses or [""]
     for name in others:
         apart = [abs(a - b) for a, b in zip(losses[first], losses[name], strict=True)]
         print(f"{name} beside {first}: {sum(apart) / len(apart):.4f} apart in the mean, {max(apart):.4f} at most")
@@ -194,28 +196,21 @@ def choose(number: int) -> Callable[[Any], Any]:
 
 
 def _curve(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Losses of each step, with whole weights, and sharded ones where the trainer has them."""
+    """Losses of each step."""
     import torch
 
     from trainer.optim.optimizer import learning_rate
-    from trainer.planning.planner import MOST_WEIGHT_SHARDS
     from trainer.runtime import Runtime
     from trainer.trainer import Run, Trainer
 
-    model, packs = args.child.split(":")
-    world = int(os.environ["WORLD_SIZE"])
+    model, packs, shards = args.child.split(":")
     config = _config(args, folder, model, int(packs)).model_copy(update={"steps": args.steps, "warmup_steps": 20})
-    run, curves = Run.prepare(config, world, torch.cuda.is_available()), {}
-    for shards in (1, world) if 1 < world <= MOST_WEIGHT_SHARDS else (1,):
-        layout = replace(run.layout, weight_shards=shards, tensor_parallel=1, micro_batch=1)
-        with Runtime.start(seed=config.seed) as runtime, Trainer(replace(run, layout=layout), runtime) as trainer:
-            losses = []
-            for step, batches in enumerate(trainer.stream.batches(0)):
-                if step == args.steps:
-                    break
-                losses.append(trainer.train_step(batches, learning_rate(config, step, args.steps)).loss)
-        curves["sharded weights" if shards > 1 else "whole weights"] = losses
-    return {"curves": curves}
+    run = Run.prepare(config, int(os.environ["WORLD_SIZE"]), torch.cuda.is_available())
+    layout = replace(run.layout, weight_shards=int(shards), tensor_parallel=1, micro_batch=1)
+    with Runtime.start(seed=config.seed) as runtime, Trainer(replace(run, layout=layout), runtime) as trainer:
+        batches = islice(trainer.stream.batches(0), args.steps)
+        losses = [trainer.train_step(b, learning_rate(config, n, args.steps)).loss for n, b in enumerate(batches)]
+    return {"losses": losses}
 
 
 def _machine() -> str:

@@ -24,7 +24,7 @@ from trainer.models.registry import family_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers that old versions of transformers stored, and that new ones compute.
-_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+COMPUTED = re.compile(r"rotary(_pos)?_emb\.inv_freq$")
 # A base model saved alone: its names lack the prefix "model.", which transformers adds.
 _BASE_MODEL, _VL_BASE_MODEL = ("layers.", "embed_tokens.", "norm."), ("language_model.",)
 _PIECE = 16 << 20  # bytes that are compared at a time
@@ -87,7 +87,7 @@ class HFWeights:
         for name in _files(folder):
             for stored in _contents(folder / name):
                 prefix = "model." if stored.key.startswith(base_model) else ""
-                if not _COMPUTED.search(stored.key):
+                if not COMPUTED.search(stored.key):
                     self._stored.setdefault(family.canonical(prefix + stored.key), []).append(stored)
 
     def require(self, rows: Sequence[Row], shapes: Mapping[str, Shape]) -> None:

@@ -11,6 +11,7 @@ from convert.checks import Layout, require_finite
 from convert.hf_weights import HFWeights
 from convert.output import new_folder
 from kanyun.cli.progress import Progress
+from kanyun.errors import UserError
 from kanyun.fingerprint import check_model, fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
@@ -40,6 +41,7 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
     config, hf = ModelConfig.from_hf(str(source)), Folder(str(source))
     state = checkpoint.State(0, 0, 0, fingerprint(hf).digest, asdict(config), run={})
     check_model(hf)
+    _check_image_token(config, source)
     rows, weights = family_of(config).table(config), HFWeights(source, config)
     layout = Layout.of(source, config, rows)
     weights.require(rows, layout.hf)
@@ -67,6 +69,16 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
         ]
         with Runtime.start():
             checkpoint.save_parts(Folder(str(attempt)), state, parts, hf)
+
+
+def _check_image_token(config: ModelConfig, source: Path) -> None:
+    """Raises UserError if config.json calls another token the image's than the tokenizer does."""
+    built = fingerprint(Folder(str(source))).token_ids.get("<|image_pad|>")
+    if config.vision and built is not None and built != config.image_token_id:
+        raise UserError(
+            f"{source}/config.json has image_token_id {config.image_token_id}, but the tokenizer's <|image_pad|> is "
+            f"{built}: correct config.json"
+        )
 
 
 def _converted(row: Row, weights: HFWeights, config: ModelConfig, source: Path) -> Tensor:

@@ -74,7 +74,7 @@ files=$(buildah mount "$container")
 buildah umount "$container" >/dev/null
 cd "$root"
 "$python" jobs/demo/make_raw.py "$work/demo"
-"$python" jobs/demo/make_model.py "$work/demo/raw" "$work/demo/model"
+"$python" jobs/demo/make_model.py "$work/demo/raw" "$work/demo/model" qwen2_5_vl
 chmod -R a+rwX "$work"
 inside python -m pipeline doctor /work/demo/raw
 

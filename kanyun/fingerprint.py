@@ -90,8 +90,8 @@ def fingerprint(folder: Folder) -> Fingerprint:
     if tokenizer is None:
         raise UserError(f"{folder.uri} has no tokenizer.json: give a Hugging Face folder with a fast tokenizer")
     processor = _processor(folder)
-    special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     try:
+        special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
         settings = {"processor": processor and _processor_meaning(processor), **_tokenizer_meaning(tokenizer)}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -147,15 +147,21 @@ def largest_token(folder: Folder) -> tuple[str, int]:
     A token may be added in tokenizer.json, or in one of two older files that transformers reads too.
     """
     tokenizer = _json(folder, "tokenizer.json") or {}
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    decoder = (_json(folder, "tokenizer_config.json") or {}).get("added_tokens_decoder") or {}
-    ids = [
-        *(vocabulary.items() if isinstance(vocabulary, dict) else []),
-        *((token["content"], token["id"]) for token in tokenizer.get("added_tokens") or []),
-        *((token["content"], int(number)) for number, token in decoder.items()),
-        *(_json(folder, "added_tokens.json") or {}).items(),
-    ]
-    return max(ids, key=lambda item: item[1], default=("", -1))
+    settings, added = _json(folder, "tokenizer_config.json") or {}, _json(folder, "added_tokens.json") or {}
+    try:
+        vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+        decoder = settings.get("added_tokens_decoder") or {}
+        ids = [
+            *(vocabulary.items() if isinstance(vocabulary, dict) else []),
+            *((token["content"], token["id"]) for token in tokenizer.get("added_tokens") or []),
+            *((token["content"], int(number)) for number, token in decoder.items()),
+            *added.items(),
+        ]
+        return max(ids, key=lambda item: item[1], default=("", -1))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{folder.uri}: its tokenizer is damaged ({error!r}): save the tokenizer folder again"
+        ) from error
 
 
 def copy_tokenizer(source: Folder, target: Folder) -> None:
@@ -248,6 +254,8 @@ def _json(folder: Folder, name: str) -> dict[str, Any] | None:
         return None
     try:
         value: dict[str, Any] = json.loads(folder.read(name))
+        if not isinstance(value, dict):
+            raise ValueError("it is no object of names and values")
         return value
     except ValueError as error:
         raise UserError(f"{folder.uri}/{name} is not JSON ({error}): save the tokenizer folder again") from error

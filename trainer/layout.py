@@ -55,8 +55,8 @@ def main() -> int:
     print(table(ranked[: args.top], args.gpus, packs * args.length, flops))
     print(f"""
 Predicted; tokens/s and TFLOP/s of a GPU, in samples of about {SEGMENT} tokens. The parts of a step, in s, add up to it;
-exchange is what no compute hides. What has not been measured, sharded weights among it, is ranked as if
-{MARGIN - 1:.0%} slower.""")
+exchange is what no compute hides. Recomputation with several packs a micro-batch, which has not been measured, is
+ranked as if {MARGIN - 1:.0%} slower.""")
     for number, layout in enumerate(ranked[: args.top], 1):
         print(f"{number}: {layout.reason}; {_why(layout, ranked)}")
     unbuilt = f"the trainer cannot shard weights over {ranked[0].weight_shards} GPUs yet"

@@ -1,7 +1,7 @@
 """What a run is made of, read and checked before any process group or model: data, layout, where it starts."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
@@ -52,6 +52,7 @@ class Run:
         model = ModelConfig.from_hf(config.model)
         data = PackedData(config.data, config.length, tokenizer)
         validation = PackedData(config.validation, config.length, tokenizer) if config.validation else None
+        _check_image_token(model, [data, *([validation] if validation else [])])
         output, damaged = open_output(config.output), damaged or {}
         fixed = {name: getattr(config, name) for name in ("length", "global_batch", "seed", "trainable")}
         run = {"data digest": data.digest, **fixed}
@@ -121,6 +122,17 @@ class Run:
             f"the schedule changed ({', '.join(changed)}): the learning rate goes from {last:.3e} in step {step} to "
             f"{learning_rate(self.config, step, steps):.3e} in step {step + 1}"
         )
+
+
+def _check_image_token(model: ModelConfig, packed: Sequence[PackedData]) -> None:
+    """Raises UserError if config.json and the packs call different tokens the image's: its patches had no slots."""
+    for dataset in (dataset for data in packed for dataset in data.datasets):
+        built = dataset.manifest.image_token_id
+        if model.vision and built is not None and built != model.image_token_id:
+            raise UserError(
+                f"config.json of the model has image_token_id {model.image_token_id}, but {dataset.folder.uri} was "
+                f"built with <|image_pad|> as {built}, the tokenizer's: correct config.json"
+            )
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from tests.support.processes import run_ranks
+from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.support.training_job import write_job
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
@@ -28,30 +30,59 @@ from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
 
 STEPS = 20
+LAYERS = 5  # two of them share a buffer where weights are sharded
 TOLERANCE = 1e-3  # of a sum of squares, relative
 NAP = 0.5  # seconds that rank 1 works longer, in one step
 
 
-@pytest.mark.parametrize(("images", "global_batch"), [(False, 4), (True, 2)])
-def test_two_ranks_train_as_one(images: bool, global_batch: int, tmp_path: Path) -> None:
-    values = write_job(tmp_path, images=images) | {"global_batch": global_batch, "steps": STEPS}
-    one = report(values | {"output": str(tmp_path / "one")}, 1)
-    two = launch(values | {"output": str(tmp_path / "two")})
+@pytest.fixture(scope="module", params=["text", "images"])
+def alone(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The job, and what one rank has, here."""
+    folder, images = tmp_path_factory.mktemp(request.param), request.param == "images"
+    make = partial(tiny_vl_folder if images else tiny_text_folder, layers=LAYERS)
+    values = write_job(folder, images=images, make_model=make)
+    values |= {"global_batch": 2 if images else 4, "steps": STEPS}
+    return values, report(values | {"output": str(folder / "one")}, 1)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["whole weights", "sharded weights"])
+def reports(
+    request: pytest.FixtureRequest, alone: tuple[dict[str, Any], dict[str, Any]]
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The faults to look for, what one rank has, and what each of two has."""
+    values, one = alone
+    values = values | {"output": f"{values['output']}{request.param}"}
+    printed = run_ranks(2, "-m", "tests.integration.test_data_parallel", json.dumps(values), str(request.param))
+    return ("layer" if request.param > 1 else "bucket"), one, json.loads(printed.splitlines()[-1])
+
+
+def test_two_ranks_train_as_one(reports: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
+    _, one, two = reports
     assert one["buckets"] >= 4
-    assert two["buckets"] >= 4
-    assert two["text only on one rank"] == images
+    assert two["text only on one rank"] == two["images"]
     for what in ("gradients", "weights"):
         assert different(two[what], one[what]) == []
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["made"] == pytest.approx(one["made"], rel=1e-4)  # summed over the ranks, as the loss of all
     assert two["tokens"] == one["tokens"]
     assert len(set(one["losses"])) == STEPS
-    # Whichever the bucket. (All weights of a bucket gathered twice are what they were gathered once.)
-    assert two["caught"] == {
-        what: ["caught"] * two["buckets"]
-        for what in ("reduce-scatter forgotten", "reduce-scatter twice", "gather forgotten")
-    }
-    work, waited = two["times"]
+
+
+def test_an_exchange_that_is_forgotten_or_done_twice_is_seen(
+    reports: tuple[str, dict[str, Any], dict[str, Any]],
+) -> None:
+    """Whichever the bucket or layer. (Gathered twice, weights are what they were gathered once.)"""
+    what, _, two = reports
+    assert two["buckets"] >= 4 or what == "layer"
+    times = LAYERS if what == "layer" else two["buckets"]
+    faults = ("reduce-scatter forgotten", "reduce-scatter twice", "gather forgotten")
+    assert two["caught"] == {f"{what}: {fault}": ["caught"] * times for fault in faults}
+
+
+def test_every_rank_knows_which_one_is_slow(reports: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
+    work, waited = reports[2]["times"]
     assert work[1] - work[0] > NAP / 2
     assert max(waited) < NAP / 2
 
@@ -62,24 +93,20 @@ def different(found: dict[str, float], expected: dict[str, float]) -> list[str]:
     return [name for name, value in expected.items() if found[name] != pytest.approx(value, rel=TOLERANCE, abs=1e-10)]
 
 
-def launch(values: dict[str, Any]) -> dict[str, Any]:
-    printed = run_ranks(2, "-m", "tests.integration.test_data_parallel", json.dumps(values))
-    result: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    return result
-
-
-def report(values: dict[str, Any], world: int) -> dict[str, Any]:
+def report(values: dict[str, Any], world: int, weight_shards: int = 1) -> dict[str, Any]:
     """What this rank has: sums of squares of the first step's gradients and of the last weights, and all losses."""
     run = Run.prepare(TrainConfig(**values), world, cuda=False)
+    run = replace(run, layout=replace(run.layout, weight_shards=weight_shards))
     with Runtime.start(seed=run.config.seed) as runtime, Trainer(run, runtime) as trainer:
         steps = list(islice(trainer.stream.batches(0), STEPS))
         first = gradients(trainer, steps[0])
         rates = [learning_rate(run.config, i, STEPS) for i in range(STEPS)]
         losses = [trainer.train_step(packs, lr).losses for packs, lr in zip(steps, rates, strict=True)]
-        weights = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+        weights = dict(whole_tensors(trainer, "weights"))
         assert weights_agree(trainer)
         result: dict[str, Any] = {
             "buckets": len(trainer.ddp.bucket_groups),
+            "images": run.model.vision is not None,
             "text only on one rank": any(text_only_on_one_rank(packs) for packs in steps),
             "gradients": first,
             "weights": squares(weights),
@@ -92,7 +119,7 @@ def report(values: dict[str, Any], world: int) -> dict[str, Any]:
             patches = torch.tensor([float(sum(pack.real_patches for pack in packs)) for packs in steps])
             dist.all_reduce(patches)
             fullest = steps[int(patches.argmax())]  # without images the tower has no gradients
-            result["caught"] = faults(trainer, fullest)
+            result["caught"] = layer_faults(trainer, fullest) if weight_shards > 1 else faults(trainer, fullest)
         return result
 
 
@@ -107,7 +134,24 @@ def gradients(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, float]:
         for bucket in group.buckets:
             parts = bucket.grad_data.chunk(trainer.runtime.data_world)
             dist.all_gather_into_tensor(bucket.grad_data, parts[trainer.runtime.data_rank].clone())
-    return squares({name: parameter.main_grad for name, parameter in trainer.model.named_parameters()})
+    return squares(dict(whole_tensors(trainer, "gradients")))
+
+
+def whole_tensors(trainer: Trainer, what: str) -> Iterator[tuple[str, Tensor]]:
+    """Weights or gradients by name; of sharded layers, the ranks' parts put together."""
+    sharded, in_layers = trainer.ddp.sharded, {}
+    if sharded:
+        parts = torch.stack([weight.detach() for weight in sharded.weights]) if what == "weights" else sharded.gradients
+        for layer, part in enumerate(parts):
+            row = part.new_empty(len(part) * trainer.runtime.data_world)
+            dist.all_gather_into_tensor(row, part.contiguous())
+            for parameter, start in zip(sharded.parameters[layer], sharded._row.starts, strict=True):
+                in_layers[parameter] = row[start : start + parameter.numel()]
+    for name, parameter in trainer.model.named_parameters():
+        if parameter in in_layers:
+            yield name, in_layers[parameter]
+        else:
+            yield name, (parameter.detach() if what == "weights" else parameter.main_grad).clone()
 
 
 def squares(tensors: dict[str, Tensor]) -> dict[str, float]:
@@ -117,8 +161,8 @@ def squares(tensors: dict[str, Tensor]) -> dict[str, float]:
 def weights_agree(trainer: Trainer) -> bool:
     """Whether all ranks have the same: a gather that was forgotten leaves an old half."""
     agree = True
-    for weight in trainer.model.parameters():
-        others = weight.detach().clone()
+    for _, weight in whole_tensors(trainer, "weights"):
+        others = weight.clone()
         dist.broadcast(others, src=0)
         agree &= torch.equal(others, weight)
     verdict = torch.tensor(float(agree))
@@ -134,25 +178,46 @@ def faults(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, list[str]]:
         for bucket in buckets:
             with repeated(bucket, "start_grad_sync", times):
                 wrong = different(gradients(trainer, packs), right)
-            caught.setdefault(what, []).append("caught" if wrong else "gradients are as they should be")
+            caught.setdefault(f"bucket: {what}", []).append("caught" if wrong else "gradients are as they should be")
     assert different(gradients(trainer, packs), right) == []
     for bucket in buckets:
         with repeated(bucket, "start_param_sync", 0):
             trainer.train_step(packs, 1e-3)
-        caught.setdefault("gather forgotten", []).append("unseen" if weights_agree(trainer) else "caught")
+        caught.setdefault("bucket: gather forgotten", []).append("unseen" if weights_agree(trainer) else "caught")
         trainer.train_step(packs, 1e-3)  # gathers what is missing
         assert weights_agree(trainer)
     return caught
 
 
+def layer_faults(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, list[str]]:
+    """As `faults`, for the exchange of sharded layers. A layer that is not gathered computes with another one's row."""
+    sharded, right = trainer.ddp.sharded, gradients(trainer, packs)
+    assert sharded is not None
+    caught: dict[str, list[str]] = {}
+    for what, name, times in (
+        ("reduce-scatter forgotten", "_reduce", 0),
+        ("reduce-scatter twice", "_reduce", 2),
+        ("gather forgotten", "_gather", 0),
+    ):
+        for layer in range(LAYERS):
+            with repeated(sharded, name, times, only=layer):
+                wrong = different(gradients(trainer, packs), right)
+            caught.setdefault(f"layer: {what}", []).append("caught" if wrong else "gradients are as they should be")
+    assert different(gradients(trainer, packs), right) == []
+    return caught
+
+
 @contextmanager
-def repeated(owner: Any, name: str, times: int) -> Iterator[None]:
-    """While entered, a call of owner.name is `times` calls."""
+def repeated(owner: Any, name: str, times: int, only: int | None = None) -> Iterator[None]:
+    """While entered, a call of owner.name is `times` calls; `only`: one that is given this layer."""
     function: Callable[..., Any] = getattr(owner, name)
 
     def call(*args: Any, **kwargs: Any) -> None:
-        for _ in range(times):
+        wrong = only is None or args == (only,)
+        for _ in range(times if wrong else 1):
             function(*args, **kwargs)
+        if name == "_gather" and wrong:  # as if it had been
+            owner._held[args[0] % 2], owner._whole[args[0] % 2] = args[0], torch.cuda.Event()
 
     setattr(owner, name, call)
     yield
@@ -181,6 +246,6 @@ def text_only_on_one_rank(packs: Sequence[Batch]) -> bool:
 
 
 if __name__ == "__main__":
-    result = report(json.loads(sys.argv[1]), int(os.environ["WORLD_SIZE"]))
+    result = report(json.loads(sys.argv[1]), int(os.environ["WORLD_SIZE"]), int(sys.argv[2]))
     if os.environ["RANK"] == "0":
         print(json.dumps(result))

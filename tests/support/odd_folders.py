@@ -117,6 +117,10 @@ LOADED: dict[str, tuple[str, Edit]] = {
     "a tied model that stores its head": ("tied", weights(lambda old: old | {HEAD: old[EMBEDDING].clone()})),
     "a tied model that stores its head alone": ("tied", renamed(lambda name: HEAD if name == EMBEDDING else name)),
     "rotary buffers of old versions": ("tied", weights(_with_rotary_buffers)),
+    "rotary buffers of a tower": (
+        "vision",
+        weights(lambda old: old | {"visual.rotary_pos_emb.inv_freq": torch.ones(8)}),
+    ),
     "a base model without the prefix": ("tied", renamed(lambda name: name.removeprefix("model."))),
     "norms in another dtype": ("tied", tensor(NORM, lambda old: old.bfloat16())),
     "a single file beside other shards": ("untied", sharded(single_file_beside_shards)),
@@ -160,5 +164,21 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "head_dim": ("tied", config(head_dim=32), "has head_dim 32, not hidden_size / num_attention_heads = 16"),
     "quantized": ("tied", config(quantization_config={"quant_method": "awq"}), "has weights quantized by 'awq'"),
     "fewer layers": ("tied", config(num_hidden_layers=1), "transformers refuses"),
+    "layers as text": ("tied", config(num_hidden_layers="2"), "num_layers is '2', not a whole number above 0"),
+    "eps NaN": ("tied", config(rms_norm_eps=float("nan")), "norm_eps is nan, not a number above 0"),
+    "theta negative": ("tied", config(rope_parameters={"rope_theta": -1}), "rope_theta is -1.0, not a number above 0"),
+    "no heads": ("tied", config(num_attention_heads=0), "config.json is damaged"),
+    "config is a list": ("tied", lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged"),
+    "tokenizer is a list": (
+        "tied",
+        lambda folder: (folder / "tokenizer.json").write_text("[]"),
+        "tokenizer.json is not JSON (it is no object of names and values)",
+    ),
+    "added tokens as text": (
+        "tied",
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": {}}}'),
+        "is damaged (KeyError('content'))",
+    ),
+    "image token": ("vision", config(image_token_id=5), "has image_token_id 5, but the tokenizer's <|image_pad|> is"),
     "token beyond": ("tied", tokens_added, "has id 632, but config.json has vocab_size 632"),
 }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kanyun.errors import UserError
 from kanyun.vision import windows
-from trainer.data.images import layout_of
+from trainer.data.patches import layout_of
 from trainer.data.shapes import shape_buckets, static_shape
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.qwen2_5.windows import WindowGeometry
@@ -92,7 +92,7 @@ def test_vision_blocks_are_recomputed_where_they_do_not_fit() -> None:
     assert vision - text == pytest.approx(1.05 * 18_816 * 32 * 2 * (8 * 1280 + 3 * 3456), rel=0.01)
     assert recomputed - text == pytest.approx(1.05 * 18_816 * 2 * (32 * 1280 + 8 * 1280 + 3 * 3456), rel=0.10)
     assert plan(model, 8, "H200", 8192, 8, 18_816).compute.recomputed_blocks == 0
-    layout = plan(model, 2, "H100", 8192, 8, 18_816)
+    layout = plan(model, 1, "H100", 8192, 8, 18_816)
     assert layout.micro_batch == 1
     assert 0 < layout.compute.recomputed_blocks <= 32
     assert f"recompute {layout.compute.recomputed_blocks} of 32 vision blocks" in layout.reason
@@ -111,7 +111,7 @@ def test_layers_are_recomputed_where_they_do_not_fit() -> None:
 
 
 def test_a_model_is_split_where_it_must_be() -> None:
-    assert plan(SIZES["Qwen2.5-7B"], 8, "H100", 8192, 64).tensor_parallel == 2
+    assert plan(SIZES["Qwen2.5-7B"], 8, "H100", 8192, 64).weight_shards == 8
     with pytest.raises(
         UserError, match=r"needs 104 GB and has 79 usable, 24 GB are missing; 2 are the fewest that can"
     ):
@@ -175,16 +175,16 @@ def test_gpu_is_found_by_cudas_name_for_it() -> None:
     ("size", "gpu", "gpus", "patches", "layout"),
     [
         ("Qwen2.5-0.5B", "H100", 1, 0, (1, 8, 0, 0, "66.6")),
-        ("Qwen2.5-7B", "H100", 8, 0, (2, 2, 0, 0, "68.2")),
+        ("Qwen2.5-7B", "H100", 8, 0, (1, 2, 6, 0, "77.3")),
         ("Qwen2.5-72B", "H100", 64, 0, (8, 1, 55, 0, "79.0")),
         ("Qwen2.5-VL-3B", "H100", 1, 6272, (1, 1, 0, 19, "79.0")),
         ("Qwen2.5-VL-7B", "H200", 1, 18_816, (1, 1, 6, 32, "139.3")),
         ("Qwen3-0.6B", "H100", 1, 0, (1, 4, 0, 0, "50.8")),
-        ("Qwen3-8B", "H100", 8, 0, (2, 2, 0, 0, "75.3")),
-        ("Qwen3-32B", "H100", 64, 0, (4, 1, 30, 0, "78.8")),
+        ("Qwen3-8B", "H100", 8, 0, (1, 1, 0, 0, "61.3")),
+        ("Qwen3-32B", "H100", 64, 0, (1, 1, 62, 0, "77.8")),
         ("Qwen3-VL-2B", "H100", 1, 9216, (1, 2, 0, 0, "74.3")),
         ("Qwen3-VL-4B", "H100", 1, 9216, (1, 1, 17, 24, "78.9")),
-        ("Qwen3-VL-8B", "H100", 8, 9216, (1, 1, 32, 27, "78.3")),
+        ("Qwen3-VL-8B", "H100", 8, 9216, (1, 1, 0, 0, "74.1")),
         ("Qwen3-VL-32B", "H100", 64, 9216, (4, 1, 43, 27, "78.6")),
     ],
 )
@@ -236,15 +236,13 @@ def test_memory_of_sharded_weights() -> None:
     assert found - without == pytest.approx(expected, rel=0.01)
 
 
-def test_runs_get_sharded_weights_when_the_trainer_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plan(SIZES["Qwen2.5-7B"], 8, "H100", 8192, 128).weight_shards == 1
-    with pytest.raises(UserError, match=r"tensor parallelism over 8 GPUs .* needs 93 GB .* 64 are the fewest that can"):
+def test_runs_get_weights_that_are_sharded_over_a_node() -> None:
+    assert plan(SIZES["Qwen2.5-1.5B"], 8, "H100", 8192, 128).weight_shards == 1
+    for gpus in (2, 8, 16, 64):
+        assert plan(SIZES["Qwen2.5-7B"], gpus, "H100", 8192, 16 * gpus).weight_shards == min(gpus, 8)
+    assert plan(SIZES["Qwen2.5-32B"], 8, "H100", 8192, 128).weight_shards == 8
+    with pytest.raises(UserError, match=r"needs 93 GB .* fewest that can"):  # whole vocabularies, see `built`
         plan(SIZES["Qwen2.5-72B"], 16, "H100", 8192, 256)
-    monkeypatch.setattr(planner, "MOST_WEIGHT_SHARDS", 8)
-    assert plan(SIZES["Qwen2.5-7B"], 8, "H100", 8192, 128).weight_shards == 8
-    assert plan(SIZES["Qwen2.5-7B"], 16, "H100", 8192, 256).weight_shards == 1  # two replicas, see `built`
-    monkeypatch.setattr(planner, "MOST_WEIGHT_SHARDS", 512)
-    assert plan(SIZES["Qwen2.5-72B"], 16, "H100", 8192, 256).weight_shards == 16
 
 
 @settings(max_examples=60, deadline=None)
@@ -288,7 +286,7 @@ def test_command_line_needs_no_gpu() -> None:
     for row in rows:
         step, *split = map(float, row[-parts - 1 :])
         assert sum(split) == pytest.approx(step, abs=0.05)
-    assert "A run gets 3, because the trainer cannot shard weights over 8 GPUs yet." in lines
+    assert "A run gets 1." in lines
     assert "% slower than 1: exchange +" in fits.stdout
     modules = "import sys, trainer.layout as cli; sys.argv[1:] = ['Qwen3-8B', '--gpus', '8']; cli.main()"
     modules += "; print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"

@@ -180,7 +180,7 @@ def test_config_is_read_in_both_layouts(tmp_path: Path, make: Any, tied: bool) -
     if make is tiny_vl_folder:
         assert list(new.mrope_section) == text.rope_parameters["mrope_section"]
         assert new.image_token_id == theirs.image_token_id
-        assert new.vision is not None
+        assert isinstance(new.vision, WindowedVisionConfig)
         assert new.vision.image_mean == (0.48145466, 0.4578275, 0.40821073)
         assert isinstance(new.vision, WindowedVisionConfig)
         assert new.vision.full_attention_blocks == tuple(theirs.vision_config.fullatt_block_indexes)

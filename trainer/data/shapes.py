@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainer.data.images import PatchGeometry
+from trainer.data.patches import PatchGeometry
 from trainer.data.source import Packs
 
 # Shape buckets of patches. Where pictures have many sizes, packs fill 1 bucket to 68 %, 4 to 98.1, 16 to 99.5.

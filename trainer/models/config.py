@@ -4,7 +4,8 @@ Imports neither torch nor megatron: the planner, the cost model and the converte
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from math import isfinite
 from typing import Any
 
 from kanyun.errors import UserError
@@ -27,6 +28,9 @@ class VisionConfig:
     initializer_range: float
     image_mean: tuple[float, ...]  # of pixels in 0..1, one value a channel
     image_std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _require_numbers(self)
 
     @property
     def head_dim(self) -> int:
@@ -60,6 +64,9 @@ class ModelConfig:
     image_token_id: int | None
     vision: VisionConfig | None
 
+    def __post_init__(self) -> None:
+        _require_numbers(self)
+
     @classmethod
     def from_hf(cls, folder: str) -> "ModelConfig":
         """Read config.json of a Hugging Face folder (path or URI), as transformers 4 or 5 writes it.
@@ -75,8 +82,20 @@ class ModelConfig:
         try:
             values = json.loads(root.read("config.json"))
             return get_family(values["model_type"], where=root.uri).read_config(values, root)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{root.uri}/config.json is incomplete ({error!r}): download the model again") from error
+        except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+            fault = f"incomplete ({error!r})" if isinstance(error, KeyError) else f"damaged ({error})"
+            raise UserError(f"{root.uri}/config.json is {fault}: download the model again") from error
+
+
+def _require_numbers(config: ModelConfig | VisionConfig) -> None:
+    """Raises ValueError naming the first size that is not a whole number above 0, or factor that is not positive."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{field.name} is {value!r}, not a whole number above 0")
+        least = 0 if field.name == "initializer_range" else 1e-300
+        if field.type is float and not (isinstance(value, int | float) and isfinite(value) and value >= least):
+            raise ValueError(f"{field.name} is {value!r}, not a number above 0")
 
 
 def read_decoder(

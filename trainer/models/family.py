@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kanyun.storage import Folder
+from trainer.data.patches import PatchGeometry
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import Costs
 from trainer.models.names import EMBEDDING, HEAD, Row
 
 if TYPE_CHECKING:
-    from trainer.data.images import PatchGeometry
     from trainer.models.language import LanguageModel
     from trainer.runtime import Runtime
 
@@ -34,10 +34,8 @@ class Family(ABC):
         """Return the model's parameters, FLOPs and bytes. A family whose layers differ returns a subclass."""
         return Costs(config)
 
-    def geometry(self, config: ModelConfig) -> "PatchGeometry | None":
+    def geometry(self, config: ModelConfig) -> PatchGeometry | None:
         """Return how the vision tower wants an image's patches; None for a text model."""
-        from trainer.data.images import PatchGeometry
-
         return PatchGeometry(config.vision.patch_size, config.vision.merge_size) if config.vision else None
 
     @abstractmethod

@@ -23,10 +23,8 @@ MOST_TOKENS = 65_536
 MICRO_BATCHES = (8, 4, 2, 1)
 TENSOR_PARALLEL = (1, 2, 4, 8)  # within a node
 MOST_GPUS = 512
-# GPUs over which runs get sharded weights. 1: none, the best of the other layouts is taken.
-MOST_WEIGHT_SHARDS = 512
-# Sharded weights, and recomputation with several packs a micro-batch, have not been measured: they are taken where they
-# are predicted to be faster by more than this, a third of what predictions are off by.
+# Recomputation with several packs a micro-batch has not been measured: it is taken where it is predicted to be faster
+# by more than this, a third of what predictions are off by.
 MARGIN = 1.02
 
 
@@ -60,7 +58,7 @@ class LayoutPlanner:
         ranked = self.ranked(length=length, global_batch=global_batch, patches=patches)
         built = next((layout for layout in ranked if self.built(layout)), None)
         if built is None:
-            raise UserError(self._does_not_fit(self._gpu, length, patches, MOST_WEIGHT_SHARDS))
+            raise UserError(self._does_not_fit(self._gpu, length, patches, self._node))
         return built
 
     def ranked(self, *, length: int, global_batch: int, patches: int = 0) -> list[Layout]:
@@ -83,8 +81,8 @@ class LayoutPlanner:
         return sorted(found, key=_order)
 
     def built(self, layout: Layout) -> bool:
-        """Return whether the trainer can run it."""
-        return layout.weight_shards <= MOST_WEIGHT_SHARDS
+        """Return whether the trainer can run it: it shards over a node at most."""
+        return layout.weight_shards <= self._node
 
     def _splits(self, gpus: int) -> Iterator[tuple[int, int]]:
         """Yield tensor-parallel sizes with whole weights, then the numbers of ranks that weights are sharded over."""
@@ -202,5 +200,5 @@ def _order(layout: Layout) -> tuple[float, int, int]:
     """Return what layouts are sorted by: predicted seconds, then the least exchange and the fewest micro-batches."""
     assert layout.step is not None
     recomputed = layout.compute.recomputed_layers + layout.compute.recomputed_blocks > 0
-    margin = MARGIN if layout.weight_shards > 1 or (recomputed and layout.micro_batch > 1) else 1.0
+    margin = MARGIN if recomputed and layout.micro_batch > 1 else 1.0
     return margin * layout.step.seconds, layout.weight_shards, -layout.micro_batch

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from kanyun.storage import Folder
+from trainer.data.patches import PatchGeometry
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import Costs
 from trainer.models.family import Family
@@ -11,9 +12,9 @@ from trainer.models.qwen2_5 import names
 from trainer.models.qwen2_5.config import read_config, vision_of
 from trainer.models.qwen2_5.costs import VisionLanguageCosts
 from trainer.models.qwen2_5.sizes import SIZES
+from trainer.models.qwen2_5.windows import WindowGeometry
 
 if TYPE_CHECKING:
-    from trainer.data.images import PatchGeometry
     from trainer.models.language import LanguageModel
     from trainer.runtime import Runtime
 
@@ -27,11 +28,9 @@ class Qwen2_5Family(Family):  # noqa: N801 - the model's name
     def costs(self, config: ModelConfig) -> Costs:
         return VisionLanguageCosts(config) if config.vision else Costs(config)
 
-    def geometry(self, config: ModelConfig) -> "PatchGeometry | None":
+    def geometry(self, config: ModelConfig) -> PatchGeometry | None:
         if config.vision is None:
             return None
-        from trainer.models.qwen2_5.windows import WindowGeometry
-
         vision = vision_of(config)
         return WindowGeometry(vision.patch_size, vision.merge_size, vision.window_size)
 

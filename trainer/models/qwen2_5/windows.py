@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kanyun.vision import WINDOW
-from trainer.data.images import ImageLayout, PatchGeometry
+from trainer.data.patches import ImageLayout, PatchGeometry
 from trainer.data.source import Packs
 
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from kanyun.storage import Folder
+from trainer.data.patches import PatchGeometry
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import Costs
 from trainer.models.family import Family
@@ -10,10 +11,10 @@ from trainer.models.names import Row
 from trainer.models.qwen3_vl import names
 from trainer.models.qwen3_vl.config import read_config, vision_of
 from trainer.models.qwen3_vl.costs import DeepstackCosts
+from trainer.models.qwen3_vl.positions import LearnedPositions
 from trainer.models.qwen3_vl.sizes import SIZES
 
 if TYPE_CHECKING:
-    from trainer.data.images import PatchGeometry
     from trainer.models.language import LanguageModel
     from trainer.runtime import Runtime
 
@@ -27,9 +28,7 @@ class Qwen3VLFamily(Family):
     def costs(self, config: ModelConfig) -> Costs:
         return DeepstackCosts(config)
 
-    def geometry(self, config: ModelConfig) -> "PatchGeometry":
-        from trainer.models.qwen3_vl.positions import LearnedPositions
-
+    def geometry(self, config: ModelConfig) -> PatchGeometry:
         vision = vision_of(config)
         return LearnedPositions(vision.patch_size, vision.merge_size, vision.position_side)
 

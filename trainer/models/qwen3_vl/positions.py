@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.data.images import ImageLayout, PatchGeometry
+from trainer.data.patches import ImageLayout, PatchGeometry
 
 
 @dataclass(frozen=True)
