@@ -109,6 +109,9 @@ def plants() -> list[Plant]:
         Plant(Reason.MALFORMED_ROW, {"messages": talk}, "A question that nobody answers."),
         Plant(Reason.VIDEO, asked(None, "What happens?", "A goal.", video="match.mp4"), "A video beside the messages."),
         Plant(
+            Reason.AUDIO, asked(None, "Who sings?", "A wren.", audios=["wren.wav"]), "A recording beside the messages."
+        ),
+        Plant(
             Reason.IMAGE_COUNT_MISMATCH,
             asked("one.png", "<image><image>Which is larger?", "The first."),
             "Two places, one picture.",

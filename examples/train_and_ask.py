@@ -16,7 +16,7 @@ config = {
     "output": str(out / "run"),
     "length": 256,
     "global_batch": 1,
-    "steps": 120,
+    "steps": 80,
     "lr": 3e-3,
     "warmup_steps": 10,
 }

@@ -7,7 +7,7 @@ or storage at fault; 130 interrupted. Results go to stdout, progress and errors 
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,13 @@ class _Completion(argparse.Action):
         parser.exit()
 
 
+def _release() -> str:
+    try:
+        return version("kanyun")
+    except PackageNotFoundError:  # a copy of the code on PYTHONPATH
+        return "unknown"
+
+
 def command_line(module: str, script: str, description: str, example: str) -> Parser:
     """Return the parser of `python -m MODULE`, which pip installs as the command `script`.
 
@@ -58,7 +65,7 @@ def command_line(module: str, script: str, description: str, example: str) -> Pa
     """
     prog = script if Path(sys.argv[0]).name == script else f"python -m {module}"
     parser = Parser(prog=prog, description=description, example=example.format(prog=prog))
-    parser.add_argument("--version", action="version", version=f"{script} {version('kanyun')}")
+    parser.add_argument("--version", action="version", version=f"{script} {_release()}")
     parser.add_argument(
         "--print-completion",
         action=_Completion,

@@ -6,8 +6,8 @@ A further dataset is a class in a new file of this folder; it is found by its `n
         name = "sharegpt"
 
         def sample(self, row: Row) -> RawSample:
-            messages = conversation(field(row, "items", list), "from", "value", row.get("system"))
-            return RawSample(messages=messages, images=images(row.get("images")), tools=tools(row.get("functions")))
+            messages = conversation(field(row, "items", list), row.get("system"))
+            return RawSample(messages=messages, images=images(row.get("images")), tools=tools(row.get("tools")))
 """
 
 from collections.abc import Mapping

@@ -21,8 +21,8 @@ ROLES = {
 CALLS = ("function_call", "tool_call")  # LLaMA-Factory's and ms-swift's role of a turn that is calls alone, as JSON
 
 
-def conversation(turns: list[Any], role: str, value: str, system: Any = None) -> list[Message]:
-    """Return the messages of `turns`, objects with their role and content in the fields `role` and `value`.
+def conversation(turns: list[Any], system: Any = None) -> list[Message]:
+    """Return the messages of `turns`, objects with `role` and `content`, or with ShareGPT's `from` and `value`.
 
     system: the row's own system text, used if the first turn is no system message.
     Turns of CALLS are tool calls of the assistant: with those before them, or an answer before them, they are one turn.
@@ -30,7 +30,9 @@ def conversation(turns: list[Any], role: str, value: str, system: Any = None) ->
     """
     messages: list[Message] = []
     for turn in turns:
-        name = need(need(turn, "a message", dict).get(role), f"a message's {role}", str)
+        given = need(turn, "a message", dict).get("from")
+        name, value = (turn.get("role"), "content") if given is None else (given, "value")
+        name = need(name, "a message's role", str)
         if name in CALLS:
             _add_calls(messages, turn, turn.get(value))
         else:

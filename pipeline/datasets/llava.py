@@ -12,8 +12,8 @@ class Llava(Dataset):
 
     def sample(self, row: Row) -> RawSample:
         return RawSample(
-            messages=conversation(field(row, "conversations", list), "from", "value", row.get("system")),
+            messages=conversation(field(row, "conversations", list), row.get("system")),
             images=image_fields(row),
-            tools=tools(row.get("tools")),
+            tools=tools(row.get("tools"), row.get("functions")),
             image_field="the row's " + " or ".join(IMAGE_FIELDS),
         )

@@ -9,8 +9,8 @@ class Messages(Dataset):
 
     def sample(self, row: Row) -> RawSample:
         return RawSample(
-            messages=conversation(field(row, "messages", list), "role", "content", row.get("system")),
+            messages=conversation(field(row, "messages", list), row.get("system")),
             images=image_fields(row),
-            tools=tools(row.get("tools")),
+            tools=tools(row.get("tools"), row.get("functions")),
             image_field="the row's " + " or ".join(IMAGE_FIELDS),
         )

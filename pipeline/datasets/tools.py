@@ -57,15 +57,22 @@ def calls_in(value: Any) -> list[dict[str, Any]]:
     return calls
 
 
-def tools(value: Any) -> str | None:
+def tools(value: Any, functions: Any = None) -> str | None:
     """Return a row's tools as JSON for the chat template; None if it has none. Raises RowError.
 
     value: null, a list of objects, or the JSON text of the list or of each object, as tables have it.
+    functions: the same, of OpenAI's older `functions`; used if there is no `value`.
     """
+    offered = _objects(value)
+    if not offered:
+        offered = [{"type": "function", "function": function} for function in _objects(functions)]
+    return json.dumps(offered, ensure_ascii=False) if offered else None
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
     parsed = _parsed(value, "tools")
     listed = need([] if parsed is None else parsed, "tools", list)
-    offered = [need(_parsed(tool, "a tool"), "a tool", dict) for tool in listed]
-    return json.dumps(offered, ensure_ascii=False) if offered else None
+    return [need(_parsed(tool, "a tool"), "a tool", dict) for tool in listed]
 
 
 def _parsed(value: Any, what: str) -> Any:

@@ -1,6 +1,7 @@
-"""Qwen3-VL through conversion: other depths, heads and deepstack blocks than any released model, real programs."""
+"""Qwen3-VL through conversion and training: other depths, heads and deepstack blocks than any released model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from convert.to_megatron import to_megatron
 from convert.verify import compare
 from kanyun.errors import UserError
 from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
+from tests.support.training_job import train, write_job
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -118,6 +120,20 @@ def test_rows_are_added_for_a_tokenizers_new_tokens(tmp_path: Path, tied: bool) 
     assert weights["model.language_model.embed_tokens.weight"].shape == (rows + added, 64)
     assert weights["model.visual.pos_embed.weight"].shape == (36, 64)
     to_megatron(tmp_path / "more", tmp_path / "megatron")
+
+
+def test_trains_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    values = write_job(tmp_path, images=True, make_model=tiny_qwen3_vl_folder) | {"keep_last": 2}
+    whole = train(values)
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    checkpoints = tmp_path / "out" / "checkpoints"
+    (checkpoints / "latest").write_text("step_00000003\n")
+    shutil.rmtree(checkpoints / "step_00000006")
+    assert [line["loss"] for line in train(values)] == [line["loss"] for line in whole]
+    to_hf(values["output"], tmp_path / "trained")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "trained")
+    before = load_file(Path(values["model"]) / WEIGHTS)["model.visual.deepstack_merger_list.0.linear_fc2.weight"]
+    assert not torch.equal(model.model.visual.deepstack_merger_list[0].linear_fc2.weight, before)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_from_five_rows_to_answers(
     assert (out / "packs.html").read_text().count("<img ") == 16, "four scans, four times each"
     read = run("read_packs", packed)
     assert len(re.findall(r"^  digits: \d+ tokens, [1-9]\d* of them trained$", read, re.MULTILINE)) == 16
-    assert len(re.findall(r"^  pydoc: ", read, re.MULTILINE)) == 1
+    assert len(re.findall(r"^  documents: ", read, re.MULTILINE)) == 1
     assert len(re.findall(r"^    an image of 8 x 8 patches", read, re.MULTILINE)) == 16
     command = [sys.executable, "-m", "examples.train_and_ask", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

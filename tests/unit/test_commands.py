@@ -198,11 +198,11 @@ def test_a_line_of_progress_has_rate_and_time_left() -> None:
 
 @pytest.mark.parametrize(("out", "begin", "end"), [(io.StringIO(), "", "\n"), (Terminal(), "\r\033[K", "")])
 def test_progress_is_a_line_in_a_log_and_redrawn_on_a_terminal(out: io.StringIO, begin: str, end: str) -> None:
-    with Progress("verify", 4, "batches", every=0.01, out=out) as progress:
-        progress.advance(2)
+    with Progress("verify", 4000, "batches", every=0.01, out=out) as progress:
+        progress.advance(2000)
         while out.getvalue().count("50%") < 2:
             time.sleep(0.005)
-    first = re.escape(begin) + r"verify: 50%, 2 of 4 batches, [\d,.]+ batches/s, ETA 0:00:00" + end
+    first = re.escape(begin) + r"verify: 50%, 2,000 of 4,000 batches, [\d,.]+ batches/s, ETA 0:\d\d:\d\d" + end
     assert re.match(f"({first}){{2}}", out.getvalue())
     assert out.getvalue().endswith("\r\033[K" if begin else "\n")
 

@@ -109,6 +109,15 @@ def test_bytes_that_came_through_json() -> None:
     )
 
 
+def test_both_spellings_of_a_turn() -> None:
+    """Tables that were joined have the fields of both."""
+    plain = {"role": "user", "content": "hi", "from": None, "value": None}
+    turns = [plain, {"from": "gpt", "value": "ho"}]
+    expected = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    assert dataset("llava").sample({"conversations": turns}).messages == expected
+    assert dataset("messages").sample({"messages": turns}).messages == expected
+
+
 def test_the_first_field_that_has_images() -> None:
     row = {"messages": [], "images": [], "image": "a.jpg"}
     assert dataset("messages").sample(row).images == ("a.jpg",)
@@ -226,7 +235,7 @@ def test_a_document_is_taken_as_it_is() -> None:
         ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "function name is null"),
         ("llava", {"image": 5, "conversations": []}, "an image is 5"),
         ("llava", {"image": "a"}, "no field 'conversations', it has 'image'"),
-        ("llava", {"conversations": [{"from": None, "value": "x"}]}, "a message's from is null"),
+        ("llava", {"conversations": [{"from": None, "value": "x"}]}, "a message's role is null"),
         ("llava", {"conversations": [{"from": "gpt", "value": None}]}, "content is null"),
         ("text", {"text": None}, "text is null, a string is needed"),
         ("text", {"text": True}, "text is a boolean"),

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import many_gpus
 from trainer.models.config import Compute
-from trainer.models.registry import published_sizes
+from trainer.models.costs import TRAINING
+from trainer.models.registry import costs_of, published_sizes
 from trainer.planning.exchange import weight_exchange
 from trainer.planning.gpus import GPUS
 from trainer.planning.memory import MemoryModel
@@ -17,6 +18,7 @@ from trainer.planning.speed import SpeedModel
 ROOT = Path(__file__).parents[2]
 LENGTH = 8192
 TEXT, MIX = 0.988, 0.975  # useful share of the token slots; of packs of equal pictures, all
+SQUARES = 13.06e6  # of segment lengths, in a pack of text_data.py
 FP8 = Compute(fp8=True)
 
 
@@ -142,6 +144,38 @@ def test_two_packs_a_micro_batch_gain_what_was_measured() -> None:
         for micro_batches in (2, 1)
     )
     assert (one.seconds - one.optimizer) / (two.seconds - two.optimizer) == pytest.approx(773 / 749, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shards", "recomputed", "teraflops", "reserved"),  # docs/design.md: GB, and TFLOP/s a GPU
+    [(12, 1, 0, 743, 54.7), (12, 2, 0, 722, 45.0), (28, 2, 8, 691, 76.5)],
+)
+def test_sharded_weights_are_what_was_measured(
+    layers: int, shards: int, recomputed: int, teraflops: int, reserved: float
+) -> None:
+    """7B and 12 layers of it on two H100s, four packs a rank, one a micro-batch.
+
+    `reserved` is what torch's allocator has: not the fp8 parts that other ranks read, which are symmetric memory.
+    """
+    model, compute = replace(published_sizes()["Qwen2.5-7B"], num_layers=layers), Compute(True, recomputed)
+    peak = MemoryModel(model).peak(
+        tensor_parallel=1, data_parallel=2, tokens=LENGTH, patches=0, compute=compute, weight_shards=shards
+    )
+    published = 0.0 if shards == 1 else layers * 233.0e6 / shards
+    assert (peak - published) / 1e9 == pytest.approx(reserved, rel=0.03)
+    speed, tokens = SpeedModel(model, GPUS["H100"]), 4 * LENGTH
+    step = speed.step(
+        gpus=2,
+        tensor_parallel=1,
+        tokens=tokens,
+        patches=0,
+        compute=compute,
+        micro_batches=4,
+        weight_shards=shards,
+    )
+    costs = costs_of(model)
+    flops = TRAINING * (tokens * costs.token_flops + 4 * costs.pair_flops * SQUARES / 2)
+    assert flops / step.seconds / 1e12 == pytest.approx(teraflops, rel=0.06)
 
 
 def test_the_page_of_many_gpus_has_what_the_formulas_say() -> None:

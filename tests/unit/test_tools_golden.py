@@ -191,6 +191,7 @@ LLAMA_FACTORY = {
     ],
 }
 OPENAI_OLDER = {
+    "functions": [WEATHER["function"]],
     "messages": [
         {"role": "developer", "content": "Be brief."}, u("Weather?"),
         {"role": "assistant", "content": None, "function_call": {**TOWN["function"], "arguments": ARGUMENTS}},
@@ -258,7 +259,7 @@ def test_the_spellings_of_other_libraries(
 ) -> None:
     (encoded,) = Encoder(Settings.load(str(qwen2_5))).encode([sample_row(raw, name)])
     tokenizer = AutoTokenizer.from_pretrained(qwen2_5)
-    offered = [WEATHER] if "tools" in raw else None
+    offered = [WEATHER] if {"tools", "functions"} & raw.keys() else None
     assert isinstance(encoded, Encoded), encoded
     assert (
         encoded.input_ids.tolist()

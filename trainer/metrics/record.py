@@ -21,7 +21,7 @@ from trainer.report.history import METRICS, History
 from trainer.report.page import PAGE, page
 
 ASIDE = "metrics.aside.jsonl"
-_LINE_EVERY = 5.0  # seconds, where the output is not a terminal
+_LINE_EVERY = 10.0  # seconds, where the output is not a terminal, as kanyun.cli.progress has it
 
 
 @dataclass(frozen=True)

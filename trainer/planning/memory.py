@@ -1,6 +1,6 @@
 """Predicted peak memory of a GPU in training; within 3 % of what was measured (benchmarks/README.md).
 
-With sharded weights nothing has been measured yet: their formula is by the buffers of trainer/optim.
+Sharded weights were measured on two GPUs alone; their formula is by the buffers of trainer/optim.
 """
 
 from trainer.kernels.constants import CHUNK
