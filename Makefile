@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt jobs/setup.sh
 	@jobs/setup.sh
 	@touch $@
 
-.PHONY: help setup setup-gpu demo test test-unit soak test-gpu test-docker lint format clean cluster-up cluster-down cluster-status \
+.PHONY: help setup setup-gpu demo test test-unit soak test-gpu test-docker test-readme lint format docs clean cluster-up cluster-down cluster-status \
   spark-preprocess spark-filter spark-sample spark-build spark-pack train convert-megatron convert-hf
 
 help: ## this list
@@ -40,6 +40,10 @@ test: $(STAMP) ## all tests that need no GPU, in two processes
 test-unit: $(STAMP) ## those that start no Spark, no HDFS and no torchrun: the inner loop
 #example make test-unit
 	@$(PYTHON) -m pytest $(TWO_PROCESSES) tests/unit $(ARGS)
+
+test-readme: $(STAMP) ## README's commands from top to bottom, the demo too, in a copy of the repository
+#example make test-readme
+	@README_DEMO= $(PYTHON) -m pytest tests/integration/test_readme.py $(ARGS)
 
 soak: $(STAMP) ## kill -9 a training run 40 times at random moments, 15 of them inside of a save; a quarter of an hour
 #example make soak
@@ -114,6 +118,10 @@ convert-hf: need-IN need-OUT $(STAMP) ## a checkpoint of ours -> a folder that t
 #example make convert-hf IN=runs/vl OUT=runs/vl_hf
 	@jobs/convert_to_huggingface.sh "$$IN" "$$OUT" $(ARGS)
 
+docs: $(STAMP) ## the site of docs/ into site/, readable without a network; fails at a link that leads nowhere
+#example make docs
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+
 clean: ## remove what make made: .venv, demo/, caches
 #example make clean
-	rm -rf .venv demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf .venv demo site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

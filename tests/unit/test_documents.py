@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # A page, and the same page in Chinese: their blocks are the same but for comments.
 PAIRS = [
     ("README.md", "README.zh.md"),
-    *((f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("datasets", "operations", "glossary")),
+    *((f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("datasets", "operations", "checkpoints", "glossary")),
 ]
 PAGES = [page for pair in PAIRS for page in pair]
 
@@ -151,3 +151,22 @@ def test_error_sentences_are_those_of_the_code(page: str) -> None:
     quoted = [part for cell in cells for part in re.findall(r"`([^`]+)`", cell) if not part.isupper()]
     assert len(quoted) > 35
     assert [part for part in quoted if part not in text and part != "ModuleNotFoundError"] == []
+
+
+def test_the_site_is_built_and_asks_nobody(tmp_path: Path) -> None:
+    """Strictly, as `make docs` does: a link or an anchor that leads nowhere fails. Nothing is fetched from outside."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert {path.relative_to(tmp_path).as_posix() for path in pages} >= {
+        "index.html",
+        "operations.html",
+        "zh/index.html",
+    }
+    for page in pages:
+        loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=[\"']?([^\"'\s>]+)", page.read_text())
+        assert loaded
+        assert [url for url in loaded if re.match(r"(?:https?:)?//", url)] == [], page

@@ -37,7 +37,12 @@ def test_a_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
     }
     there = [path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file()]
     assert have == {str(path.relative_to(ROOT)) for path in there if "__pycache__" not in path.parts}
-    assert {"pipeline/log4j2.properties", "pipeline/reports/templates/report.html", "kanyun/py.typed"} <= have
+    assert {
+        "pipeline/log4j2.properties",
+        "pipeline/reports/templates/report.html",
+        "trainer/report/template.html",
+        "kanyun/py.typed",
+    } <= have
 
 
 def test_console_scripts_run_away_from_the_clone(wheel: Path, tmp_path: Path) -> None:

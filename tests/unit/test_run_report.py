@@ -77,8 +77,8 @@ def test_a_run_that_is_still_writing_is_drawn_up_to_its_last_whole_line(tmp_path
     lines[9]["events"] = ["stop", "save"]
     run = History.read(write(tmp_path / "run", lines, end='{"step": 31, "lo'))
     assert run.last["step"] == 30
-    assert run.values("grad_norm")[3:5] == [(4, 1.0), (6, 1.0)]
-    assert run.events() == [(5, "skipped"), (10, "stop"), (10, "save"), (20, "save")]
+    assert list(run.column("grad_norm").steps)[3:5] == [4, 6]
+    assert run.events == [(5, "skipped"), (10, "stop"), (10, "save"), (20, "save")]
     elements = Elements(page([run]))
     data = json.loads(elements.scripts[0])
     loss = data[0]["lines"][0]
@@ -105,7 +105,7 @@ def test_a_page_needs_no_network_and_shows_names_as_they_are(tmp_path: Path) -> 
 def test_a_long_run_keeps_its_spikes(tmp_path: Path) -> None:
     lines = [line(step, grad_norm=50.0 if step == 777 else 1.0) for step in range(1, 2001)]
     run = History.read(write(tmp_path / "run", lines))
-    curve = run.curve("grad_norm")
+    curve = run.column("grad_norm").curve()
     assert len(curve) <= POINTS
     assert sum(point.high == 50.0 for point in curve) == 1
     assert curve[-1] == Point(2000, 1.0, 1.0, 1.0)

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -127,7 +127,8 @@ class Metrics:
         if self._seconds is None:  # no step yet
             return
         self._drawn, local = time.monotonic(), Folder(str(self._local))
-        history = replace(History.read(local.path), name=self._output.path, config=self._config)
+        history = History.read(local.path)
+        history.name, history.config = self._output.path, self._config
         local.write(PAGE, page([history]).encode())
         self._drawing = time.monotonic() - self._drawn
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -67,7 +68,7 @@ def _charts(runs: Sequence[History], names: Sequence[str]) -> list[Chart]:
     events = [
         (step, kind, f"step {step:,}: {_EVENTS[kind]}" + (f" ({name})" if len(runs) > 1 else ""))
         for run, name in zip(runs, names, strict=True)
-        for step, kind in run.events()
+        for step, kind in run.events
         if kind in _EVENTS
     ]
     found: list[Chart] = []
@@ -76,31 +77,34 @@ def _charts(runs: Sequence[History], names: Sequence[str]) -> list[Chart]:
         if any(line.points for line in lines):
             found.append(Chart.of(title, unit, lines, events, last=last, log=log, zero=zero))
 
-    numbered = [(number, run, name if len(runs) > 1 else "") for number, (run, name) in enumerate(zip(runs, names))]
-    held_out = [
-        Line(f"{name} held-out".strip(), n if name else 1, run.curve("validation_loss"), dots=True)
-        for n, run, name in numbered
-    ]
-    trained = [Line(name or "trained on", n, run.curve("loss")) for n, run, name in numbered]
-    add("loss", "mean over trained tokens", trained + held_out, log=True)
-    for key, title in (("loss_by_dataset", "loss"), ("validation_loss_by_dataset", "held-out loss")):
-        dots = key != "loss_by_dataset"
-        if len(runs) == 1:
-            of = [Line(name, n, runs[0].curve(key, name), dots=dots) for n, name in enumerate(runs[0].datasets)]
-            add(f"{title} by dataset", "", of, log=True)
+    def of_runs(key: str, dataset: str | None = None, dots: bool = False) -> list[Line]:
+        curves = [run.column(key, dataset).curve() for run in runs]
+        return [Line(name, n, curve, dots) for n, (name, curve) in enumerate(zip(names, curves, strict=True))]
+
+    several, datasets = len(runs) > 1, sorted({name for run in runs for name in run.datasets})
+    if several:
+        held_out = [replace(line, name=f"{line.name} held-out") for line in of_runs("validation_loss", dots=True)]
+        add("loss", "mean over trained tokens", of_runs("loss") + held_out, log=True)
+    else:
+        trained, unseen = runs[0].column("loss").curve(), runs[0].column("validation_loss").curve()
+        both = [Line("trained on", 0, trained), Line("held-out", 1, unseen, dots=True)]
+        add("loss", "mean over trained tokens", both, log=True)
+    for key, title, dots in (("loss_by_dataset", "loss", False), ("validation_loss_by_dataset", "held-out loss", True)):
+        if several:
+            for dataset in datasets:
+                add(f"{title} of {dataset}", "", of_runs(key, dataset, dots), log=True)
         else:
-            for dataset in sorted({name for run in runs for name in run.datasets}):
-                add(
-                    f"{title} of {dataset}", "", [Line(m, n, r.curve(key, dataset), dots) for n, r, m in numbered], True
-                )
+            curves = [runs[0].column(key, dataset).curve() for dataset in datasets]
+            lines = [Line(name, n, curve, dots) for n, (name, curve) in enumerate(zip(datasets, curves, strict=True))]
+            add(f"{title} by dataset", "", lines, log=True)
     for key, title, unit, log, zero in _CHARTS:
-        add(title, unit, [Line(name or title, n, run.curve(key)) for n, run, name in numbered], log, zero)
+        add(title, unit, of_runs(key), log, zero)
     return found
 
 
 def _summary(run: History) -> dict[str, Any]:
     """The last values of a run; of what varies from step to step, the mean of the last twentieth of its steps."""
-    held_out = [value for _, value in run.values("validation_loss")]
+    held_out = run.column("validation_loss").values
     steps = run.last.get("steps")
     recent = {key: run.recent(key) for key in ("loss", "tokens_per_second", "mfu", "data_wait", "memory_gb")}
     return {
