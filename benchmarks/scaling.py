@@ -130,7 +130,7 @@ def _launch(row: str, gpus: int, seconds: int) -> dict[str, Any]:
         try:
             out, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            torchrun_and_ranks = psutil.Process(child.pid)  # each rank is a session of its own
+            torchrun_and_ranks = psutil.Process(child.pid)  # each rank is a separate session
             for process in (*torchrun_and_ranks.children(recursive=True), torchrun_and_ranks):
                 process.kill()
             return {"error": f"did not finish in {seconds} s"}

@@ -1,6 +1,6 @@
 """The weights of a Hugging Face folder: safetensors files, read tensor by tensor as transformers reads them.
 
-Tensors are read into memory of their own, not mapped: the pages of mapped files stay with the process, and add up to
+Tensors are copied into memory, not mapped: the pages of mapped files stay with the process, and add up to
 the whole model.
 """
 

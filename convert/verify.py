@@ -55,12 +55,12 @@ class Comparison:
 
     @property
     def agreement(self) -> float:
-        """Share of positions where both think the same token the most likely."""
+        """Return the share of positions at which both models have the same most likely token."""
         return (self.first.argmax(-1) == self.second.argmax(-1)).float().mean().item()
 
 
 def compare(first: Path, second: Path) -> tuple[Input, Comparison]:
-    """Logits of both in float32 on the CPU, one model in memory at a time.
+    """Return the input and the logits of both models in float32, on the CPU and with one model in memory at a time.
 
     The input is made by the tokenizer and processor of `first`. Raises UserError if the two cannot have the same input.
     """
@@ -84,7 +84,7 @@ def summary(found: Comparison, tolerance: float) -> dict[str, Any]:
 
 
 def report(first: Path, second: Path, sample: Input, found: Comparison, tolerance: float) -> bool:
-    """Print the comparison; true if no logit differs by more than `tolerance`."""
+    """Print the comparison; return whether no logit differs by more than `tolerance`."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(hf_folder(first))
@@ -173,7 +173,7 @@ def megatron_logits(folder: Path, sample: Input) -> Tensor:
 
 
 def hf_folder(folder: Path) -> Path:
-    """Where a model's config and tokenizer are: the folder itself, or hf/ of a checkpoint."""
+    """Return the folder with a model's config and tokenizer: the given one, or hf/ of a checkpoint."""
     if (folder / "config.json").exists():
         return folder
     return Path(checkpoint.resolve(str(folder)).path) / "hf"

@@ -5,7 +5,6 @@ knows and writes is in one folder: cluster.json (settings, pids), conf/ (HADOOP_
 data, which outlives `down`. Tests use the class Cluster, and its methods that break things.
 """
 
-import http.client
 import json
 import os
 import shutil
@@ -16,37 +15,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 
-from jobs.hadoop import CACHE, HEAP, JAVA_OPTIONS, SPARK_HOME, hadoop_command, run, write_conf
+from jobs.daemons import (
+    DAEMONS,
+    DATANODES,
+    HOST,
+    WORKERS,
+    Settings,
+    configure,
+    end,
+    get_json,
+    lives,
+    refuse_taken_ports,
+)
+from jobs.hadoop import CACHE, HEAP, JAVA_OPTIONS, SPARK_HOME, hadoop_command, run
 from kanyun.cli.parser import Parser
 from kanyun.errors import UserError, run_cli
 
-HOST = "127.0.0.1"
-DATANODES = ("datanode-1", "datanode-2")
-# Names of one address: Spark speculates only where a second copy of a task gets another host.
-WORKERS = {"worker-1": HOST, "worker-2": "localhost"}
-DAEMONS = ("namenode", *DATANODES, "master", *WORKERS)
 _PATIENCE = 120  # seconds for daemons to come up: 10 s on two idle cores, more when they are busy
-
-
-@dataclass(frozen=True)
-class Settings:
-    hdfs_port: int = 9820
-    hdfs_web_port: int = 9870
-    spark_port: int = 7077
-    spark_web_port: int = 8081
-    worker_cores: int = 1
-    worker_memory: str = "2g"
-    block_mib: int = 128  # HDFS block; while a block is written, a space quota counts all of it
-
-    @property
-    def ports(self) -> dict[str, int]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_port")}
 
 
 class Cluster:
@@ -88,7 +79,7 @@ class Cluster:
         """
         running = self.running()
         if not running:
-            self._refuse_taken_ports()
+            refuse_taken_ports(self.settings)
         elif self._started_with != self.settings:
             raise UserError(
                 f"{self.state} is running with {self._started_with}, not {self.settings}: take it down first"
@@ -102,7 +93,7 @@ class Cluster:
 
     def down(self) -> None:
         """End every daemon, and the executors below the workers, by pid."""
-        _end([*self.running().values(), *self.executors()])
+        end([*self.running().values(), *self.executors()])
         self._pids = {}
         if self._file.exists():
             self._save()
@@ -113,7 +104,7 @@ class Cluster:
         for name, pid in self._pids.items():
             with suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
-                if _lives(process) and f"{self.state}/" in " ".join(process.cmdline()):
+                if lives(process) and f"{self.state}/" in " ".join(process.cmdline()):
                     found[name] = process
         return found
 
@@ -122,7 +113,7 @@ class Cluster:
         found: list[psutil.Process] = []
         for name, process in self.running().items():
             with suppress(psutil.NoSuchProcess):
-                found += filter(_lives, process.children() if name in WORKERS else [])
+                found += filter(lives, process.children() if name in WORKERS else [])
         return found
 
     def status(self) -> dict[str, str]:
@@ -186,7 +177,7 @@ class Cluster:
 
     def _start_all(self, missing: set[str]) -> None:
         if "master" in missing:
-            self._configure()
+            configure(self.state, self.settings, self.hdfs)
             self.start("master")
         if not (self.state / "namenode" / "current").exists():
             format = self._java("conf-namenode", "hdfs.server.namenode.NameNode", "-format", "-force")
@@ -201,32 +192,6 @@ class Cluster:
                 self.start(name)
         self.wait_for_hdfs()
         self.wait_for_spark()
-
-    def _configure(self) -> None:
-        core = {"fs.defaultFS": self.hdfs}
-        client = {"dfs.replication": len(DATANODES)}
-        server = client | {
-            "dfs.blocksize": self.settings.block_mib << 20,
-            "dfs.namenode.name.dir": (self.state / "namenode").as_uri(),
-            "dfs.namenode.rpc-address": f"{HOST}:{self.settings.hdfs_port}",
-            "dfs.namenode.http-address": f"{HOST}:{self.settings.hdfs_web_port}",
-            "dfs.namenode.safemode.extension": 0,
-            # A dead DataNode is missed after 12 s (10 heartbeats + 2 rechecks), not after 10.5 minutes.
-            "dfs.heartbeat.interval": 1,
-            "dfs.namenode.heartbeat.recheck-interval": 1000,
-            **{f"dfs.datanode.{part}address": f"{HOST}:0" for part in ("", "http.", "ipc.")},
-        }
-        write_conf(self.state / "conf", core, client)
-        write_conf(self.state / "conf-namenode", core, server)
-        for name in DATANODES:  # -D is no option of a daemon, and each has its own folder
-            write_conf(
-                self.state / f"conf-{name}", core, server | {"dfs.datanode.data.dir": (self.state / name).as_uri()}
-            )
-        (self.state / "conf" / "spark-daemons.conf").write_text("spark.worker.cleanup.enabled true\n")
-        (self.state / "logs").mkdir(exist_ok=True)
-        for name in ("tmp", "spark-local", *WORKERS):  # of the time before: killed JVMs leave files
-            shutil.rmtree(self.state / name, ignore_errors=True)
-        (self.state / "tmp").mkdir()
 
     def _start_spark(self, name: str, *args: str | int) -> None:
         kind = "master.Master" if name == "master" else "worker.Worker"
@@ -261,7 +226,7 @@ class Cluster:
         self._save()
 
     def _end_one(self, name: str, number: signal.Signals) -> None:
-        _end([self.running()[name]], number)
+        end([self.running()[name]], number)
         del self._pids[name]
         self._save()
 
@@ -277,33 +242,23 @@ class Cluster:
     def _save(self) -> None:
         self._file.write_text(json.dumps({"settings": asdict(self.settings), "pids": self._pids}, indent=2))
 
-    def _refuse_taken_ports(self) -> None:
-        for name, port in self.settings.ports.items():
-            with socket.socket() as s:
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    s.bind((HOST, port))
-                except OSError as error:
-                    option = f"--{name.replace('_', '-')} N, or {name.upper()}=N of make"
-                    raise UserError(f"port {port} is taken{_holder(port)}: choose another by {option}") from error
-
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + _PATIENCE
         while not ready():
             for name in self._pids.keys() - self.running().keys():
-                end = "\n".join(self._log(name).read_text(errors="replace").splitlines()[-15:])
-                raise UserError(f"{name} died; the end of {self._log(name)}:\n{end}")
+                last = "\n".join(self._log(name).read_text(errors="replace").splitlines()[-15:])
+                raise UserError(f"{name} died; the end of {self._log(name)}:\n{last}")
             if time.monotonic() > deadline:
                 raise UserError(f"no {what} after {_PATIENCE} s: see the logs in {self.state / 'logs'}")
             time.sleep(0.1)
 
     def _hdfs_state(self) -> dict[str, Any] | None:
         query = "/jmx?qry=Hadoop:service=NameNode,name=FSNamesystemState"
-        answer = _get_json(self.settings.hdfs_web_port, query)
+        answer = get_json(self.settings.hdfs_web_port, query)
         return answer["beans"][0] if answer and answer["beans"] else None
 
     def _spark_state(self) -> dict[str, Any] | None:
-        return _get_json(self.settings.spark_web_port, "/json/")
+        return get_json(self.settings.spark_web_port, "/json/")
 
 
 @contextmanager
@@ -323,40 +278,6 @@ def temporary_cluster(state: Path, **settings: Any) -> Iterator[Cluster]:
     finally:
         cluster.down()
         shutil.rmtree(cluster.state)
-
-
-def _get_json(port: int, path: str) -> dict[str, Any] | None:
-    connection = http.client.HTTPConnection(HOST, port, timeout=5)
-    try:
-        connection.request("GET", path)
-        return cast(dict[str, Any], json.loads(connection.getresponse().read()))
-    except (OSError, http.client.HTTPException, ValueError):  # not up yet
-        return None
-    finally:
-        connection.close()
-
-
-def _holder(port: int) -> str:
-    with suppress(psutil.Error):  # other people's connections may be secret
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                return f" by pid {connection.pid} ({psutil.Process(connection.pid).name()})"
-    return ""
-
-
-def _lives(process: psutil.Process) -> bool:
-    """False for one that ended and whose parent has not asked how: a worker keeps some of its executors so."""
-    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-
-
-def _end(processes: list[psutil.Process], number: signal.Signals = signal.SIGTERM) -> None:
-    """Signal them all, wait 10 s, then kill."""
-    alive = processes
-    for step in (number, signal.SIGKILL):
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(step)
-        _, alive = psutil.wait_procs(alive, timeout=10)
 
 
 def main() -> int:

@@ -71,7 +71,7 @@ class Order:
         return rising[:, len(window) - 1 - turn]
 
     def _at(self, position: int) -> tuple[int, int]:
-        """(record batch, row in it) at a position of the line of shuffled record batches."""
+        """Return (record batch, row in it) at a position in the line of shuffled record batches."""
         number = int(np.searchsorted(self._ends, position, side="right"))
         batch = int(self._batches[number])
         return batch, position - int(self._ends[number] - self._packs_per_batch[batch])

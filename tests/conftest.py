@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 # Set before anything else is imported; what a test starts inherits them.
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never touch a hub
 os.environ["SPARK_MASTER"] = "local[2]"
+os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
 os.environ.setdefault("KANYUN_TIME_SCALE", "0.2")  # daemons that a test stops are back within seconds
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing by more threads
-# JVMs live for a minute here: with C1 alone a run of the pipeline takes 37 s of CPU time, with C2 behind it 58.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
+# JVMs live for a minute here: with C1 alone a run of the pipeline takes 37 s of CPU time, with C2 behind it 58. By
+# itself C1 has 48 MB for its code, which three runs of the pipeline fill; from then on Java would be interpreted.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m -XX:+UseSerialGC")
 
 # What needs the daemons of one cluster, and what needs a Spark session alone.
 _GROUPS = ("cluster", "spark")
@@ -47,9 +49,10 @@ def _rank(item: pytest.Item) -> int:
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator["SparkSession"]:
-    """The session that stages find running, on two cores."""
+    """The session that stages find running, on two cores. To set its conf, ask `spark_session()` for it: a test that
+    uses another master (tests/support/spark_sessions.py) ends this one, and the next stage starts it anew."""
     from pipeline.spark import spark_session
+    from tests.support.spark_sessions import end_session
 
-    session = spark_session()
-    yield session
-    session.stop()
+    yield spark_session()
+    end_session()

@@ -23,7 +23,7 @@ WRONG_INPUT = 2
 
 
 class Launcher:
-    """Runs the ranks of this node until they finish, fail for good, or the node is told to stop."""
+    """Runs the ranks of this node until they finish, fail once too often, or the node is told to stop."""
 
     def __init__(self, options: list[str], arguments: list[str]) -> None:
         main = str(Path(__file__).with_name("main.py"))

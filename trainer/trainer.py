@@ -58,7 +58,7 @@ class Trainer:
         names = told_apart(run.data, run.validation)
         form = BatchFormat.of(run.model, pinned=runtime.cuda, datasets=names)
         self.static = static_shape(run.data.all, layout.micro_batch, form.geometry)
-        place = {"micro_batch": layout.micro_batch, "rank": runtime.data_rank, "world": runtime.data_world}
+        place = {"micro_batch": layout.micro_batch, "dp_rank": runtime.data_rank, "dp_size": runtime.data_world}
         self.stream = self._open.enter_context(
             PackStream(
                 run.data,

@@ -37,7 +37,7 @@ class Progress:
         """Called before each line; for subclasses that look elsewhere how far they are."""
 
     def line(self, seconds: float) -> str:
-        """Return the line after so many seconds."""
+        """Return the line after `seconds` of work."""
         if not self.total:
             return f"{self._title}: {timedelta(seconds=int(seconds))} so far"
         rate = self.done / seconds if seconds else 0.0

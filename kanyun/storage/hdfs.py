@@ -47,7 +47,7 @@ class HdfsBackend(Backend):
         return _read_at(reader, offset, rest if size is None else size)
 
     def open(self, path: str) -> RandomAccess:
-        """Opened once, many ranges spare the NameNode a question each."""
+        """Open a file once for many ranges, so that the NameNode is asked once and not for each range."""
         return _HdfsFile(self._client.read(path))
 
     def create(self, path: str) -> Any:

@@ -72,7 +72,8 @@ def translate_errors(action: str, way_out: str) -> Iterator[None]:
 
 
 def _is_transient(error: Exception) -> bool:
-    """hdfs-native: a plain OSError without a number is of a connection, RuntimeError("RPCError... of the NameNode."""
+    """Return whether a retry may help. hdfs-native raises a plain OSError without a number for a connection, and a
+    RuntimeError("RPCError... for an answer of the NameNode."""
     if isinstance(error, RuntimeError):
         return not str(error).startswith(_PERMANENT) or bool(_TRANSIENT.search(str(error)))
     return type(error) is OSError and error.errno is None and "failed to lookup address" not in str(error)
@@ -89,6 +90,7 @@ def _kind(error: Exception) -> type[UserError]:
 
 
 def first_line(error: Exception) -> str:
-    """What RPCError("org.apache...SafeModeException", "Cannot create ...\\n\\tat org...") says, no Java stack."""
+    """Return the message of RPCError("org.apache...SafeModeException", "Cannot create ...\\n\\tat org...") without its
+    class and the Java stack."""
     text = re.sub(r'^\w+\(("[\w.$]+", )?"', "", str(error))
     return re.split(r'\\n|\n|"\)$', text)[0].replace('\\"', '"')

@@ -30,7 +30,7 @@ class Split:
 @dataclass(frozen=True)
 class RawRow:
     position: int  # see each format: together with the file's name it makes the sample_id
-    raw: str  # the row as it came, as text; bytes and base64 in it as their number
+    raw: str  # the row as it came, as text; binary values and base64 replaced by their length
     fields: dict[str, Any] | RowError
 
 
@@ -94,7 +94,7 @@ def as_row(value: Any) -> dict[str, Any] | RowError:
 
 
 def row_text(fields: dict[str, Any]) -> str:
-    """Return a row as text; bytes in it as their number."""
+    """Return a row as text, with binary values replaced by their length."""
     return json.dumps(fields, ensure_ascii=False, default=_text_of)
 
 

@@ -6,7 +6,7 @@ A stage is a frozen dataclass; its fields are its settings. A complete stage:
     class Shorten(Stage):
         name, after, schema = "shorten", "filter", SAMPLE      # its name, the stage before it, its rows
         quarantines = True                                     # rows with a `reason` go to quarantine/
-        distributions = {"characters": "length(text)"}         # drawn in report.html: title -> SQL over data/
+        distributions: ClassVar[dict[str, str]] = {"characters": "length(text)"}   # histograms: title -> SQL over data/
         limit: int = 1000                                      # a setting
 
         def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:

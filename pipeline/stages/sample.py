@@ -50,7 +50,8 @@ class SampleStage(Stage):
             if root.exists(REPORT):
                 Report.load(root, self.after)  # raises: it is another stage's output
             raise UserError(
-                f"no finished output of filter in or below {root.path}: run `python -m pipeline filter` first"
+                f"no finished output of {self.after} in or below {root.path}: "
+                f"run `python -m pipeline {self.after}` first"
             )
         return {path: Report.load(root / path if path != ONLY else root, self.after) for path in reports}
 
@@ -91,7 +92,7 @@ class SampleStage(Stage):
         root = Folder(self.source)
         own_name = root.name if ONLY in attempt.inputs else ONLY
         for path in sorted(set(self._table()) - set(attempt.inputs) - {own_name}):
-            facts[f"data path {path}"] = f"has a ratio, and no finished output of filter is at {root.path}/{path}"
+            facts[f"data path {path}"] = f"has a ratio, and no finished output of {self.after} is at {root.path}/{path}"
             print(f"{self.name}: data path {path} {facts[f'data path {path}']}")
         return {**super().seen(attempt), "facts": facts}
 

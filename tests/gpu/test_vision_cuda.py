@@ -93,7 +93,7 @@ def test_loss_in_a_pack_is_the_loss_alone(name: str, model: Any, packs: dict[str
 
 def test_one_graph_serves_other_images(model: Any, packs: dict[str, Any], runtime: Runtime) -> None:
     """A graph that baked in the first batch's windows, images or positions would be wrong on the others; and some
-    batches are padded to fewer patches, which have a graph of their own in the same memory.
+    batches are padded to fewer patches, each with its own graph in the same memory.
     """
     sizes = replace(STATIC, patches=(1600, 3200))
     chosen = [packs[name] for name in packs if len(packs[name]) == 1]

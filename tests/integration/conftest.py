@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
@@ -13,6 +14,7 @@ from pipeline.recipe import Recipe
 from tests.support.fault_runs import FaultRun, recipe_for
 from tests.support.qwen_assets import tiny_vl_folder
 from tests.support.raw_conversations import raw_files, write_raw
+from tests.support.training_job import WHOLE_STEPS, train, write_job
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +45,21 @@ def on_hdfs(
     recipe = recipe_for(root, undisturbed.model)
     recipe.run(overwrite=False)
     return recipe, root / "out"
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The config of a run of text in this process that nothing disturbed: WHOLE_STEPS steps, saved every two."""
+    values = write_job(tmp_path_factory.mktemp("runs"), images=False, packs=4 * WHOLE_STEPS)
+    values |= {"steps": WHOLE_STEPS, "save_every": 2, "validate_every": WHOLE_STEPS, "keep_last": 4}
+    train(values)
+    return values
+
+
+@pytest.fixture
+def job(text_run: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The same config with another output, where nothing is yet."""
+    return text_run | {"output": str(tmp_path / "out")}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pyspark.sql import SparkSession
 from kanyun.storage import Folder
 from pipeline.reports.report import Report, RowCounts
 from pipeline.schema import SAMPLED, VERSIONS
-from pipeline.spark import ROW_GROUP_ROWS
+from pipeline.spark import ROW_GROUP_ROWS, spark_session
 from pipeline.stages.build import TASKS_A_CORE, BuildStage
 from tests.support.qwen_assets import tiny_tokenizer_folder
 
@@ -36,7 +36,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_row_groups_are_as_short_as_stages_write_them(spark: SparkSession, tmp_path: Path) -> None:
-    spark.range(2 * ROW_GROUP_ROWS + 1).coalesce(1).write.parquet(str(tmp_path / "rows"))
+    spark_session().range(2 * ROW_GROUP_ROWS + 1).coalesce(1).write.parquet(str(tmp_path / "rows"))
     (file,) = (tmp_path / "rows").glob("*.parquet")
     metadata = pq.ParquetFile(file).metadata
     assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [2_000, 2_000, 1]
@@ -48,9 +48,9 @@ def test_one_file_gives_work_to_every_core_and_the_same_tokens(
     tokenizer = tiny_tokenizer_folder(tmp_path / "tokenizer", vision=False)
     tables = {}
     for name, least in (("whole", "4m"), ("cut", "16k")):  # a file of 4 MB may be cut, or one of 16 kB
-        spark.conf.set("spark.sql.files.openCostInBytes", least)
+        spark_session().conf.set("spark.sql.files.openCostInBytes", least)
         BuildStage(str(sampled), str(tmp_path / name), str(tokenizer), 512).run()
-        spark.conf.unset("spark.sql.files.openCostInBytes")
+        spark_session().conf.unset("spark.sql.files.openCostInBytes")
         files = sorted((tmp_path / name / "data").glob("*.parquet"))
         rows = [rows for file in files if (rows := pq.ParquetFile(file).metadata.num_rows)]
         if name == "whole":

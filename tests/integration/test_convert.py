@@ -4,10 +4,8 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from convert.verify import compare
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from tests.support.odd_folders import forget_digests
+from tests.support.processes import run_python, run_ranks
 from tests.support.qwen_assets import save_random, tiny_text_folder, tiny_vl_folder
 from tests.support.training_job import train, write_job
 from trainer import checkpoint
@@ -37,7 +36,6 @@ from trainer.runtime import Runtime
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 
 
@@ -62,8 +60,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def convert(*arguments: Any) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "convert", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return run_python(["-m", "convert", *map(str, arguments)])
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -156,8 +153,8 @@ def test_a_converted_model_starts_training_and_a_run_of_many_processes_converts(
         config = transformers.AutoConfig.from_pretrained(source, num_attention_heads=ranks, num_key_value_heads=ranks)
         save_random(transformers.AutoModelForCausalLM.from_config(config), source, seed=1)
     to_megatron(source, tmp_path / "megatron")
-    worker = ["-m", "tests.integration.test_convert", str(tmp_path / "megatron"), str(tmp_path / "split"), str(ranks)]
-    subprocess.run([sys.executable, *worker], cwd=ROOT, check=True, timeout=500)
+    folders = (str(tmp_path / "megatron"), str(tmp_path / "split"))
+    run_ranks(ranks, "-m", "tests.integration.test_convert", *folders)
     step = tmp_path / "split/checkpoints/step_00000000"
     assert {file.name.split("_")[2] for file in step.glob("*.distcp")} == {str(r) for r in range(ranks)}  # __RANK_N
     to_hf(str(tmp_path / "split"), tmp_path / "back")
@@ -174,30 +171,8 @@ def test_a_converted_model_starts_training_and_a_run_of_many_processes_converts(
         to_hf(str(tmp_path / "split"), tmp_path / "again")
 
 
-def load_and_save_in_pieces(source: str, output: str, ranks: int) -> None:
-    """In processes forked from this one, which has imported everything: eight starts of Python take a minute."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(ranks):
-        if child := os.fork():
-            children.append(child)
-            continue
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
-        try:
-            load_and_save_a_piece(source, output, ranks)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * ranks
-
-
-def load_and_save_a_piece(source: str, output: str, ranks: int) -> None:
-    with Runtime.start(tensor_parallel=ranks, seed=3) as runtime:
+def load_and_save_in_pieces(source: str, output: str) -> None:
+    with Runtime.start(tensor_parallel=int(os.environ["WORLD_SIZE"]), seed=3) as runtime:
         step = checkpoint.resolve(source)
         model = build_model(ModelConfig.from_hf((step / "hf").path), runtime)
         checkpoint.load(step, model)
@@ -337,4 +312,4 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    load_and_save_in_pieces(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    load_and_save_in_pieces(*sys.argv[1:])

@@ -5,7 +5,6 @@ And the comparison is worth something: each bucket's exchange, forgotten or done
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,9 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
+from tests.support.processes import run_ranks
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
-from tests.support.training_job import ROOT, write_job
+from tests.support.training_job import write_job
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.optim.optimizer import learning_rate
@@ -54,11 +54,8 @@ def reports(
     """The faults to look for, what one rank has, and what each of two has."""
     values, one = alone
     values = values | {"output": f"{values['output']}{request.param}"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = ["-m", "tests.integration.test_data_parallel", json.dumps(values), str(request.param)]
-    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return ("layer" if request.param > 1 else "bucket"), one, json.loads(done.stdout.splitlines()[-1])
+    printed = run_ranks(2, "-m", "tests.integration.test_data_parallel", json.dumps(values), str(request.param))
+    return ("layer" if request.param > 1 else "bucket"), one, json.loads(printed.splitlines()[-1])
 
 
 def test_two_ranks_train_as_one(reports: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
@@ -214,7 +211,7 @@ def layer_faults(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, list[str
 
 @contextmanager
 def repeated(owner: Any, name: str, times: int, only: int | None = None) -> Iterator[None]:
-    """While entered, a call of owner.name is so many; `only`: one that is given this layer."""
+    """While entered, a call of owner.name is `times` calls; `only`: one that is given this layer."""
     function: Callable[..., Any] = getattr(owner, name)
 
     def call(*args: Any, **kwargs: Any) -> None:

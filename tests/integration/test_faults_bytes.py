@@ -27,9 +27,7 @@ from pipeline.stages.filter import FilterStage
 from pipeline.stages.pack import PackStage
 from pipeline.stages.preprocess import PreprocessStage
 from pipeline.stages.sample import SampleStage
-from tests.support.fault_runs import LENGTH, PACKED, FaultRun, recipe_for
-
-STAGES = ("preprocess/chat", "filter/chat", "sample", "build", PACKED)
+from tests.support.fault_runs import LENGTH, OUTPUTS, PACKED, FaultRun, recipe_for
 
 
 @contextmanager
@@ -104,7 +102,7 @@ def test_a_byte_of_a_stage_s_rows(on_hdfs: tuple[Recipe, Folder], stage: str, co
     assert not [name for name in out.names() if "again" in name and (out / name).files()]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", OUTPUTS)
 def test_any_byte_of_a_report(on_hdfs: tuple[Recipe, Folder], stage: str) -> None:
     recipe, out = on_hdfs
     report = (out / stage).read("report.json")
@@ -155,26 +153,36 @@ def test_every_row_is_bad(cluster: Cluster, undisturbed: FaultRun, spark: SparkS
     out = root / "out"
     bad = rows_of(out / "filter/chat/quarantine")
     assert {row["raw"]: row["reason"] for row in bad} == dict.fromkeys(("{}", "[]", "{", "null"), "malformed_row")
-    counts = {name: Report.load(out / name, name.split("/")[0]).counts for name in STAGES[:-1]}
+    counts = {name: Report.load(out / name, name.split("/")[0]).counts for name in OUTPUTS[:-1]}
     assert counts["preprocess/chat"] == RowCounts(4, 4)
     assert counts["filter/chat"] == RowCounts(4, 0, quarantined={"malformed_row": 4})
     assert counts["sample"] == counts["build"] == RowCounts(0, 0)
     assert (out / "packed").names() == []
 
 
-def test_images_that_may_not_be_read(
+def test_what_another_user_may_not_read(
     cluster: Cluster, undisturbed: FaultRun, spark: SparkSession, tmp_path: Path
 ) -> None:
-    """They cost their rows. They are read by another user, since root may read everything."""
+    """An image costs its rows, a file of rows stops the stage. Another user, since root may read everything."""
     root = Folder(f"{cluster.hdfs}/{tmp_path.name}")
-    copy_folder(Folder(undisturbed.raw), root / "raw", "put")
-    cluster.shell("-chmod", "600", f"{root.path}/raw/images/3.png")
+    for name in ("raw", "hidden"):
+        copy_folder(Folder(undisturbed.raw), root / name, "put")
+    cluster.shell("-chmod", "600", f"{root.path}/raw/images/3.png", f"{root.path}/hidden/part-1.jsonl")
     cluster.shell("-chmod", "777", root.path)
-    command = [sys.executable, "-m", "pipeline", "preprocess", f"{root.uri}/raw", f"{root.uri}/out"]
+    lines = [
+        json.dumps(["preprocess", (root / name).uri, (root / f"{name}-out").uri, "--dataset", "messages"])
+        for name in ("raw", "hidden")
+    ]
     env = os.environ | cluster.env | {"HADOOP_USER_NAME": "somebody", "SPARK_MASTER": "local[2]"}
-    done = subprocess.run([*command, "--dataset", "messages"], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.support.commands", *lines]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = rows_of(root / "out/data")
+    images, file = done.stdout.splitlines()[-2:]
+    assert images == ""
+    assert "Permission denied: user=somebody, access=READ" in file
+    assert (root / "hidden-out").files() == []
+    assert not [name for name in root.names() if name.startswith("_")], "no attempt is left"
+    rows = rows_of(root / "raw-out/data")
     named = {"images/3.png": "image_unreadable", "images/none.png": "image_missing"}
     for row in rows:
         images = json.loads(row["raw"])["images"]

@@ -3,28 +3,35 @@
 Real HDFS and Spark daemons; faults are made by tests/support/faulty_pipeline.py.
 """
 
+import os
 import time
 
 import psutil
+import pytest
 from pyspark.sql import SparkSession
 
 from jobs.cluster import Cluster
-from tests.support.fault_runs import PACKED, FaultRun
+from tests.support.fault_runs import OUTPUTS, PACKED, FaultRun
+from tests.support.spark_sessions import spark_on_cluster
 
-SPECULATION = (
-    "--conf spark.speculation=true --conf spark.speculation.interval=100ms --conf spark.speculation.quantile=0.3 "
-    "--conf spark.speculation.multiplier=1.1 --conf spark.speculation.minTaskRuntime=100ms"
-)
+SPECULATION = {
+    "spark__speculation": "true",
+    "spark__speculation__interval": "100ms",
+    "spark__speculation__quantile": "0.3",
+    "spark__speculation__multiplier": "1.1",
+    "spark__speculation__minTaskRuntime": "100ms",
+}
 
 
 def test_tasks_that_fail_twice_executors_killed_and_stragglers_overtaken(
-    fault_run: FaultRun, undisturbed: FaultRun
+    cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun
 ) -> None:
     """A straggler goes on after five minutes: without the copy that overtakes it the run would not end in time."""
     in_preprocess = ("preprocess:0:3:2:fail", "preprocess:2:6:1:straggle", "preprocess:3:5:1:kill")
     in_pack = ("pack:0:1:2:fail", "pack:1:2:1:kill", "pack:2:4:1:straggle")
     started = time.monotonic()
-    fault_run.run(*in_preprocess, *in_pack, conf=SPECULATION)
+    with spark_on_cluster(cluster, **SPECULATION):
+        fault_run.run_here(*in_preprocess, *in_pack)
     assert time.monotonic() - started < 290
     failed = {f"{where}-0-fail-{n}" for where in ("preprocess", "pack") for n in (0, 1)}
     killed = {"preprocess-3-kill-0", "pack-1-kill-0"}
@@ -33,7 +40,11 @@ def test_tasks_that_fail_twice_executors_killed_and_stragglers_overtaken(
 
 
 def test_drivers_killed_in_preprocess_and_in_pack_run_again_and_a_second_one_refused(
-    cluster: Cluster, fault_run: FaultRun, undisturbed: FaultRun, spark: SparkSession
+    cluster: Cluster,
+    fault_run: FaultRun,
+    undisturbed: FaultRun,
+    spark: SparkSession,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for where, task, folder in (("preprocess", "2:6", "preprocess"), ("pack", "0:2", "packed")):
         dying = fault_run.beside(where)
@@ -44,13 +55,16 @@ def test_drivers_killed_in_preprocess_and_in_pack_run_again_and_a_second_one_ref
         assert attempt.startswith("_attempt-")
         wait_for_end_of_executors(cluster)
     second = fault_run.beside("second")
-    with fault_run.started("pack:0:2:1:meet", SPARK_MASTER="local[2]") as first:
-        with fault_run.meeting(first, "pack"):
-            refusal = second.refused_here()
-        said = fault_run.ended(first)
-    assert said.count("already done, skipped") == 4, "all but pack"
+    capsys.readouterr()
+    with (
+        fault_run.running_here("pack:0:2:1:meet") as first,
+        fault_run.meeting(first, "pack"),
+        second.started() as driver,
+    ):
+        refusal = second.refused(driver)
+    assert capsys.readouterr().out.count("already done, skipped") == len(OUTPUTS) - 1, "all but pack"
     assert f"{fault_run.out.path}/{PACKED} is being written by" in refusal
-    assert f"process {first.pid} on" in refusal
+    assert f"process {os.getpid()} on" in refusal
     assert fault_run.digest() == undisturbed.digest()
 
 

@@ -2,16 +2,22 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import pytest
 from pyspark.sql import SparkSession
 
 from jobs.cluster import Cluster
-from kanyun.storage import Folder
+from kanyun.storage import retries
 from tests.support.fault_runs import FaultRun, namenode_away
+from tests.support.spark_sessions import spark_on_cluster
 
-# Without the retries of our own settings Hadoop's client would give up a NameNode after 2 s, not after 10.
-IMPATIENT = "--conf spark.hadoop.ipc.client.connect.max.retries=2"
+# The usual patience, whatever KANYUN_TIME_SCALE is: the NameNode is away for 2 s and as long as it takes to start.
+# Without the retries of our own settings Hadoop's client would give it up after 2 s, not after 10.
+PATIENT = {
+    "spark__hadoop__dfs__client__retry__policy__spec": "3000,10",
+    "spark__hadoop__ipc__client__connect__max__retries": "2",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -55,23 +61,13 @@ def test_refusals_then_namenode_away_in_preprocess_and_datanode_killed_in_pack(
     cluster.dfsadmin("-clrSpaceQuota", out.path)
 
     faults = ("preprocess:1:4:1:meet", "pack:0:2:1:meet")
-    with fault_run.started(*faults, conf=IMPATIENT, KANYUN_TIME_SCALE="1") as driver:
-        with fault_run.meeting(driver, "preprocess"), namenode_away(cluster, 2):
+    with (
+        patch.object(retries, "_PAUSES", (1, 3, 9, 20, 30)),
+        spark_on_cluster(cluster, **PATIENT),
+        fault_run.running_here(*faults) as run,
+    ):
+        with fault_run.meeting(run, "preprocess"), namenode_away(cluster, 2):
             (fault_run.here / "preprocess-go").touch()
-        with fault_run.meeting(driver, "pack"):
+        with fault_run.meeting(run, "pack"):
             cluster.kill("datanode-1")
-        fault_run.ended(driver)
     assert fault_run.digest() == undisturbed.digest()
-
-
-def test_raw_files_that_may_not_be_read(cluster: Cluster, fault_run: FaultRun) -> None:
-    hidden = Folder(fault_run.raw) / "part-1.jsonl"
-    cluster.shell("-chmod", "600", hidden.path)
-    fault_run.out.make()
-    cluster.shell("-chmod", "777", fault_run.out.path)
-    try:
-        with fault_run.started(HADOOP_USER_NAME="somebody", SPARK_MASTER="local[2]") as driver:
-            assert "Permission denied: user=somebody, access=READ" in fault_run.refused(driver)
-    finally:
-        cluster.shell("-chmod", "644", hidden.path)
-    assert fault_run.out.files() == []

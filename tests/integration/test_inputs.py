@@ -7,11 +7,10 @@ import json
 import lzma
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -24,6 +23,7 @@ from pyspark.sql import SparkSession
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from pipeline.reports.report import Report
+from pipeline.spark import spark_session
 from pipeline.stages.filter import FilterStage
 from pipeline.stages.preprocess import PreprocessStage
 from tests.support.image_zoo import BAD, GOOD, HOSTILE
@@ -156,11 +156,12 @@ def test_the_zoo_through_the_stages(spark: SparkSession, tmp_path: Path) -> None
     (raw / "rows.jsonl").write_bytes(jsonl([conversation([name], f"This is {name}") for name in images]))
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(HOSTILE)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "SPARK_MASTER": "local[2]"}
-    command = [sys.executable, "-m", "pipeline", "preprocess", str(raw), str(tmp_path / "checked"), "--dataset"]
-    done = subprocess.run([*command, "messages"], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "failed" not in done.stderr, "no task of Spark's was lost"
+    context = spark_session().sparkContext
+    with patch.dict(context.environment, PYTHONPATH=str(tmp_path / "site")):  # of new workers of this context
+        PreprocessStage(str(raw), str(tmp_path / "checked"), "messages").run()
+    tracker = context.statusTracker()
+    stages = {stage for job in tracker.getJobIdsForGroup() for stage in tracker.getJobInfo(job).stageIds}
+    assert [info for stage in stages if (info := tracker.getStageInfo(stage)) and info.numFailedTasks] == []
     FilterStage(str(tmp_path / "checked"), str(tmp_path / "clean")).run()
     kept, quarantined = (read(Folder(str(tmp_path / "clean" / part))) for part in ("data", "quarantine"))
     assert [json.loads(row["raw"])["images"][0] for row in kept] == list(GOOD)

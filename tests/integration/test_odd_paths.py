@@ -48,9 +48,9 @@ def test_images_are_in_the_raw_folder_however_it_is_spelt(
     assert all(len(row["images"]) == 1 for row in pq.read_table(tmp_path / "x/out/data").to_pylist())
 
 
-@pytest.mark.parametrize("name", ["run [1] {a,b}", "数据 a*b?c\\d é #%41&"])
-def test_the_whole_pipeline_into_folders_with_odd_names_without_a_locale(name: str, raw: Path, tmp_path: Path) -> None:
+def test_the_whole_pipeline_into_folders_with_odd_names_without_a_locale(raw: Path, tmp_path: Path) -> None:
     """As in a container without LANG."""
+    name = "run [1] {a,b}/数据 a*b?c\\d é #%41&"
     tiny_vl_folder(tmp_path / "hf")
     recipe = tmp_path / "recipe.yaml"
     datasets = {"图": {"raw": str(raw), "dataset": "messages"}}

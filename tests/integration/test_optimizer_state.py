@@ -1,6 +1,5 @@
 """Optimizer state that data-parallel ranks wrote, each its part, is read by ranks that split the model, and by one."""
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from kanyun.storage import Folder
 from tests.support.model_golden import Example, batch_of
+from tests.support.processes import run_ranks
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State, saver
@@ -29,9 +29,7 @@ from trainer.runtime import Runtime
 def test_every_split_reads_what_another_wrote(tmp_path: Path) -> None:
     tiny_text_folder(tmp_path / "hf", tied=False)
     for action, processes in (("two data-parallel", 2), ("two tensor-parallel", 2), ("one", 1)):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        worker = ["-m", "tests.integration.test_optimizer_state", str(tmp_path), action]
-        subprocess.run([*torchrun, *worker], cwd=Path(__file__).parents[2], check=True, timeout=300)
+        run_ranks(processes, "-m", "tests.integration.test_optimizer_state", str(tmp_path), action)
     written, rewritten, trained = (
         torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("written", "rewritten", "trained")
     )

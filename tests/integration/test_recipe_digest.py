@@ -1,13 +1,13 @@
 """Three data paths with equal file names, ratios below and above 1, two epochs: one digest, however it is run."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
@@ -17,12 +17,17 @@ from kanyun.storage import Folder
 from kanyun.transfer import copy_folder
 from kanyun.verify import verify
 from pipeline.recipe import Recipe
+from pipeline.spark import map_rows, read_parquet
+from pipeline.stages import base
 from tests.support.qwen_assets import tiny_text_folder
+from tests.support.spark_sessions import spark_on, spark_on_cluster
 from tests.support.two_epochs import two_epochs
+
+pytestmark = pytest.mark.usefixtures("cluster")  # all in its process, so that `here` is made once
 
 RATIOS = {"_extra": 0.7, "web/en": 1.4, "web/de": 1}
 ROWS = 50
-SMALL_SPLITS = "--conf spark.sql.files.maxPartitionBytes=3000 --conf spark.sql.shuffle.partitions=7 pyspark-shell"
+SMALL_SPLITS = {"spark__sql__files__maxPartitionBytes": "3000"}
 
 
 def write_raw(root: Path, *, backwards: bool = False) -> None:
@@ -41,13 +46,6 @@ def write_recipe(here: Path, raw: str, output: str, model: Path) -> str:
     here.mkdir(exist_ok=True)
     (here / "recipe.yaml").write_text(json.dumps(values))  # JSON is YAML
     return str(here / "recipe.yaml")
-
-
-def run(recipe: str, **environment: str) -> list[str]:
-    command = [sys.executable, "-m", "tests.support.two_epochs", recipe]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-1].split()[1:]
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +76,23 @@ def test_every_row_is_a_sample_of_its_own(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("master", "settings", "backwards"), [("local[1]", "", True), ("local[4]", SMALL_SPLITS, False)]
+    ("master", "settings", "shuffled", "backwards"), [("local[1]", {}, 4, True), ("local[4]", SMALL_SPLITS, 7, False)]
 )
 def test_one_digest_on_any_number_of_cores(
-    master: str, settings: str, backwards: bool, here: Path, tmp_path: Path
+    master: str,
+    settings: dict[str, str],
+    shuffled: int,
+    backwards: bool,
+    here: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also in other splits, in other partitions behind a shuffle, and from files that were made in another order."""
+    monkeypatch.setattr(base, "SHUFFLE_PARTITIONS", shuffled)
     write_raw(tmp_path / "raw", backwards=backwards)
     recipe = write_recipe(tmp_path, str(tmp_path / "raw"), str(tmp_path / "out"), here / "hf")
-    options = {"PYSPARK_SUBMIT_ARGS": settings} if settings else {}
-    assert run(recipe, SPARK_MASTER=master, **options) == (here / "digests").read_text().split()
+    with spark_on(master, **settings):
+        assert two_epochs(Recipe.load(recipe)) == (here / "digests").read_text().split()
 
 
 def test_one_digest_with_files_that_are_listed_in_another_order(here: Path, tmp_path: Path) -> None:
@@ -101,8 +107,37 @@ def test_one_digest_with_files_that_are_listed_in_another_order(here: Path, tmp_
     assert two_epochs(recipe) == (here / "digests").read_text().split()
 
 
-def test_one_digest_on_the_cluster(cluster: Cluster, here: Path, tmp_path: Path) -> None:
+def test_the_cluster_runs_our_code_and_makes_the_same_digest(cluster: Cluster, here: Path, tmp_path: Path) -> None:
     root = Folder(f"{cluster.hdfs}/{tmp_path.name}")
     copy_folder(Folder(str(here / "raw")), root / "raw", "put")
     recipe = write_recipe(tmp_path, (root / "raw").uri, (root / "out").uri, here / "hf")
-    assert run(recipe, **cluster.env) == (here / "digests").read_text().split()
+    with spark_on_cluster(cluster) as session:
+        squares(session, root)
+        assert two_epochs(Recipe.load(recipe)) == (here / "digests").read_text().split()
+    deadline = time.monotonic() + 60
+    while cluster.executors():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    copy_folder(root / "squares", Folder(str(tmp_path / "squares")), "fetch")
+    rows = pq.read_table(str(tmp_path / "squares")).to_pydict()
+    assert sorted(rows["square"]) == [i * i for i in range(1000)]
+    assert set(rows["master"]) == {cluster.spark}
+    assert set(rows["code"]) == {"./kanyun_code.zip/kanyun/storage/__init__.py"}, "the session's, not an installed one"
+
+
+def squares(session: SparkSession, root: Folder) -> None:
+    """Write rows to HDFS, read them there, and map them by a function that imports code of ours on the executors."""
+    master = session.sparkContext.master
+    schema = pa.schema([("square", pa.int64()), ("code", pa.string()), ("master", pa.string())])
+
+    def square(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        import kanyun.storage
+
+        for batch in batches:
+            ids = batch["id"].to_pylist()
+            columns = [[i * i for i in ids], [kanyun.storage.__file__] * len(ids), [master] * len(ids)]
+            yield pa.record_batch(columns, schema)
+
+    session.range(0, 1000, 1, 4).write.parquet((root / "numbers").uri)
+    rows = map_rows(read_parquet(root / "numbers"), square, schema)
+    rows.write.parquet((root / "squares").uri)

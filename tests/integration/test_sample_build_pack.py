@@ -28,6 +28,7 @@ from kanyun.verify import verify
 from pipeline.images.blobs import short_digest
 from pipeline.reports.report import Report, RowCounts
 from pipeline.schema import SAMPLE, VERSIONS
+from pipeline.spark import spark_session
 from pipeline.stages.build import BuildStage
 from pipeline.stages.pack import PackStage
 from pipeline.stages.sample import SampleStage, copies_before
@@ -241,16 +242,16 @@ def test_same_bytes_for_other_files_and_partitions(made: tuple[Path, Raw], spark
     (tmp_path / "filtered").mkdir()
     save_filtered(tmp_path / "filtered", rows, files=7)
     settings = {"spark.sql.shuffle.partitions": "5", "spark.sql.files.maxPartitionBytes": "20000"}
-    usual = {key: spark.conf.get(key) for key in settings}
+    usual = {key: spark_session().conf.get(key) for key in settings}
     try:
         for key, value in settings.items():
-            spark.conf.set(key, value)
+            spark_session().conf.set(key, value)
         SampleStage(str(tmp_path / "filtered"), str(tmp_path / "sampled"), seed=5).run()
         BuildStage(str(tmp_path / "sampled"), str(tmp_path / "built"), tokenizer=str(root / "hf"), length=LENGTH).run()
         SmallBuckets.below(str(tmp_path / "built"), str(tmp_path / "packed"), LENGTH).run()
     finally:
         for key, before in usual.items():
-            spark.conf.set(key, before)
+            spark_session().conf.set(key, before)
     one, other = (PackedDataset(Folder(packed(p))).manifest for p in (root, tmp_path))
     assert one.content_digest == other.content_digest
     assert [s.digest for s in one.shards] == [s.digest for s in other.shards]

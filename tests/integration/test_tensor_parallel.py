@@ -1,7 +1,6 @@
-"""Two processes that share a model make the same weights, logits, loss and gradients as one that has all of it."""
+"""Two tensor-parallel ranks make the same weights, logits, loss and gradients as one process with the whole model."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 
 from tests.support.model_golden import Example, batch_of
+from tests.support.processes import run_ranks
 from tests.support.qwen3_assets import tiny_qwen3_folder
 from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
@@ -26,9 +26,7 @@ from trainer.runtime import Runtime
 def test_two_processes_are_one_model(make: Any, tmp_path: Path) -> None:
     make(tmp_path, tied=False)
     report(tmp_path, 1)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = ["-m", "tests.integration.test_tensor_parallel", str(tmp_path), "2"]
-    subprocess.run([*torchrun, *worker], cwd=Path(__file__).parents[2], check=True, timeout=300)
+    run_ranks(2, "-m", "tests.integration.test_tensor_parallel", str(tmp_path), "2")
     one, two = (json.loads((tmp_path / f"{world}.json").read_text()) for world in (1, 2))
     assert one["logits"] > 1
     for name, value in one.items():

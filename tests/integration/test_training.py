@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import signal
 import subprocess
 from collections.abc import Iterator
 from itertools import islice
@@ -15,7 +14,7 @@ import torch
 
 from kanyun.errors import UserError
 from kanyun.naming import dataset_name
-from tests.support.training_job import LENGTH, ROOT, command, launch, metrics_of, train, wait_for, write_job
+from tests.support.training_job import LENGTH, curve, execute, launch, metrics_of, start, train, wait_for, write_job
 from trainer import checkpoint
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
@@ -55,12 +54,6 @@ def weights(values: dict[str, Any]) -> Weights:
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def curve(values: dict[str, Any], name: str = "loss") -> list[float]:
-    metrics = metrics_of(values)
-    assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))  # each step once
-    return [line[name] for line in metrics]
-
-
 def assert_equal(a: Weights, b: Weights) -> None:
     assert a.keys() == b.keys()
     for name in a:
@@ -97,7 +90,7 @@ def test_stopped_and_resumed_is_never_stopped(whole: dict[str, Any], tmp_path: P
 
 def test_two_processes_train_as_one_and_as_plain_torch(whole: dict[str, Any], tmp_path: Path) -> None:
     two = whole | {"output": str(tmp_path / "out")}
-    done = launch(two, processes=2)
+    done = execute(two, processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 CPU process(es)" in done.stdout
     assert re.search(r"^first step done \d+ s after this process was started$", done.stdout, re.MULTILINE)
@@ -162,9 +155,9 @@ def unequal(packs: tuple[Batch, ...]) -> bool:
 def test_killed_at_any_moment_goes_on_from_the_last_save(whole: dict[str, Any], tmp_path: Path) -> None:
     values = whole | {"output": str(tmp_path / "out"), "save_every": 1, "validate_every": 3}
     for at_step in (2, 4):
-        with subprocess.Popen(command(values), cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        with start(values) as process:
             wait_for(Path(values["output"], "checkpoints", f".attempt-step_{at_step:08d}"), process)
-            process.send_signal(signal.SIGKILL)  # while a checkpoint is being written
+            process.kill()  # while a checkpoint is being written
         assert checkpoint.read_state(checkpoint.resolve(values["output"])).step in (at_step - 1, at_step)
     done = launch(values)
     assert done.returncode == 0, done.stderr
@@ -260,19 +253,19 @@ def test_an_output_that_cannot_be_written_is_said_so(text: dict[str, Any], tmp_p
 
 def test_the_command_line_says_one_sentence(text: dict[str, Any], tmp_path: Path) -> None:
     values = text | {"output": str(tmp_path / "out")}
-    done = launch(values, "lenght=3")
+    done = execute(values, "lenght=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown key 'lenght' in the config: did you mean 'length'?\n"
 
     unfinished = tmp_path / "data" / dataset_name(LENGTH, 0, 0)
     unfinished.mkdir(parents=True)
-    done = launch(values, f"data={tmp_path / 'data'}")
+    done = execute(values, f"data={tmp_path / 'data'}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert "has no manifest.json" in done.stderr
     assert done.stderr.count("\n") == 1
 
-    done = launch(values, "lenght=3", processes=2)
+    done = execute(values, "lenght=3", processes=2)
     assert done.returncode == 2
     last = "error: unknown key 'lenght' in the config: did you mean 'length'?"
     assert done.stderr.splitlines()[-1] == last  # after all that torchrun has to say

@@ -1,4 +1,7 @@
-"""The chat templates of Qwen2.5-Instruct and Qwen3, as the hub has them: both print tools, calls and results."""
+"""The chat templates of Qwen2.5-Instruct and Qwen3: both print tools, calls and results.
+
+Compared, on 27 November 2026, with copies of the published ones: they render the same text.
+"""
 
 _TOOLS = r"""    {{- "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>" }}
     {%- for tool in tools %}
@@ -21,7 +24,6 @@ _RESULT = r"""    {%- elif message.role == "tool" %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}
-{%- endif %}
 """
 
 QWEN2_5 = (
@@ -63,6 +65,7 @@ QWEN2_5 = (
         {{- '<|im_end|>\n' }}
 """  # noqa: E501
     + _RESULT
+    + "{%- endif %}\n"
 )
 
 QWEN3 = (
@@ -134,5 +137,10 @@ QWEN3 = (
         {%- endif %}
         {{- '<|im_end|>\n' }}
 """  # noqa: E501
-    + _RESULT
+    + _RESULT.replace("message.content", "content")
+    + r"""    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
 )

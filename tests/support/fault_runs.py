@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,16 +24,21 @@ from kanyun.naming import dataset_name
 from kanyun.storage import Folder
 from kanyun.verify import verify
 from pipeline.recipe import Recipe, RecipeDataset
+from pipeline.spark import spark_session
+from pipeline.stages.table import STAGES
 from tests.support.faulty_pipeline import small_tasks
+from tests.support.spark_sessions import EXECUTOR_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 256
-EXECUTORS = "--conf spark.executor.extraJavaOptions=-XX:TieredStopAtLevel=1"  # as the driver, see conftest.py
+EXECUTORS = f"--conf 'spark.executor.extraJavaOptions={EXECUTOR_OPTIONS}'"
 PACKED = f"packed/{dataset_name(LENGTH, 0, 0)}"
+# The outputs of its stages, in their order.
+OUTPUTS = [f"{stage.output}/chat" if stage.per_path else stage.output for stage in STAGES[:-1]] + [PACKED]
 # What a finished run may consist of (.crc: Spark's on a local disk); every blob must be named by a row as well.
 _FILES = re.compile(
     r"ratios\.yaml|index\.html|.*/\.[^/]*\.crc|.*/report\.(json|html)|.*/tokenizer/[\w.]+|.*/blobs/\w{32}\.blob"
-    r"|(preprocess/chat|filter/chat|sample|build)/(data|quarantine)/(_SUCCESS|part-[^/]*\.parquet)"
+    rf"|({'|'.join(OUTPUTS[:-1])})/(data|quarantine)/(_SUCCESS|part-[^/]*\.parquet)"
     rf"|{PACKED}/(manifest\.json|batches\.arrow|shard-\d+-of-\d+\.arrow|lineage/lineage-\d+-of-\d+\.parquet)"
 )
 
@@ -72,6 +79,21 @@ class FaultRun:
         with small_tasks(self.here, faults):
             Recipe.load(self._recipe()).run(overwrite=False)
 
+    @contextmanager
+    def running_here(self, *faults: str) -> Iterator["Future[None]"]:
+        """`run_here` in a thread beside the block: a daemon that another thread than the main one starts ends with it,
+        see Cluster."""
+        session: Any = spark_session()
+
+        def run() -> None:
+            session._jvm.SparkSession.setActiveSession(session._jsparkSession)  # each thread has one
+            self.run_here(*faults)
+
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(run)
+            yield running
+            running.result()
+
     def refused_here(self, *faults: str) -> str:
         """The one sentence with which `run_here` ends."""
         with pytest.raises(UserError) as caught:
@@ -106,15 +128,20 @@ class FaultRun:
         return (self.here / "stderr").read_text()
 
     @contextmanager
-    def meeting(self, driver: "subprocess.Popen[str] | None", where: str) -> Iterator[None]:
-        """The block runs when a task has reached its meeting; then that goes on. driver: None for this process."""
+    def meeting(self, run: "subprocess.Popen[str] | Future[None] | None", where: str) -> Iterator[None]:
+        """The block runs when a task has reached its meeting; then that goes on. run: None for this thread's."""
         deadline = time.monotonic() + 400
-        while not (self.here / f"{where}-reached").exists():
-            assert driver is None or driver.poll() is None, self.errors()[-6000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        yield
-        (self.here / f"{where}-go").touch()
+        try:
+            while not (self.here / f"{where}-reached").exists():
+                if isinstance(run, Future):
+                    assert not run.done(), run.result()
+                else:
+                    assert run is None or run.poll() is None, self.errors()[-6000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            yield
+        finally:
+            (self.here / f"{where}-go").touch()
 
     def happened(self) -> set[str]:
         return {path.name for path in self.here.iterdir() if re.fullmatch(r"\w+-\d+-\w+-\d+", path.name)}

@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import psutil
 import pyarrow as pa
-from pyspark import TaskContext
+from pyspark import TaskContext, cloudpickle
 from pyspark.sql import DataFrame
 
 from kanyun.errors import run_cli
@@ -116,6 +116,7 @@ class FaultyTask:
 def small_tasks(folder: Path, texts: Sequence[str]) -> Iterator[None]:
     """In the block, stages of this process run in small tasks, in which the faults of `texts` happen."""
     faults = tuple(map(Fault.parse, texts))
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # executors have the pipeline's code, not the tests'
 
     def faulty(where: str) -> Callable[[DataFrame, Callable[[Rows], Rows], pa.Schema], DataFrame]:
         mine = tuple(fault for fault in faults if fault.where == where)

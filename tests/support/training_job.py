@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,13 +15,14 @@ import torch
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
 from tests.support.packed_data import IMAGE, random_packs, write_packed
+from tests.support.processes import ROOT, Python, run_python
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from trainer.config import TrainConfig
 from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
 
-ROOT = Path(__file__).parents[2]
 LENGTH = 64
+WHOLE_STEPS = 8  # of the fixture text_run
 
 
 def write_job(
@@ -63,20 +65,15 @@ def train(values: dict[str, Any]) -> list[dict[str, Any]]:
     return metrics_of(values)
 
 
-def command(
-    values: dict[str, Any], *changes: str, processes: int | None = None, main: str = "trainer/main.py"
-) -> list[str]:
-    """The command line; `processes`: as jobs/ start them; `main`: another worker than the trainer's, under torchrun."""
+def command(values: dict[str, Any], *changes: str, processes: int | None = None) -> list[str]:
+    """Write the run's YAML file; return the command line behind `python`. `processes`: as the scripts of jobs/ start
+    several ranks."""
     remote = values["output"].startswith("hdfs://")
     config = Path(values["data"]).parent / "run.yaml" if remote else Path(values["output"]).with_suffix(".yaml")
     config.write_text(json.dumps(values))  # JSON is YAML
-    arguments = [str(config), *changes]
     if processes is None:
-        return [sys.executable, main, *arguments]
-    options = ["--standalone", "--nproc-per-node", str(processes)]
-    if main == "trainer/main.py":
-        return [sys.executable, "trainer/launch.py", *options, "--", *arguments]
-    return [sys.executable, "-m", "torch.distributed.run", *options, main, *arguments]
+        return ["trainer/main.py", str(config), *changes]
+    return ["trainer/launch.py", "--standalone", "--nproc-per-node", str(processes), "--", str(config), *changes]
 
 
 def environment(**added: str) -> dict[str, str]:
@@ -84,30 +81,23 @@ def environment(**added: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"RESTARTS": "0"} | added
 
 
-def launch(
-    values: dict[str, Any], *changes: str, processes: int | None = None, main: str = "trainer/main.py"
-) -> "subprocess.CompletedProcess[str]":
-    """The command line, to its end."""
-    return subprocess.run(
-        command(values, *changes, processes=processes, main=main),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def execute(values: dict[str, Any], *changes: str, processes: int | None = None) -> "subprocess.CompletedProcess[str]":
+    """The command line as people start it, to its end: every process imports torch for itself."""
+    line = [sys.executable, *command(values, *changes, processes=processes)]
+    return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False)
 
 
-def start(values: dict[str, Any], *changes: str, processes: int | None = None) -> "subprocess.Popen[str]":
-    """The command line, running, its output in pipes."""
-    line = command(values, *changes, processes=processes)
-    return subprocess.Popen(
-        line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def launch(values: dict[str, Any], *changes: str, processes: int | None = None) -> "subprocess.CompletedProcess[str]":
+    """The command line in forked processes, to its end."""
+    return run_python(command(values, *changes, processes=processes), environment())
 
 
-def wait_for(path: Path, process: "subprocess.Popen[Any]") -> None:
+def start(values: dict[str, Any], *changes: str, processes: int | None = None) -> Python:
+    """The command line in forked processes, running."""
+    return Python(command(values, *changes, processes=processes), environment())
+
+
+def wait_for(path: Path, process: Python) -> None:
     """Wait until a run has made a file."""
     end = time.monotonic() + 200
     while not path.exists():
@@ -118,3 +108,21 @@ def wait_for(path: Path, process: "subprocess.Popen[Any]") -> None:
 
 def metrics_of(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(values["output"], "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(values: dict[str, Any], name: str = "loss") -> list[float]:
+    """A metric of every step, each of which must be there once."""
+    metrics = metrics_of(values)
+    assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
+    return [line[name] for line in metrics]
+
+
+def steps_of(values: dict[str, Any]) -> list[str]:
+    """The names of a run's checkpoints."""
+    return [path.name for path in sorted(Path(values["output"], "checkpoints").glob("step_*"))]
+
+
+def copy_of(finished: dict[str, Any], job: dict[str, Any]) -> Path:
+    """Copy a finished run to the job's output; return its checkpoints."""
+    shutil.copytree(finished["output"], job["output"])
+    return Path(job["output"], "checkpoints")

@@ -1,8 +1,5 @@
-"""Two epochs of one recipe: python -m tests.support.two_epochs RECIPE prints the content digests of both."""
+"""Two epochs of one recipe."""
 
-import sys
-
-from kanyun.errors import run_cli
 from kanyun.manifest import Manifest
 from kanyun.storage import Folder
 from pipeline.recipe import RATIOS, Recipe
@@ -13,7 +10,10 @@ from pipeline.stages.sample import SampleStage
 
 
 def two_epochs(recipe: Recipe) -> list[str]:
-    """The recipe, then sample, build and pack of epoch 1; in tasks and buckets so small that there are several."""
+    """Run the recipe, then sample, build and pack of epoch 1; return the content digests of both epochs.
+
+    In tasks and buckets so small that there are several.
+    """
     PackStage.bucket_samples, usual = 60, PackStage.bucket_samples
     PreprocessStage.task_bytes, usual_bytes = (2 << 10, 2 << 10), PreprocessStage.task_bytes
     try:
@@ -27,11 +27,3 @@ def two_epochs(recipe: Recipe) -> list[str]:
         PackStage.bucket_samples, PreprocessStage.task_bytes = usual, usual_bytes
     packed = out / "packed"
     return [Manifest.load(packed / name).content_digest for name in packed.names()]
-
-
-def main() -> None:
-    print("digests", *two_epochs(Recipe.load(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    run_cli(main)

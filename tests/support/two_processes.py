@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.processes import run_ranks
 from tests.support.qwen_assets import tiny_vl_folder
-from tests.support.training_job import ROOT, metrics_of, train, write_job
+from tests.support.training_job import metrics_of, train, write_job
 from trainer.config import TrainConfig
 from trainer.optim.data_parallel import OverlappedDataParallel
 from trainer.runtime import Runtime
@@ -66,10 +66,7 @@ def assert_overlap_changes_nothing(folder: Path, *, weight_shards: int = 1) -> N
 
 
 def _launch(values: dict[str, Any], *arguments: str, world: int = 2) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    worker = ["-m", "tests.support.two_processes", json.dumps(values), *arguments]
-    done = subprocess.run([*torchrun, *worker], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(world, "-m", "tests.support.two_processes", json.dumps(values), *arguments)
 
 
 def set_exchange(ddp: OverlappedDataParallel, exchange: str) -> None:

@@ -44,9 +44,9 @@ def data(parent: Path) -> PackedData:
     return data
 
 
-def stream(data: PackedData, rank: int = 0, world: int = 1, **kwargs: object) -> PackStream:
+def stream(data: PackedData, dp_rank: int = 0, dp_size: int = 1, **kwargs: object) -> PackStream:
     settings = {"seed": 5, "global_batch": 8, "micro_batch": 2, **kwargs}
-    return PackStream(data, FORM, rank=rank, world=world, **settings)  # type: ignore[arg-type]
+    return PackStream(data, FORM, dp_rank=dp_rank, dp_size=dp_size, **settings)  # type: ignore[arg-type]
 
 
 def take(data: PackedData, steps: int, consumed: int = 0, **kwargs: object) -> list[tuple[Batch, ...]]:
@@ -109,10 +109,10 @@ def test_resumes_with_exactly_the_same_batches(data: PackedData, consumed: int) 
 @pytest.mark.parametrize("cost", [None, PackCost(1.0, 30.0)])
 def test_any_number_of_ranks_gives_the_same_global_batches(data: PackedData, cost: PackCost | None) -> None:
     alone = take(data, 9, cost=cost, micro_batch=1)
-    for world, micro_batch in [(2, 2), (4, 1), (8, 1)]:
-        ranks = [take(data, 9, rank=r, world=world, micro_batch=micro_batch, cost=cost) for r in range(world)]
+    for dp_size, micro_batch in [(2, 2), (4, 1), (8, 1)]:
+        ranks = [take(data, 9, dp_rank=r, dp_size=dp_size, micro_batch=micro_batch, cost=cost) for r in range(dp_size)]
         for step in range(9):
-            assert len(ranks[0][step]) == 8 // world // micro_batch
+            assert len(ranks[0][step]) == 8 // dp_size // micro_batch
             together = [key for rank in ranks for key in keys(rank[step])]
             assert together == keys(alone[step])
 
@@ -125,9 +125,11 @@ def test_imbalance_is_that_of_the_ranks_costs(data: PackedData) -> None:
         return int((samples.diff() ** 2).sum() + 30 * patches)
 
     order = {"cost": PackCost(1.0, 30.0), "global_batch": 8, "micro_batch": 1}
-    ranks = [take(data, 7, rank=rank, world=4, **order) for rank in range(4)]  # 5 steps of one epoch, 2 of the next
+    ranks = [
+        take(data, 7, dp_rank=rank, dp_size=4, **order) for rank in range(4)
+    ]  # 5 steps of one epoch, 2 of the next
     costs = [[sum(map(cost, step)) for step in steps] for steps in ranks]
-    with stream(data, rank=2, world=4, **order) as packs:
+    with stream(data, dp_rank=2, dp_size=4, **order) as packs:
         found = [packs.imbalance(8 * step) for step in range(7)]
     assert found == pytest.approx([max(of_ranks) / np.mean(of_ranks) for of_ranks in zip(*costs)])
     assert len(set(found)) == 7
@@ -187,7 +189,7 @@ def test_what_does_not_fit_is_refused_with_both_values(data: PackedData, parent:
     with pytest.raises(DatasetError, match="tokenizer the model's, but the model folder has the tokenizer another's"):
         PackedData(str(parent), LENGTH, Fingerprint("another's", None, {}))
     with pytest.raises(UserError, match="global_batch 8 is not a multiple of 6"):
-        stream(data, world=3)
+        stream(data, dp_size=3)
     with pytest.raises(DatasetError, match="has 25 packs in epoch 1, less than one global_batch of 32"):
         stream(data, global_batch=32)
 
@@ -243,16 +245,16 @@ def test_threads_end_with_the_stream(data: PackedData) -> None:
     assert set(threading.enumerate()) == before
 
 
-@pytest.mark.parametrize(("world", "micro_batch"), [(1, 1), (1, 4), (2, 3), (4, 2), (5, 20)])
+@pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 1), (1, 4), (2, 3), (4, 2), (5, 20)])
 def test_validation_sees_every_pack_once_on_equally_many_micro_batches(
-    data: PackedData, world: int, micro_batch: int
+    data: PackedData, dp_size: int, micro_batch: int
 ) -> None:
     counted, loss, batches = [], 0.0, []
-    for rank in range(world):
-        with ValidationStream(data, FORM, micro_batch=micro_batch, rank=rank, world=world) as held:
+    for rank in range(dp_size):
+        with ValidationStream(data, FORM, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size) as held:
             mine = list(held.batches())
             assert len(mine) == held.micro_batches
-            if world == 1:
+            if dp_size == 1:
                 for a, b in zip(mine, held.batches(), strict=True):  # again, the same
                     assert_same(a, b)
         batches.append(len(mine))

@@ -44,7 +44,7 @@ class Part:
         return prod(self.shape) * self.dtype.itemsize
 
     def values(self) -> Tensor:
-        """Return the values on the CPU, in a storage of their own."""
+        """Return the values on the CPU, in a separate storage."""
         sources = [source.detach().cpu() for source in self.sources]
         values = sources[0] if len(sources) == 1 else joined(*sources)
         whole = values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes

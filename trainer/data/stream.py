@@ -43,7 +43,7 @@ class _Stream:
 
 
 class PackStream(_Stream):
-    """Training batches of data-parallel rank `rank` of `world`. A context manager.
+    """Training batches of one data-parallel rank, `dp_rank` of `dp_size`. A context manager.
 
     Raises UserError if ranks x micro-batch does not divide the global batch, or an epoch is smaller than that.
     """
@@ -56,18 +56,18 @@ class PackStream(_Stream):
         seed: int,
         global_batch: int,  # packs a step, over all ranks
         micro_batch: int,  # packs
-        rank: int = 0,
-        world: int = 1,
+        dp_rank: int = 0,
+        dp_size: int = 1,
         cost: PackCost | None = None,  # balances the ranks: the packs of one step cost about the same
     ):
-        if global_batch % (world * micro_batch):
+        if global_batch % (dp_size * micro_batch):
             raise UserError(
-                f"global_batch {global_batch} is not a multiple of {world * micro_batch} ({world} data-parallel ranks "
-                f"x micro-batches of {micro_batch} packs): choose another global_batch or number of GPUs"
+                f"global_batch {global_batch} is not a multiple of {dp_size * micro_batch} ({dp_size} data-parallel "
+                f"ranks x micro-batches of {micro_batch} packs): choose another global_batch or number of GPUs"
             )
         for packs in data.epochs:
             if len(packs) < global_batch:
-                most = len(packs) // (world * micro_batch) * world * micro_batch
+                most = len(packs) // (dp_size * micro_batch) * dp_size * micro_batch
                 remedy = f"set global_batch to at most {most}, or pack more data" if most else "pack more data"
                 raise DatasetError(
                     f"{data.parent} has {len(packs)} packs in epoch {packs.epoch}, less than one global_batch of "
@@ -75,8 +75,8 @@ class PackStream(_Stream):
                 )
         super().__init__(data, batch_format, micro_batch)
         self._seed, self._global_batch = seed, global_batch
-        share = global_batch // world
-        self._world, self._slots = world, range(rank * share, (rank + 1) * share)
+        share = global_batch // dp_size
+        self._dp_size, self._slots = dp_size, range(dp_rank * share, (dp_rank + 1) * share)
         self._costs = [packs.costs(cost) if cost else None for packs in data.epochs]
         self._order = lru_cache(maxsize=2)(self._make_order)  # of the epoch, and of the next, which is read ahead
 
@@ -106,7 +106,7 @@ class PackStream(_Stream):
     def imbalance(self, consumed: int) -> float:
         """Return the largest rank's cost over the ranks' mean, in the step after `consumed` packs. Needs `cost`."""
         epoch, step = self.locate(consumed)
-        ranks = self._order(epoch).costs(step).reshape(self._world, -1).sum(axis=1)
+        ranks = self._order(epoch).costs(step).reshape(self._dp_size, -1).sum(axis=1)
         return float(ranks.max() / ranks.mean())
 
     def batches(self, consumed: int) -> Iterator[tuple[Batch, ...]]:
@@ -143,12 +143,14 @@ class ValidationStream(_Stream):
     Collectives need the same number of micro-batches on every rank: the last ones are filled up with blank packs.
     """
 
-    def __init__(self, data: PackedData, batch_format: BatchFormat, *, micro_batch: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self, data: PackedData, batch_format: BatchFormat, *, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
+    ):
         if not len(data.all):
             raise DatasetError(f"{data.parent} has no packs: give other validation data, or leave `validation` out")
         super().__init__(data, batch_format, micro_batch)
-        self.micro_batches = -(-len(data.all) // (micro_batch * world))  # on each rank
-        self._first = rank * self.micro_batches * micro_batch
+        self.micro_batches = -(-len(data.all) // (micro_batch * dp_size))  # on each rank
+        self._first = dp_rank * self.micro_batches * micro_batch
 
     def batches(self) -> Iterator[Batch]:
         """Return an iterator of `micro_batches` batches. It may be called any number of times."""

@@ -46,7 +46,7 @@ class StepMetrics:
     seconds: float
     memory_gb: float  # peak of rank 0's device; on a CPU, of its process
     validation_loss: float | None
-    # Means over their trained tokens; what has no name of its own is "(other)".
+    # Means over their trained tokens; what has no separate name is "(other)".
     loss_by_dataset: dict[str, float] = field(default_factory=dict)
     tokens_by_dataset: dict[str, int] = field(default_factory=dict)  # trained ones
     validation_loss_by_dataset: dict[str, float] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class Metrics:
         self._drawing = time.monotonic() - self._drawn
 
     def _say(self, sentence: str) -> None:
-        """Print it on a line of its own, below the live one."""
+        """Print it on a separate line, below the live one."""
         print(("\n" if self._terminal else "") + sentence, flush=True)
 
     def _show(self, metrics: StepMetrics) -> None:

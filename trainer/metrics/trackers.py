@@ -144,7 +144,7 @@ SERVICES: tuple[Any, ...] = (Wandb, Mlflow, SwanLab)
 
 
 class Background:
-    """A service that is started and fed in a thread of its own."""
+    """A service that is started and fed in a separate thread."""
 
     def __init__(self, name: str, start: Callable[[], Tracker], say: Callable[[str], None]) -> None:
         self.name, self._start, self._say = name, start, say

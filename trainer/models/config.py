@@ -199,7 +199,7 @@ class Compute:
     """How a model computes: precision and activation checkpointing. The planner chooses it."""
 
     fp8: bool = False  # matrix products of the layers in 8 bits, with one scale a tensor
-    # The first N layers or blocks keep only their input for the backward pass and are recomputed in it.
+    # Activation checkpointing: the first N layers or blocks are recomputed in the backward pass.
     recomputed_layers: int = 0  # of the decoder
     recomputed_blocks: int = 0  # of the vision tower
 

@@ -130,7 +130,7 @@ class OverlappedDataParallel(DistributedDataParallel):
 
 def shard_layers(model: LanguageModel, count: int) -> ShardedLayers:
     """Shard the decoder's layers over `count` neighbouring ranks."""
-    # Communicators of their own: their collectives are captured, and run beside those of the buckets.
+    # Separate communicators: their collectives are captured, and run beside those of the buckets.
     ranks = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
     blocks = [ranks[first : first + count] for first in range(0, len(ranks), count)]
     group, _ = dist.new_subgroups_by_enumeration(blocks)

@@ -53,8 +53,9 @@ def build_optimizer(config: TrainConfig, ddp: OverlappedDataParallel, runtime: R
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Of step 0 .. steps - 1: rises in a line during the warm-up, then falls from lr along half a cosine to min_lr,
-    which would be that of step `steps`: the last one still learns.
+    """Return the learning rate of step 0 .. steps - 1: linear warmup, then cosine decay to min_lr.
+
+    min_lr would be the rate of step `steps`, so that the last step still learns.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -63,8 +64,10 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def set_rates(optimizer: ChainedOptimizer, config: TrainConfig, lr: float) -> None:
-    """For the next step. megatron.core puts biases and norms into a group of their own (wd_mult 0), but leaves it to
-    the learning-rate schedule to act on it: without this they would decay too.
+    """Set the learning rate and the weight decay of the next step.
+
+    megatron.core puts biases and norms into a separate group (wd_mult 0), but leaves it to the learning-rate schedule
+    to act on it: without this they would decay too.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr

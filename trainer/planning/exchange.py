@@ -51,7 +51,7 @@ class WeightExchange:
 
 
 def weight_exchange(parameters: float, *, layers: int, fp8: bool, gpus: int, shards: int, node: int) -> WeightExchange:
-    """Return the exchange of the `parameters` of so many layers, sharded over `shards` neighbouring GPUs."""
+    """Return the exchange of `layers` layers with together `parameters`, sharded over `shards` neighbouring GPUs."""
     inside, replicas = shards <= node, gpus // shards
     received = (shards - 1) / shards * parameters
     latency = 0.0 if inside else layers * (shards - 1) * HOP

@@ -38,8 +38,8 @@ class MemoryModel:
         """Return the bytes of a GPU for a micro-batch of `tokens` slots and `patches`.
 
         `data_parallel`: ranks that the optimizer's state is sharded over. `weight_shards` > 1: weights, gradients and
-        optimizer state of the decoder's layers are sharded over so many; embedding, output head and vision tower are
-        too if `all_sharded`, and else as with whole weights.
+        optimizer state of the decoder's layers are sharded over that many ranks; embedding, output head and vision
+        tower are too if `all_sharded`, and else as with whole weights.
         """
         if weight_shards > 1:
             state = self._sharded_state(weight_shards, data_parallel, compute, all_sharded)

@@ -42,7 +42,7 @@ class Tower(nn.Module):
 
 
 class VisionTower(Tower):
-    """Patches to visual tokens. `recomputed` blocks keep only their input and run again in the backward pass."""
+    """Patches to visual tokens. The first `recomputed` blocks are recomputed in the backward pass."""
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from trainer.models.qwen3_vl.config import DeepstackVisionConfig
 
 
 class VisionTower(Tower):
-    """Every block attends within whole images. The first `recomputed` blocks run again in the backward pass."""
+    """Every block attends within whole images. The first `recomputed` blocks are recomputed in the backward pass."""
 
     def __init__(
         self,

@@ -1,0 +1,263 @@
+"""Which checkpoint a run goes on from, and with what: damaged saves, other ranks, other settings, another run's."""
+
+import json
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert.to_hf import to_hf
+from kanyun.errors import UserError
+from tests.support.processes import run_ranks
+from tests.support.training_job import (
+    WHOLE_STEPS,
+    command,
+    copy_of,
+    curve,
+    launch,
+    metrics_of,
+    start,
+    steps_of,
+    train,
+    wait_for,
+)
+from trainer import checkpoint
+from trainer.config import TrainConfig
+from trainer.trainer import Run
+
+NOTING = "tests/support/noting_trainer.py"
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_nothing_is_lost(
+    text_run: dict[str, Any], job: dict[str, Any]
+) -> None:
+    root = copy_of(text_run, job)
+    assert steps_of(job) == [f"step_{step:08d}" for step in (2, 4, 6, 8)]
+    (root / "latest").unlink()
+    (root / "step_00000008" / "state.json").unlink()
+    tensors = root / "step_00000006" / "__0_1.distcp"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    done = launch(job)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^passed over step_00000008: .* has no state.json", done.stdout, re.MULTILINE)
+    assert re.search(r"^passed over step_00000006: .*__0_1.distcp has .* bytes instead of", done.stdout, re.MULTILINE)
+    assert re.search("latest is missing; step_00000004 is the newest whole checkpoint", done.stdout)
+    assert "step_00000006, step_00000008: newer than step 4, moved to" in done.stdout
+    assert "4 line(s) of steps after 4 moved from metrics.jsonl to metrics.aside.jsonl" in done.stdout
+    assert curve(job) == curve(text_run)
+    (aside,) = root.glob("aside-*")
+    assert sorted(path.name for path in aside.iterdir()) == ["step_00000006", "step_00000008"]
+    assert len(Path(job["output"], "metrics.aside.jsonl").read_text().splitlines()) == 4
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_newest_checkpoint_with_a_flipped_byte_is_passed_over(
+    text_run: dict[str, Any], job: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copy_of(text_run, job)
+    flip_a_byte(root / "step_00000008" / "__0_1.distcp")
+    flip_a_byte(root / "step_00000006" / "__0_0.distcp")
+    train(job)
+    said = capsys.readouterr().out
+    for name in ("step_00000008/__0_1.distcp", "step_00000006/__0_0.distcp"):
+        assert re.search(rf"^passed over step_0000000\d: .*{name} is damaged \(its digest is ", said, re.MULTILINE)
+    assert f"going on from {root}/step_00000004" in said
+    assert "step_00000006, step_00000008: newer than step 4, moved to" in said
+    assert curve(job) == curve(text_run)
+
+    # One that was asked for by its name is refused, and a run whose content is all damaged does not start anew.
+    for name in ("step_00000004", "step_00000006", "step_00000008"):
+        flip_a_byte(root / name / "__0_1.distcp")
+    with pytest.raises(UserError, match=r"step_00000006/__0_1.distcp is damaged .*; `resume: 6` chose it"):
+        train(job | {"resume": 6})
+    before = metrics_of(job)
+    flip_a_byte(root / "step_00000002" / "__0_1.distcp")
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole \(passed over step_00000008: .*is damaged"):
+        train(job)
+    assert metrics_of(job) == before
+
+
+def test_conversion_takes_the_newest_checkpoint_without_damage_and_says_so(
+    text_run: dict[str, Any], job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copy_of(text_run, job)
+    flip_a_byte(root / "step_00000008" / "__0_0.distcp")
+    flip_a_byte(root / "step_00000006" / "hf" / "config.json")
+    flip_a_byte(root / "step_00000004" / "__0_2.distcp")  # the optimizer's: not read
+    to_hf(job["output"], tmp_path / "a")
+    said = capsys.readouterr().out
+    assert re.search(r"^passed over step_00000008: .*__0_0.distcp is damaged", said, re.MULTILINE)
+    assert re.search(r"^passed over step_00000006: .*hf/config.json is damaged", said, re.MULTILINE)
+    to_hf(str(root / "step_00000004"), tmp_path / "b")
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"step_00000006/hf/config.json is damaged"):
+        to_hf(str(root / "step_00000006"), tmp_path / "c")
+
+
+@pytest.mark.parametrize("key", ["init", "continue_from"])
+def test_another_run_s_newest_checkpoint_with_a_flipped_byte_is_passed_over(
+    key: str, text_run: dict[str, Any], job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(text_run["output"], tmp_path / "source")
+    newest = tmp_path / "source" / "checkpoints" / "step_00000008"
+    flip_a_byte(newest / "__0_0.distcp")
+    train(job | {key: str(tmp_path / "source"), "steps": 1, "warmup_steps": 0})
+    assert re.search(r"^passed over step_00000008: .* is damaged", capsys.readouterr().out, re.MULTILINE)
+    flip_a_byte(newest / "__0_0.distcp")
+    earlier = job | {key: str(newest.with_name("step_00000006")), "output": job["output"] + "-2"}
+    assert train(earlier | {"steps": 1, "warmup_steps": 0})[0]["loss"] == metrics_of(job)[0]["loss"]
+    flip_a_byte(newest / "__0_0.distcp")
+    with pytest.raises(UserError, match=r"step_00000008/__0_0.distcp is damaged"):
+        train(job | {key: str(newest), "output": job["output"] + "-3"})
+
+
+def test_a_refused_command_leaves_no_output_folder(job: dict[str, Any], tmp_path: Path) -> None:
+    output = tmp_path / "new" / "runs" / "x"
+    for change in ("data=/nowhere", "trainable=nothing"):
+        done = launch(job, f"output={output}", change)
+        assert done.returncode == 2, done.stderr
+        assert not (tmp_path / "new").exists()
+    output.mkdir(parents=True)
+    launch(job, f"output={output}", "data=/nowhere")
+    assert list(output.iterdir()) == []
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    text_run: dict[str, Any], job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, clock = random.Random(1), time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + draw.uniform(-1e6, 1e6))  # 12 days
+    train(job | {"steps": WHOLE_STEPS - 3})
+    assert steps_of(job) == [f"step_{step:08d}" for step in (2, 4, 5)]
+    train(job)
+    assert curve(job, "trained_tokens") == curve(text_run, "trained_tokens")
+    assert curve(job)[-1] == pytest.approx(curve(text_run)[-1], rel=0.05)  # the schedule was another one up to step 5
+    assert all(0 < seconds < 1000 for seconds in curve(job, "seconds"))
+
+
+def test_no_whole_checkpoint_is_no_start_at_step_0(text_run: dict[str, Any], job: dict[str, Any]) -> None:
+    for state in copy_of(text_run, job).glob("step_*/state.json"):
+        state.write_text("")
+    before = metrics_of(job)
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole \(passed over step_00000008: .*damaged"):
+        Run.prepare(TrainConfig(**job), world=1, cuda=False)
+    assert metrics_of(job) == before
+
+
+def test_resume_chooses_a_step_once(text_run: dict[str, Any], job: dict[str, Any]) -> None:
+    root = copy_of(text_run, job)
+    chosen = Run.prepare(TrainConfig(**job | {"resume": 4}), world=1, cuda=False)
+    assert (chosen.start.step, chosen.resume and chosen.resume.name) == (4, "step_00000004")
+    with start(job, "resume=4") as process:
+        wait_for(root / ".attempt-step_00000006", process)
+        process.kill()
+    again = Run.prepare(TrainConfig(**job | {"resume": 4}), world=1, cuda=False)  # the same command, after a kill
+    assert again.start.step in (4, 6)
+    train(job | {"resume": 4})
+    assert Run.prepare(TrainConfig(**job | {"resume": 4}), world=1, cuda=False).start.step == WHOLE_STEPS
+    assert curve(job) == curve(text_run)
+    (aside,) = root.glob("aside-*")
+    elsewhere = Run.prepare(TrainConfig(**job | {"resume": str(aside / "step_00000006")}), world=1, cuda=False)
+    assert elsewhere.start.step == 6
+    with pytest.raises(UserError, match=r"step_00000005 has no state\.json"):
+        Run.prepare(TrainConfig(**job | {"resume": 5}), world=1, cuda=False)
+
+
+def test_a_run_continues_with_another_batch_and_schedule_and_keeps_its_optimizer(
+    text_run: dict[str, Any], job: dict[str, Any]
+) -> None:
+    changes = {
+        "continue_from": text_run["output"],
+        "global_batch": 8,
+        "steps": 3,
+        "lr": 1e-3,
+        "warmup_steps": 0,
+        "seed": 5,
+    }
+    done = launch(job | changes)
+    assert done.returncode == 0, done.stderr
+    assert "the position in the data starts anew" in done.stdout
+    lines = metrics_of(job)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0]["lr"] == 1e-3
+    state = checkpoint.read_state(checkpoint.resolve(job["output"]))
+    assert (state.updates_before, state.updates, state.consumed) == (WHOLE_STEPS, WHOLE_STEPS + 3, 24)
+    before, after = (optimizer_of(values) for values in (text_run, job))
+    assert before.keys() == after.keys()
+    # exp_avg_sq decays by 0.95 a step: without the kept one, it would be about 0.05 of the gradients' squares.
+    fresh = json.loads(json.dumps(job | changes | {"continue_from": None, "init": text_run["output"]}))
+    train(fresh | {"output": job["output"] + "-fresh"})
+    unkept = optimizer_of(fresh | {"output": job["output"] + "-fresh"})
+    moments = [name for name in after if ".exp_avg_sq." in name]
+    assert sum(after[name] for name in moments) > 1.5 * sum(unkept[name] for name in moments)
+    with pytest.raises(UserError, match="made with trainable all, this run has language"):
+        Run.prepare(TrainConfig(**job | changes | {"output": job["output"] + "-2", "trainable": "language"}), 1, False)
+
+
+def optimizer_of(values: dict[str, Any]) -> dict[str, float]:
+    """Sums of the optimizer's tensors in the newest checkpoint, by name."""
+    import io
+
+    import torch
+
+    step = checkpoint.resolve(values["output"])
+    sums: dict[str, float] = {}
+    for index, stored in checkpoint.read_metadata(step).storage_data.items():
+        if index.fqn.startswith("optimizer."):
+            data = step.read(stored.relative_path, stored.offset, stored.length)
+            value = float(torch.load(io.BytesIO(data), weights_only=True).double().sum())
+            sums[index.fqn] = sums.get(index.fqn, 0.0) + value
+    return sums
+
+
+def test_more_steps_say_what_becomes_of_the_learning_rate(text_run: dict[str, Any], job: dict[str, Any]) -> None:
+    copy_of(text_run, job)
+    longer = TrainConfig(**job | {"steps": 2 * WHOLE_STEPS})
+    sentence = Run.prepare(longer, world=1, cuda=False).schedule_change(2 * WHOLE_STEPS)
+    assert sentence.startswith(
+        f"the schedule changed (steps {WHOLE_STEPS} -> {2 * WHOLE_STEPS}): the learning rate goes from "
+    )
+    last, following = (float(value) for value in re.findall(r"(\d\.\d+e-\d+) in step", sentence))
+    assert last == pytest.approx(curve(text_run, "lr")[-1], rel=1e-3)
+    assert following > 8 * last
+    assert Run.prepare(TrainConfig(**job), world=1, cuda=False).schedule_change(WHOLE_STEPS) == ""
+
+
+def test_any_number_of_ranks_goes_on_with_the_same_samples(
+    text_run: dict[str, Any], job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved at 1, loaded at 2; saved at 2, loaded at 4; saved at 4, loaded at 1."""
+    values, steps = job | {"validation": None, "save_every": 100}, []
+    for ranks, upto in ((1, 2), (2, 4), (4, 6), (1, 8)):
+        notes = tmp_path / f"{ranks}-{upto}"
+        notes.mkdir()
+        monkeypatch.setenv("NOTES", str(notes))
+        run_ranks(ranks, NOTING, *command(values, f"steps={upto}")[1:])
+        steps += samples(notes, ranks, 2)
+    monkeypatch.setenv("NOTES", str(tmp_path))
+    alone = values | {"output": str(tmp_path / "alone")}
+    run_ranks(1, NOTING, *command(alone)[1:])
+    undisturbed = samples(tmp_path, 1, WHOLE_STEPS)
+    assert steps == undisturbed
+    assert len({tuple(step) for step in steps}) == WHOLE_STEPS
+    assert all(len(step) >= 4 for step in steps)
+
+
+def samples(notes: Path, ranks: int, steps: int) -> list[list[int]]:
+    """The sorted sample ids of each of the first `steps`, over the ranks' micro-batches of one pack, 4 a step."""
+    each = 4 // ranks
+    lines = [(notes / f"rank-{rank}.txt").read_text().splitlines() for rank in range(ranks)]
+    return [
+        sorted(int(word) for rank in lines for line in rank[step * each : (step + 1) * each] for word in line.split())
+        for step in range(steps)
+    ]
