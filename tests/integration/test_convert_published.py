@@ -21,8 +21,10 @@ from convert.checks import Layout
 from convert.hf_writer import HFWriter, Planned
 from convert.to_hf import to_hf
 from convert.to_megatron import to_megatron
+from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from trainer.models.config import ModelConfig
+from trainer.models.qwen3_vl.config import DeepstackVisionConfig
 from trainer.models.registry import family_of, published_sizes
 
 PERIOD = 1_000_003  # a prime: no row, block or head is like another
@@ -32,7 +34,8 @@ SIZES = published_sizes()
 def write_model(folder: Path, size: ModelConfig) -> None:
     """Write a Hugging Face folder of one layer with other bits in every tensor."""
     vision = size.vision
-    (tiny_vl_folder if vision else tiny_text_folder)(folder)
+    deepstack = isinstance(vision, DeepstackVisionConfig)
+    (tiny_qwen3_vl_folder if deepstack else tiny_vl_folder if vision else tiny_text_folder)(folder)
     values = json.loads((folder / "config.json").read_text())
     text = values.get("text_config", values)
     text |= {
@@ -41,11 +44,11 @@ def write_model(folder: Path, size: ModelConfig) -> None:
         "num_hidden_layers": 1,
         "num_attention_heads": size.num_heads,
         "num_key_value_heads": size.num_kv_heads,
-        "layer_types": None,
+        "layer_types": ["full_attention"],
     }
     values |= {"model_type": size.model_type, "tie_word_embeddings": size.tied}
-    if size.head_dim * size.num_heads != size.hidden_size:
-        values["head_dim"] = size.head_dim
+    if "head_dim" in text or size.head_dim * size.num_heads != size.hidden_size:
+        text["head_dim"] = size.head_dim
     if vision:
         text["rope_parameters"]["mrope_section"] = list(size.mrope_section)
         values["vision_config"] |= {
@@ -54,8 +57,12 @@ def write_model(folder: Path, size: ModelConfig) -> None:
             "intermediate_size": vision.intermediate_size,
             "num_heads": vision.num_heads,
             "out_hidden_size": vision.out_hidden_size,
-            "fullatt_block_indexes": [0],
         }
+        if isinstance(vision, DeepstackVisionConfig):
+            blocks = {"deepstack_visual_indexes": [0], "num_position_embeddings": vision.position_side**2}
+        else:
+            blocks = {"fullatt_block_indexes": [0]}
+        values["vision_config"] |= blocks
     (folder / "config.json").write_text(json.dumps(values))
     (folder / "model.safetensors").unlink()
 
