@@ -65,6 +65,6 @@ class MegatronWeights:
                 # A view of the file, not its bytes: torch reads from it into the tensor's memory.
                 view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
                 piece: Tensor = torch.load(view, weights_only=True, map_location="cpu")
-        except Exception as error:  # a damaged record raises whatever its wrong bytes mean
+        except Exception as error:  # damaged bytes can raise any error in the unpickler
             raise UserError(f"{self._step} is damaged, {name} cannot be read: use another checkpoint") from error
         return piece

@@ -50,7 +50,7 @@ class Plant:
 
     reason: Reason | None  # None: a good row, which another one repeats
     row: dict[str, Any] | str
-    says: str  # what happened, for people
+    says: str  # the caption: what is wrong with the row
     pictures: tuple[str, ...] = ()  # of the page, in RAW/pictures
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Preprocess: raw jsonl or parquet rows -> checked samples; image bytes go into blobs, once.
 # usage: jobs/spark_preprocess.sh RAW OUT --dataset messages|llava|text [--overwrite]
-# example: jobs/spark_preprocess.sh hdfs://namenode:9820/raw/charts hdfs://namenode:9820/work/charts --dataset llava
+# example: jobs/spark_preprocess.sh hdfs://namenode:9820/raw/charts hdfs://namenode:9820/stages/charts --dataset llava
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 need 4 "$@"

@@ -52,7 +52,7 @@ _PROCESSOR_DEFAULTS = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-# What pixels are made with in training, whatever the folder says: as in every published Qwen-VL. 3 = bicubic.
+# Image settings of training and of every published Qwen-VL; a folder with others is refused. 3 = bicubic.
 _PIXELS = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 _RESTORE = "put the model's own preprocessor_config.json there"
 # The name of a processor setting in config.json's vision_config.

@@ -4,7 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 from kanyun.cli import doctor
 from kanyun.cli.doctor import Finding, missing, ok
@@ -26,17 +26,10 @@ def findings(folders: Sequence[str]) -> Iterator[Finding]:
 
 
 def _packages() -> Finding:
-    found, absent = [], []
-    for name in _PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            absent.append(name)
-    if absent:
-        return missing("packages", f"no {', no '.join(absent)}: pip install -c constraints.txt '.[pipeline]'")
-    if int(version("pandas").split(".")[0]) >= 3:
+    finding = doctor.packages(_PACKAGES, extra="pipeline")
+    if finding.state == "ok" and int(version("pandas").split(".")[0]) >= 3:
         return missing("packages", f"pandas is {version('pandas')}, pyspark needs one below 3: pip install 'pandas<3'")
-    return ok("packages", ", ".join(found))
+    return finding
 
 
 def _spark() -> Finding:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from kanyun.errors import UserError
@@ -49,6 +50,19 @@ def report(findings: Iterable[Finding], as_json: bool) -> int:
     if as_json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     return int(any(finding.state == "missing" for finding in found))
+
+
+def packages(names: Iterable[str], *, extra: str) -> Finding:
+    """`extra`: the optional dependencies of pyproject.toml that bring them."""
+    found, absent = [], []
+    for name in names:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            absent.append(name)
+    if absent:
+        return missing("packages", f"no {', no '.join(absent)}: pip install -c constraints.txt '.[{extra}]'")
+    return ok("packages", ", ".join(found))
 
 
 def python() -> Finding:

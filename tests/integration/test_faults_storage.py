@@ -12,7 +12,7 @@ from kanyun.storage import retries
 from tests.support.fault_runs import FaultRun, namenode_away
 from tests.support.spark_sessions import spark_on_cluster
 
-# The usual patience, whatever KANYUN_TIME_SCALE is: the NameNode is away for 2 s and as long as it takes to start.
+# Timeouts as in production, not scaled: the NameNode is away for 2 s and as long as it takes to start.
 # Without the retries of our own settings Hadoop's client would give it up after 2 s, not after 10.
 PATIENT = {
     "spark__hadoop__dfs__client__retry__policy__spec": "3000,10",

@@ -41,7 +41,7 @@ def test_a_clock_that_jumps_neither_frees_nor_keeps_a_claim(
         with pytest.raises(UserError, match="is being written by process"), claim.only_writer(folder):
             pass
     folder.write("_writer-0.json", json.dumps({"host": "far", "pid": 7, "since": "2026-01-01 10:00:00"}).encode())
-    with claim.only_writer(folder) as mine:  # its process is dead, whatever its time is
+    with claim.only_writer(folder) as mine:  # its process is dead, so its heartbeat does not count
         assert folder.names() == [mine.name]
 
 

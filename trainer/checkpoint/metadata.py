@@ -90,7 +90,7 @@ def read_metadata(step: Folder) -> Metadata:
         metadata = _PlainMetadata(io.BytesIO(step.read(METADATA))).load()
     except FileNotFoundError as error:
         raise UserError(f"{step.uri}/{METADATA} is missing: use another checkpoint") from error
-    except Exception as error:  # a damaged pickle raises whatever its wrong bytes mean
+    except Exception as error:  # damaged bytes can raise any error in the unpickler
         raise UserError(f"{step.uri} is no checkpoint of plain data ({error}): do not use it") from error
     if not isinstance(metadata, Metadata):
         raise UserError(f"{step.uri} is no checkpoint of plain data (.metadata has no records): do not use it")

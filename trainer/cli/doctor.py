@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _BUSY = 2e9  # bytes of a GPU that is another process's
 def findings(folders: Sequence[str]) -> Iterator[Finding]:
     """Yield what was looked at; `folders` (data, model, output) are read, on disk or HDFS."""
     yield doctor.python()
-    packages = _packages()
+    packages = doctor.packages(_PACKAGES, extra="convert")
     yield packages
     yield doctor.disk("disk", os.getcwd())
     yield doctor.hadoop_conf()
@@ -30,18 +30,6 @@ def findings(folders: Sequence[str]) -> Iterator[Finding]:
         yield doctor.reachable(folder)
     if packages.state == "ok":
         yield from _gpus()
-
-
-def _packages() -> Finding:
-    found, absent = [], []
-    for name in _PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            absent.append(name)
-    if absent:
-        return missing("packages", f"no {', no '.join(absent)}: pip install -c constraints.txt '.[convert]'")
-    return ok("packages", ", ".join(found))
 
 
 def _gpus() -> Iterator[Finding]:

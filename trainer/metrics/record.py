@@ -110,7 +110,7 @@ class Metrics:
                     self._output.write(str(file.relative_to(self._local)), file.read_bytes())
 
     def close(self) -> None:
-        self._drawing = 0.0  # once more, whatever it takes
+        self._drawing = 0.0  # so that the last drawing is not skipped for its cost
         self.publish()
         self._open.close()
 
