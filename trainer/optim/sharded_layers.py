@@ -122,9 +122,11 @@ class ShardedLayers:
         matrices = [parameter for layer in self.parameters for parameter in layer]
         for parameter in matrices:
             parameter.requires_grad_(False)
-        yield
-        for parameter in matrices:
-            parameter.requires_grad_(self.trains)
+        try:
+            yield
+        finally:
+            for parameter in matrices:
+                parameter.requires_grad_(self.trains)
 
     @contextmanager
     def placeholders(self) -> Iterator[list[list[nn.Parameter]]]:
