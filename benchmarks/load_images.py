@@ -2,7 +2,7 @@
 
 usage: python benchmarks/load_images.py DATA
 DATA is what vision_data.py wrote. The floor is the bare decoder and, where the size is another, the bare resize, each
-with its output thrown away. Ours is trainer.data.images.write_patches: it turns the picture as EXIF says, makes it RGB
+with its output thrown away. Ours is trainer.data.pixels.write_patches: it turns the picture as EXIF says, makes it RGB
 and cuts it into patches besides. Both on one core, in CPU time; then the loader's threads on all cores, by the clock.
 """
 
@@ -25,8 +25,8 @@ from benchmarks.vision_data import crop, pictures
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
 from trainer.data.batch import BatchFormat
-from trainer.data.images import write_patches
 from trainer.data.loader import _threads
+from trainer.data.pixels import write_patches
 from trainer.data.source import PackedData
 from trainer.data.stream import PackStream
 from trainer.models.config import ModelConfig

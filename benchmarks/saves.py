@@ -213,7 +213,7 @@ def device_to_host(runtime: Runtime) -> float:
 def machine(runtime: Runtime, folder: Path) -> str:
     device = torch.cuda.get_device_name() if runtime.cuda else "CPU"
     free = shutil.disk_usage(folder).free / GB
-    return f"{runtime.world} rank(s), {device}, {free:.0f} GB free on the disk, torch {torch.__version__}"
+    return f"{runtime.world_size} rank(s), {device}, {free:.0f} GB free on the disk, torch {torch.__version__}"
 
 
 def gathered(value: int) -> list[int]:

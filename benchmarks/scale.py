@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="of text")
     parser.add_argument("--images", type=int, default=2_000, help="rows with a picture")
     parser.add_argument("--cores", type=int, default=2, help="of Spark's local mode")
-    parser.add_argument("--steps", type=int, help="stop after so many steps that had not been measured")
+    parser.add_argument("--steps", type=int, help="stop after this number of steps that had not been measured")
     parser.add_argument("folder", nargs="?", help="a temporary one if left out")
     args = parser.parse_args()
     rows = {"documents": args.rows // 2, "chats": args.rows - args.rows // 2, "pictures": args.images}

@@ -41,16 +41,16 @@ def _resize_vocab(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from convert.logits import compare, report, summary
     from convert.output import local_path
-    from convert.verify import compare, report, summary
 
     first, second = local_path(args.a), local_path(args.b)
-    sample, found = compare(first, second)
+    sample, comparison = compare(first, second)
     if args.json:
-        values = summary(found, args.tolerance)
+        values = summary(comparison, args.tolerance)
         print(json.dumps(values, indent=2))
         return 0 if values["within"] else 1
-    return 0 if report(first, second, sample, found, tolerance=args.tolerance) else 1
+    return 0 if report(first, second, sample, comparison, tolerance=args.tolerance) else 1
 
 
 def parser() -> Parser:

@@ -19,15 +19,15 @@ LISTED = 6  # faults, and names in one fault, that a message spells out
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorShapes:
     """The shape of every tensor of one model, by its name on either side."""
 
     hf: Mapping[str, Shape]
     megatron: Mapping[str, Shape]
 
     @classmethod
-    def of(cls, folder: Path, config: ModelConfig, rows: Sequence[Row]) -> "Layout":
-        """Return the layout of the model that transformers makes of the config.json in `folder`; no memory is used.
+    def of(cls, folder: Path, config: ModelConfig, rows: Sequence[Row]) -> "TensorShapes":
+        """Return the shapes of the model that transformers makes of the config.json in `folder`; no memory is used.
 
         The megatron side follows from the table's transforms. Raises UserError if transformers refuses config.json, or
         if its tensors are not those that the trainer's model has.

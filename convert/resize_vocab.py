@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convert.checks import Layout, require_finite
+from convert.checks import TensorShapes, require_finite
 from convert.hf_weights import HFWeights
 from convert.hf_writer import HFWriter, Planned
 from convert.output import new_folder
@@ -36,14 +36,14 @@ def resize_vocab(source: Path, out: Path, overwrite: bool = False) -> int:
         )
     vocab_size = -(-(largest + 1) // MULTIPLE) * MULTIPLE
     rows, weights = family_of(config).table(config), HFWeights(source, config)
-    layout = Layout.of(source, config, rows)
-    weights.require(rows, layout.hf)
+    shapes = TensorShapes.of(source, config, rows)
+    weights.require(rows, shapes.hf)
     names = [name for row in rows for name in row.hf]
     resized = {name for row in rows if row.megatron in (EMBEDDING.megatron, HEAD.megatron) for name in row.hf}
     planned = [
         Planned(
             name,
-            (vocab_size, *layout.hf[name][1:]) if name in resized else layout.hf[name],
+            (vocab_size, *shapes.hf[name][1:]) if name in resized else shapes.hf[name],
             weights.dtype(name),
         )
         for name in names

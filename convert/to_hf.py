@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from convert.checks import TRAINED, Layout, require_finite
+from convert.checks import TRAINED, TensorShapes, require_finite
 from convert.hf_writer import HFWriter, Planned
 from convert.megatron_weights import MegatronWeights
 from convert.output import new_folder
@@ -34,10 +34,10 @@ def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
     folder = Path(step.path)
     config = ModelConfig.from_hf(str(folder / "hf"))
     rows, weights = family_of(config).table(config), MegatronWeights(folder)
-    layout = Layout.of(folder / "hf", config, rows)
-    weights.require(layout.megatron)
+    shapes = TensorShapes.of(folder / "hf", config, rows)
+    weights.require(shapes.megatron)
     dtype = _dtype(folder / "hf" / "config.json") if checkpoint.read_state(step).step else None
-    planned = [Planned(name, layout.hf[name], dtype or weights.dtype(row.megatron)) for row in rows for name in row.hf]
+    planned = [Planned(name, shapes.hf[name], dtype or weights.dtype(row.megatron)) for row in rows for name in row.hf]
     with new_folder(out, folder, overwrite) as attempt:
         shutil.copytree(folder / "hf", attempt, dirs_exist_ok=True)
         with (
@@ -63,20 +63,20 @@ def newest_undamaged(source: str) -> Folder:
     """
     damaged: dict[str, str] = {}
     while True:
-        found = checkpoint.look_up(source, damaged)
-        assert found.newest is not None
+        lookup = checkpoint.look_up(source, damaged)
+        assert lookup.newest is not None
         try:
-            checkpoint.require_digests(found.newest, lambda name: not name.endswith(TENSORS))
-            of_weights = MegatronWeights(Path(found.newest.path)).files
-            checkpoint.require_digests(found.newest, of_weights.__contains__)  # the optimizer's are six times as large
+            checkpoint.require_digests(lookup.newest, lambda name: not name.endswith(TENSORS))
+            of_weights = MegatronWeights(Path(lookup.newest.path)).files
+            checkpoint.require_digests(lookup.newest, of_weights.__contains__)  # the optimizer's are six times as large
         except checkpoint.DamagedError as error:
-            if found.named:
+            if lookup.named:
                 raise
-            damaged[found.newest.uri] = str(error)
+            damaged[lookup.newest.uri] = str(error)
             continue
-        for sentence in found.sentences:
+        for sentence in lookup.sentences:
             print(sentence, flush=True)
-        return found.newest
+        return lookup.newest
 
 
 def _dtype(config: Path) -> torch.dtype | None:

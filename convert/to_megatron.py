@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from convert.checks import Layout, require_finite
+from convert.checks import TensorShapes, require_finite
 from convert.hf_weights import HFWeights
 from convert.output import new_folder
 from kanyun.cli.progress import Progress
@@ -43,8 +43,8 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
     check_model(hf)
     _check_image_token(config, source)
     rows, weights = family_of(config).table(config), HFWeights(source, config)
-    layout = Layout.of(source, config, rows)
-    weights.require(rows, layout.hf)
+    shapes = TensorShapes.of(source, config, rows)
+    weights.require(rows, shapes.hf)
     with (
         new_folder(out, source, overwrite) as attempt,
         Progress("converting", len(rows), "tensors") as progress,
@@ -58,7 +58,7 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
         parts = [
             Converted(
                 key=row.megatron,
-                global_shape=(shape := layout.megatron[row.megatron]),
+                global_shape=(shape := shapes.megatron[row.megatron]),
                 at=(0,) * len(shape),
                 shape=shape,
                 dtype=weights.dtype(row.hf[0]),

@@ -27,11 +27,11 @@ def _verify(args: argparse.Namespace) -> int:
 
     faults: dict[str, list[str]] = {}
     for folder in discover(args.dir):
-        found = faults[folder.uri] = []
+        of_folder = faults[folder.uri] = []
         for fault in verify(folder):
             print(f"fault: {fault}", file=sys.stderr)
-            found.append(fault)
-        if not found and not args.json:
+            of_folder.append(fault)
+        if not of_folder and not args.json:
             print(f"{folder.uri}: every checksum and every count is right")
     if args.json:
         print(json.dumps(faults, indent=2, ensure_ascii=False))

@@ -218,13 +218,13 @@ def _processor(folder: Folder) -> dict[str, Any] | None:
         return None
     try:
         _refuse_other_pixels(folder, settings)
-        found = _named_settings(settings)
-        sizes = [value for value in _processor_meaning(found).values() if not isinstance(value, list)]
+        named = _named_settings(settings)
+        sizes = [value for value in _processor_meaning(named).values() if not isinstance(value, list)]
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{folder.uri} has damaged image settings ({error}): {_RESTORE}") from error
     if min(sizes) <= 0:
-        raise UserError(f"{folder.uri} has an image setting that is not above 0 ({found}): {_RESTORE}")
-    return found
+        raise UserError(f"{folder.uri} has an image setting that is not above 0 ({named}): {_RESTORE}")
+    return named
 
 
 def _named_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -124,10 +124,10 @@ class Manifest:
         where = f"{folder.uri}/{MANIFEST}"
         try:
             values = json.loads(folder.read(MANIFEST))
-            found = values["format_version"]
-            if found != FORMAT_VERSION:
+            version = values["format_version"]
+            if version != FORMAT_VERSION:
                 raise DatasetError(
-                    f"{where} has format version {found}, this code reads {FORMAT_VERSION}: pack the data again"
+                    f"{where} has format version {version}, this code reads {FORMAT_VERSION}: pack the data again"
                 )
             known = {f.name: values[f.name] for f in fields(cls)}
             known["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])

@@ -76,5 +76,5 @@ def _grown(batch: Batch, patches: int) -> Batch:
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    found = [getattr(batch, f.name) for f in fields(Batch) if f.name != "vision"]
-    return found + (batch.vision.tensors() if batch.vision else [])
+    tensors = [getattr(batch, f.name) for f in fields(Batch) if f.name != "vision"]
+    return tensors + (batch.vision.tensors() if batch.vision else [])

@@ -32,9 +32,9 @@ def main() -> int:
     from trainer.trainer import Trainer
 
     stop = StopSignals()
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with claimed(config.output) if rank == 0 else nullcontext() as claim:
-        run = Run.prepare(config, world, torch.cuda.is_available())
+        run = Run.prepare(config, world_size, torch.cuda.is_available())
         split, hang_after = run.layout.tensor_parallel, config.hang_after
         with (
             Runtime.start(tensor_parallel=split, seed=config.seed, hang_after=hang_after) as runtime,

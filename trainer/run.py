@@ -45,7 +45,9 @@ class Run:
     damaged: Mapping[str, str] = field(default_factory=dict)  # checkpoints passed over for their content: URI -> why
 
     @classmethod
-    def prepare(cls, config: TrainConfig, world: int, cuda: bool, damaged: Mapping[str, str] | None = None) -> Self:
+    def prepare(
+        cls, config: TrainConfig, world_size: int, cuda: bool, damaged: Mapping[str, str] | None = None
+    ) -> Self:
         """Raises UserError for anything that does not fit together. Writes nothing."""
         tokenizer = fingerprint(Folder(config.model))
         check_model(Folder(config.model))
@@ -75,7 +77,7 @@ class Run:
             notes += passed_over
             replace(_state(weights, tokenizer), run={}).require(start, weights.uri)
         gpu = find_gpu(torch.cuda.get_device_name()) if cuda else None
-        planner = LayoutPlanner(model, gpu, world, node=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        planner = LayoutPlanner(model, gpu, world_size, node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume, weights, notes, damaged)
 
@@ -98,11 +100,11 @@ class Run:
 
     def require_agreement(self) -> None:
         """Raises UserError if ranks found different checkpoints. Every rank calls it."""
-        found = [""] * dist.get_world_size()
-        dist.all_gather_object(found, self.resume.name if self.resume else "no checkpoint")
-        if len(set(found)) > 1:
+        names = [""] * dist.get_world_size()
+        dist.all_gather_object(names, self.resume.name if self.resume else "no checkpoint")
+        if len(set(names)) > 1:
             raise UserError(
-                f"ranks found different checkpoints in {self.output.path} ({', '.join(sorted(set(found)))}): give an "
+                f"ranks found different checkpoints in {self.output.path} ({', '.join(sorted(set(names)))}): give an "
                 "output on a disk that all nodes share, or on hdfs://"
             )
 
@@ -190,11 +192,11 @@ def _resumed(config: TrainConfig, output: Folder, damaged: Mapping[str, str]) ->
 
 def _looked_up(path: str, damaged: Mapping[str, str]) -> tuple[Folder, tuple[str, ...]]:
     """Return the checkpoint that `path` stands for, and a sentence for each newer one that was passed over."""
-    found = checkpoint.look_up(path, damaged)
-    assert found.newest is not None
-    if found.newest.uri in damaged:
-        raise UserError(damaged[found.newest.uri])
-    return found.newest, tuple(found.passed_over)
+    lookup = checkpoint.look_up(path, damaged)
+    assert lookup.newest is not None
+    if lookup.newest.uri in damaged:
+        raise UserError(damaged[lookup.newest.uri])
+    return lookup.newest, tuple(lookup.passed_over)
 
 
 def _continued(

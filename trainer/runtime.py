@@ -29,7 +29,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype  # of parameters and activations: float32 on CPU (the reference), bfloat16 on CUDA
     rank: int
-    world: int
+    world_size: int
     tensor_parallel: int
     seed: int
     _open: ExitStack = field(repr=False)
@@ -43,8 +43,8 @@ class Runtime:
         Use it as a context manager, or call `shutdown` at the end. One runtime a process at a time. Raises UserError on
         a machine that has a GPU and no Transformer Engine.
         """
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cuda = torch.cuda.is_available()
         if cuda and find_spec("transformer_engine") is None:
             raise UserError(
@@ -60,8 +60,10 @@ class Runtime:
             else:
                 device = torch.device("cpu")
                 stack.enter_context(CpuAsCuda())
-                # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle when there are fewer processes than cores.
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+                if "RANK" in os.environ:
+                    # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle where they are more than its processes.
+                    # Without torchrun torch itself takes all cores, or as many as OMP_NUM_THREADS says.
+                    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
             store = None if "RANK" in os.environ else dist.HashStore()
             # Both of NCCL's watchdogs would end a rank with a stack that names nobody, after 600 and 480 s.
@@ -69,7 +71,7 @@ class Runtime:
             os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(patience.total_seconds())))
             # gloo beside NCCL: objects of the host (checkpoint plans, metrics) need no trip over the GPU.
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
             stack.callback(dist.destroy_process_group)
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
             stack.callback(parallel_state.destroy_model_parallel)
@@ -80,23 +82,23 @@ class Runtime:
             torch.manual_seed(seed)
             model_parallel_cuda_manual_seed(seed)
             dtype = torch.bfloat16 if cuda else torch.float32
-            return cls(device, dtype, rank, world, tensor_parallel, seed, stack.pop_all())
+            return cls(device, dtype, rank, world_size, tensor_parallel, seed, stack.pop_all())
 
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 
     @property
-    def data_rank(self) -> int:
-        """This process's place among the `data_world` that read different packs."""
+    def dp_rank(self) -> int:
+        """This process's place among the `dp_size` that read different packs."""
         return int(parallel_state.get_data_parallel_rank())
 
     @property
-    def data_world(self) -> int:
-        return self.world // self.tensor_parallel
+    def dp_size(self) -> int:
+        return self.world_size // self.tensor_parallel
 
     @property
-    def tensor_rank(self) -> int:
+    def tp_rank(self) -> int:
         """This process's place among the `tensor_parallel` that share a model."""
         return self.rank % self.tensor_parallel
 

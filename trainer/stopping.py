@@ -84,13 +84,13 @@ class FiniteGuard:
 class Watch:
     """Watches this rank's progress. Without other ranks it does nothing."""
 
-    def __init__(self, rank: int, world: int, hang_after: float) -> None:
-        self._rank, self._world, self._hang_after = rank, world, hang_after
+    def __init__(self, rank: int, world_size: int, hang_after: float) -> None:
+        self._rank, self._world_size, self._hang_after = rank, world_size, hang_after
         self._count, self._phase, self._since = 0, "", time.monotonic()
         self._beats, self._interval = 0, min(2.0, hang_after / 10)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        if world > 1:
+        if world_size > 1:
             # A separate connection: the process group's is locked while the main thread waits in it.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
@@ -124,7 +124,7 @@ class Watch:
         self._store.set(str(self._rank), json.dumps([self._count, place, self._phase, self._beats]))
 
     def _read(self) -> list[tuple[int, str, str, int]]:
-        return [json.loads(value) for value in self._store.multi_get([str(rank) for rank in range(self._world)])]
+        return [json.loads(value) for value in self._store.multi_get([str(rank) for rank in range(self._world_size)])]
 
     def _end(self) -> None:
         """Name who is behind, and end this process: its main thread waits where nothing interrupts it."""
@@ -138,8 +138,8 @@ class Watch:
         ]
         lowest = min(count for count, *_ in ranks)
         behind = silent or [f"{place}, in {phase}" for count, place, phase, _ in ranks if count == lowest]
-        if len(behind) == self._world:
-            who = f"all {self._world} ranks wait in {self._phase}: see to GPUs and network"
+        if len(behind) == self._world_size:
+            who = f"all {self._world_size} ranks wait in {self._phase}: see to GPUs and network"
         else:
             who = f"waited for {'; '.join(behind[:4])}{' ...' if len(behind) > 4 else ''}"
         waits_in = f"; rank {self._rank} is in {collective}" if (collective := pending_collective()) else ""

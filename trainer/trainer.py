@@ -53,23 +53,23 @@ class Trainer:
         self.costs = costs_of(run.model)
         self._open = ExitStack()
         run.require_agreement()
-        self.watch = Watch(runtime.rank, runtime.world, config.hang_after)
+        self.watch = Watch(runtime.rank, runtime.world_size, config.hang_after)
         self._open.callback(self.watch.close)
         names = told_apart(run.data, run.validation)
-        form = BatchFormat.of(run.model, pinned=runtime.cuda, datasets=names)
-        self.static = static_shape(run.data.all, layout.micro_batch, form.geometry)
-        place = {"micro_batch": layout.micro_batch, "dp_rank": runtime.data_rank, "dp_size": runtime.data_world}
+        batch_format = BatchFormat.of(run.model, pinned=runtime.cuda, datasets=names)
+        self.static = static_shape(run.data.all, layout.micro_batch, batch_format.geometry)
+        place = {"micro_batch": layout.micro_batch, "dp_rank": runtime.dp_rank, "dp_size": runtime.dp_size}
         self.stream = self._open.enter_context(
             PackStream(
                 run.data,
-                replace(form, static=self.static) if runtime.cuda else form,
+                replace(batch_format, static=self.static) if runtime.cuda else batch_format,
                 seed=config.seed,
                 global_batch=config.global_batch,
                 cost=self.costs.pack_cost,
                 **place,
             )
         )
-        held_out = ValidationStream(run.validation, form, **place) if run.validation else None
+        held_out = ValidationStream(run.validation, batch_format, **place) if run.validation else None
         self.held_out = self._open.enter_context(held_out) if held_out else None
         self.clock = WorkClock(lambda: self.stream.wait_seconds, runtime.cuda)
         self.steps = config.steps or self.stream.steps(config.epochs or 0)
@@ -149,7 +149,7 @@ class Trainer:
             checkpoint.remove_leftovers(self.run.output)
             notes.append(checkpoint.set_aside(self.run.output, self.step))
             self.run.output.write(RUN, (self.config.model_dump_json(indent=2) + "\n").encode())
-            ranks, config = self.runtime.data_world, self.config.model_dump()
+            ranks, config = self.runtime.dp_size, self.config.model_dump()
             metrics = Metrics(self.run.output, self.step, self.steps, ranks=ranks, config=config)
             self.metrics = self._open.enter_context(metrics)
             notes.append(self.metrics.notes)
@@ -245,7 +245,7 @@ class Trainer:
                 grad_norm=result.grad_norm,
                 skipped=self.skipped,
                 tokens_per_second=self.config.global_batch * self.tokens_per_pack / seconds,
-                mfu=result.flops / (self.peak * self.runtime.world * seconds) if self.peak else None,
+                mfu=result.flops / (self.peak * self.runtime.world_size * seconds) if self.peak else None,
                 **result.ranks.figures(seconds),
                 imbalance=self.stream.imbalance(before * self.config.global_batch),
                 seconds=seconds,

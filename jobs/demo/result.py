@@ -56,7 +56,7 @@ def faults(result: dict[str, Any], found: dict[Place, str], expected: dict[Place
 
 
 def collect(demo: Path) -> dict[str, Any]:
-    from convert.verify import compare
+    from convert.logits import compare
 
     score = json.loads((demo / "score.json").read_text())
     manifest = Manifest.load(discover(str(demo / "pipeline/packed"))[0])

@@ -1,1 +1,1 @@
-"""What all commands share: how they are asked, how they show progress, and how a machine is checked for them."""
+"""What all commands share: their parser, their progress, and how a machine is checked for them."""

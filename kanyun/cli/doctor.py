@@ -42,27 +42,27 @@ def unused(name: str, sentence: str) -> Finding:
 
 def report(findings: Iterable[Finding], as_json: bool) -> int:
     """Print the findings, each as soon as it is there. Return the exit code: 1 if something is missing."""
-    found = []
+    reported = []
     for finding in findings:
-        found.append(finding)
+        reported.append(finding)
         if not as_json:
             print(f"{finding.state:8} {finding.name:20} {finding.sentence}", flush=True)
     if as_json:
-        print(json.dumps([asdict(finding) for finding in found], indent=2))
-    return int(any(finding.state == "missing" for finding in found))
+        print(json.dumps([asdict(finding) for finding in reported], indent=2))
+    return int(any(finding.state == "missing" for finding in reported))
 
 
 def packages(names: Iterable[str], *, extra: str) -> Finding:
     """`extra`: the optional dependencies of pyproject.toml that bring them."""
-    found, absent = [], []
+    installed, absent = [], []
     for name in names:
         try:
-            found.append(f"{name} {version(name)}")
+            installed.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             absent.append(name)
     if absent:
         return missing("packages", f"no {', no '.join(absent)}: pip install -c constraints.txt '.[{extra}]'")
-    return ok("packages", ", ".join(found))
+    return ok("packages", ", ".join(installed))
 
 
 def python() -> Finding:
@@ -81,12 +81,12 @@ def java() -> Finding:
     if command is None:
         return missing("Java", f"there is no java in {f'{home}/bin, JAVA_HOME' if home else 'PATH'}: {install}")
     text = subprocess.run([command, "-version"], capture_output=True, text=True).stderr
-    found = re.search(r'version "(\d+)', text)
-    if not found or int(found[1]) not in JAVAS:
+    match = re.search(r'version "(\d+)', text)
+    if not match or int(match[1]) not in JAVAS:
         return missing(
-            "Java", f"{command} is {f'Java {found[1]}' if found else 'no Java'}, Spark needs 17 or 21: {install}"
+            "Java", f"{command} is {f'Java {match[1]}' if match else 'no Java'}, Spark needs 17 or 21: {install}"
         )
-    return ok("Java", f"{found[1]}, {command}")
+    return ok("Java", f"{match[1]}, {command}")
 
 
 def disk(name: str, folder: str) -> Finding:

@@ -1,7 +1,7 @@
-"""Command lines that are asked in one way: an example in every help, version, shell completion.
+"""The parser of every command: an example in its help, its version, shell completion.
 
-Exit codes: 0 done; 1 the command found something wrong (a damaged file, models that differ); 2 asked wrongly, or input
-or storage at fault; 130 interrupted. Results go to stdout, progress and errors to stderr.
+Exit codes: 0 done; 1 the command found something wrong (a damaged file, models that differ); 2 a wrong command line, or
+input or storage at fault; 130 interrupted. Results go to stdout, progress and errors to stderr.
 """
 
 import argparse

@@ -83,12 +83,12 @@ def absolute(path: str) -> str:
     return result
 
 
-def _listed(found: os.DirEntry[str]) -> Entry:
+def _listed(entry: os.DirEntry[str]) -> Entry:
     try:
-        status = found.stat()
+        status = entry.stat()
     except OSError:  # a link to nowhere, or in a circle
-        status = found.stat(follow_symlinks=False)
-    return _entry(found.name, status, is_link=found.is_symlink(), is_folder=found.is_dir(follow_symlinks=False))
+        status = entry.stat(follow_symlinks=False)
+    return _entry(entry.name, status, is_link=entry.is_symlink(), is_folder=entry.is_dir(follow_symlinks=False))
 
 
 def _entry(name: str, status: os.stat_result, *, is_link: bool, is_folder: bool | None = None) -> Entry:

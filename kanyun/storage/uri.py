@@ -23,8 +23,8 @@ def locate(uri: str) -> tuple[Backend, str]:
     """
     if not uri:
         raise UserError(f"a path is empty: {_KNOWN}, and . for the current folder")
-    found = _SCHEME.match(uri)
-    if found is None and not uri.lower().startswith("hdfs:"):
+    match = _SCHEME.match(uri)
+    if match is None and not uri.lower().startswith("hdfs:"):
         return _LOCAL, absolute(uri)
     scheme = uri.partition(":")[0]
     if scheme == "file":

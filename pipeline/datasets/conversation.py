@@ -30,8 +30,8 @@ def conversation(turns: list[Any], system: Any = None) -> list[Message]:
     """
     messages: list[Message] = []
     for turn in turns:
-        given = need(turn, "a message", dict).get("from")
-        name, value = (turn.get("role"), "content") if given is None else (given, "value")
+        role = need(turn, "a message", dict).get("from")
+        name, value = (turn.get("role"), "content") if role is None else (role, "value")
         name = need(name, "a message's role", str)
         if name in CALLS:
             _add_calls(messages, turn, turn.get(value))

@@ -136,7 +136,7 @@ class ImageCopier:
             width=decoded.width,
             height=decoded.height,
             digest=xxhash.xxh3_128_digest(data),
-            looks=decoded.looks,
+            looks=decoded.image_hash,
         )
         self._offset += len(data)
         return copied

@@ -33,7 +33,7 @@ _NOT_DECODED = {"EPS"}  # a program for Ghostscript, which Pillow would start
 
 
 def probe(data: bytes) -> dict[str, Any]:
-    """Return `width` and `height` as transformers' load_image gives them, and `looks`, see `_image_hash`.
+    """Return `width` and `height` as transformers' load_image gives them, and `image_hash`, see `_image_hash`.
 
     Everything that load_image does is done here once, so that no image fails in training: the header is read, sizes
     are checked, and only then pixels are decoded. Raises RowError.
@@ -61,7 +61,7 @@ def probe(data: bytes) -> dict[str, Any]:
         except Exception as error:
             raise RowError(Reason.PROCESSOR_FAILED, f"{type(error).__name__}: {error}") from error
         run_checks(On.IMAGE, *image.size)  # some formats tell their size late
-        return {"width": image.width, "height": image.height, "looks": image_hash}
+        return {"width": image.width, "height": image.height, "image_hash": image_hash}
 
 
 def thumbnail(data: bytes, side: int) -> bytes:

@@ -18,7 +18,7 @@ TRIES = 2  # a process that dies may have been killed for what others did
 class Decoded:
     width: int  # pixels, after EXIF rotation: as transformers sees it
     height: int
-    looks: int  # 64 bits of a perceptual hash, signed
+    image_hash: int  # 64 bits of a perceptual hash, signed
 
 
 class Decoder:

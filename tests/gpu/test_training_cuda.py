@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @contextmanager
 def training(values: dict[str, Any]) -> Iterator[Trainer]:
-    run = Run.prepare(TrainConfig(**values), world=1, cuda=True)
+    run = Run.prepare(TrainConfig(**values), world_size=1, cuda=True)
     with Runtime.start(seed=run.config.seed) as runtime, Trainer(run, runtime) as trainer:
         yield trainer
 

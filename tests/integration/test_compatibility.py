@@ -58,7 +58,7 @@ def old_run(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_an_old_checkpoint_has_the_weights_it_had(old_run: dict[str, Any]) -> None:
-    run = Run.prepare(TrainConfig(**old_run), world=1, cuda=False)
+    run = Run.prepare(TrainConfig(**old_run), world_size=1, cuda=False)
     assert run.resume is not None
     with Runtime.start(seed=9) as runtime:
         model = build_model(run.model, runtime)

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from convert.checks import Layout
+from convert.checks import TensorShapes
 from convert.hf_weights import HFWeights
 from convert.hf_writer import HFWriter, Planned
+from convert.logits import compare
 from convert.megatron_weights import MegatronWeights
 from convert.to_hf import to_hf
 from convert.to_megatron import to_megatron
-from convert.verify import compare
 from kanyun.errors import UserError
 from kanyun.storage import Folder
+from tests.support.convert_folders import WEIGHTS, convert, edit_config, hf_model, same
 from tests.support.odd_folders import forget_digests
-from tests.support.processes import run_python, run_ranks
-from tests.support.qwen_assets import save_random, tiny_text_folder, tiny_vl_folder
+from tests.support.processes import run_ranks
+from tests.support.qwen_assets import save_random
 from tests.support.training_job import train, write_job
 from trainer import checkpoint
 from trainer.models.config import ModelConfig
@@ -35,39 +35,6 @@ from trainer.models.registry import family_of
 from trainer.runtime import Runtime
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-WEIGHTS = "model.safetensors"
-
-
-def hf_model(folder: Path, *, vision: bool, tied: bool = True, dtype: str = "float32", nested: bool = False) -> Path:
-    """A tiny Hugging Face folder; `nested`: with the names that some 4.x versions of transformers wrote."""
-    (tiny_vl_folder if vision else tiny_text_folder)(folder, tied=tied)
-    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(folder / WEIGHTS).items()}
-    if nested:
-        moved = {name: name.replace("model.", "model.language_model.", 1) for name in tensors if name[:6] == "model."}
-        moved |= {name: f"model.{name}" for name in tensors if name.startswith("visual.")}
-        assert len(moved) > 60
-        tensors = {moved.get(name, name): tensor for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    edit_config(folder, dtype=dtype)
-    return folder
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    # Of the same size: a checkpoint records its files' sizes.
-    (folder / "config.json").write_text(json.dumps(config | changes).ljust((folder / "config.json").stat().st_size))
-
-
-def convert(*arguments: Any) -> "subprocess.CompletedProcess[str]":
-    return run_python(["-m", "convert", *map(str, arguments)])
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        assert tensor.dtype == b[name].dtype, name
-        assert torch.equal(tensor, b[name]), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -179,33 +146,6 @@ def load_and_save_in_pieces(source: str, output: str) -> None:
         checkpoint.save(Folder(output), checkpoint.read_state(step), model, None, step / "hf")
 
 
-def test_missing_and_left_over_tensors_are_named(tmp_path: Path) -> None:
-    source = hf_model(tmp_path / "hf", vision=False)
-    tensors = load_file(source / WEIGHTS)
-    norm = "model.layers.1.post_attention_layernorm.weight"
-    save_file({name: tensor for name, tensor in tensors.items() if name != norm}, source / WEIGHTS)
-    with pytest.raises(UserError, match=rf"{norm} is missing"):
-        to_megatron(source, tmp_path / "megatron")
-    save_file(tensors | {"model.layers.2.extra.weight": torch.zeros(1)}, source / WEIGHTS)
-    with pytest.raises(UserError, match=r"model\.layers\.2\.extra\.weight is left over"):
-        to_megatron(source, tmp_path / "megatron")
-    save_file(tensors | {"model.layers.0.self_attn.k_proj.weight": torch.zeros(64, 64)}, source / WEIGHTS)
-    with pytest.raises(UserError, match=r"k_proj\.weight has shape \[64, 64\], by config.json \[32, 64\]"):
-        to_megatron(source, tmp_path / "megatron")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]  # nothing half-written
-
-    save_file(tensors, source / WEIGHTS)
-    to_megatron(source, tmp_path / "megatron")
-    stored = tmp_path / "megatron/checkpoints/step_00000000/hf"
-    forget_digests(stored.parent)
-    edit_config(stored, tie_word_embeddings=False)
-    with pytest.raises(UserError, match=r"language\.output_layer\.weight is missing"):
-        to_hf(str(tmp_path / "megatron"), tmp_path / "back")
-    edit_config(stored, tie_word_embeddings=True, num_hidden_layers=1, layer_types=None)
-    with pytest.raises(UserError, match=r"language\.decoder\.layers\.1\.[\w.]+ .*are left over"):
-        to_hf(str(tmp_path / "megatron"), tmp_path / "back")
-
-
 def test_large_models_are_written_in_files_with_an_index(tmp_path: Path) -> None:
     source = hf_model(tmp_path / "hf", vision=False)
     tensors = load_file(source / WEIGHTS)
@@ -226,7 +166,7 @@ def test_large_models_are_written_in_files_with_an_index(tmp_path: Path) -> None
     same(transformers.AutoModelForCausalLM.from_pretrained(split).state_dict(), reference_state(source))
     config = ModelConfig.from_hf(str(split))
     read, rows = HFWeights(split, config), family_of(config).table(config)
-    read.require(rows, Layout.of(split, config, rows).hf)
+    read.require(rows, TensorShapes.of(split, config, rows).hf)
     same({name: read[name] for name in tensors}, tensors)
 
 
@@ -253,62 +193,6 @@ def test_command_line(tmp_path: Path) -> None:
     differs = convert("verify", megatron, back)
     assert differs.returncode == 1
     assert "OVER the tolerance of 0.0001" in differs.stdout
-
-
-def test_an_output_is_replaced_only_when_told_to(tmp_path: Path) -> None:
-    source, out = hf_model(tmp_path / "hf", vision=False), tmp_path / "megatron"
-    out.mkdir()  # an empty folder is as good as none
-    to_megatron(source, out)
-    (out / "leftover").write_text("of the first conversion")
-    with pytest.raises(UserError, match=r"megatron exists: .* --overwrite"):
-        to_megatron(source, out)
-    to_megatron(source, out, overwrite=True)
-    assert [path.name for path in out.iterdir()] == ["checkpoints"]
-    with pytest.raises(UserError, match="holds the input"):
-        to_megatron(source, tmp_path, overwrite=True)
-
-
-def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
-    to_megatron(hf_model(tmp_path / "hf", vision=False), tmp_path / "megatron")
-    step = tmp_path / "megatron/checkpoints/step_00000000"
-    whole = (step / "__0_0.distcp").read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    (step / "__0_0.distcp").write_bytes(flipped)
-    with pytest.raises(UserError, match=r"__0_0\.distcp is damaged \(its digest is"):
-        to_hf(str(step), tmp_path / "back")
-    for name in ("__0_0.distcp", ".metadata"):
-        kept = (step / name).read_bytes()
-        (step / name).write_bytes(kept[:500])
-        with pytest.raises(UserError, match=rf"{name} has 500 bytes instead of"):
-            to_hf(str(step), tmp_path / "back")
-        (step / name).write_bytes(kept)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
-
-
-def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
-    source = hf_model(tmp_path / "hf", vision=False)
-    edit_config(source, model_type="llama")
-    refused = {
-        "config.json": (tmp_path, tmp_path / "out"),
-        "'llama' model: give one of qwen2 (Qwen2.5), qwen2_5_vl": (source, tmp_path / "out"),
-    }
-    for sentence, (given, out) in refused.items():
-        with pytest.raises(UserError) as error:
-            to_megatron(given, out)
-        assert sentence in str(error.value)
-    edit_config(source, model_type="qwen2")
-    (source / WEIGHTS).write_bytes(b"not a model")
-    with pytest.raises(UserError, match="cannot be read"):
-        to_megatron(source, tmp_path / "out")
-    (source / WEIGHTS).unlink()
-    with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
-        to_megatron(source, tmp_path / "out")
-    with pytest.raises(UserError, match="is no checkpoint"):
-        to_hf(str(source), tmp_path / "out")
-    text, vision = (hf_model(tmp_path / name, vision=name == "b") for name in "ab")
-    with pytest.raises(UserError, match=r"a text model .* a vision model"):
-        compare(text, vision)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from convert.logits import compare
 from convert.output import new_folder
 from convert.resize_vocab import resize_vocab
 from convert.to_hf import to_hf
 from convert.to_megatron import to_megatron
-from convert.verify import compare
 from kanyun.errors import UserError
 from tests.support.odd_folders import EMBEDDING, HEAD, LOADED, REFUSED, WEIGHTS, forget_digests, tokens_added
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder

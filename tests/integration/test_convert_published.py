@@ -17,7 +17,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
-from convert.checks import Layout
+from convert.checks import TensorShapes
 from convert.hf_writer import HFWriter, Planned
 from convert.to_hf import to_hf
 from convert.to_megatron import to_megatron
@@ -67,7 +67,7 @@ def write_model(folder: Path, size: ModelConfig) -> None:
     (folder / "model.safetensors").unlink()
 
     config = ModelConfig.from_hf(str(folder))
-    shapes = Layout.of(folder, config, family_of(config).table(config)).hf
+    shapes = TensorShapes.of(folder, config, family_of(config).table(config)).hf
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**15), 2**15, (PERIOD,), generator=generator, dtype=torch.int16) & ~0x4000  # all finite
     with HFWriter(folder, [Planned(name, shape, torch.bfloat16) for name, shape in shapes.items()]) as writer:

@@ -10,10 +10,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from convert.logits import compare
 from convert.resize_vocab import resize_vocab
 from convert.to_hf import to_hf
 from convert.to_megatron import to_megatron
-from convert.verify import compare
 from kanyun.errors import UserError
 from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
 from tests.support.training_job import train, write_job

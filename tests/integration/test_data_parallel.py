@@ -134,8 +134,8 @@ def gradients(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, float]:
     finalize_model_grads([trainer.ddp], trainer.sums.trained())
     for group in trainer.ddp.bucket_groups:
         for bucket in group.buckets:
-            parts = bucket.grad_data.chunk(trainer.runtime.data_world)
-            dist.all_gather_into_tensor(bucket.grad_data, parts[trainer.runtime.data_rank].clone())
+            parts = bucket.grad_data.chunk(trainer.runtime.dp_size)
+            dist.all_gather_into_tensor(bucket.grad_data, parts[trainer.runtime.dp_rank].clone())
     return squares(dict(whole_tensors(trainer, "gradients")))
 
 
@@ -145,7 +145,7 @@ def whole_tensors(trainer: Trainer, what: str) -> Iterator[tuple[str, Tensor]]:
     if sharded:
         parts = torch.stack([weight.detach() for weight in sharded.weights]) if what == "weights" else sharded.gradients
         for layer, part in enumerate(parts):
-            row = part.new_empty(len(part) * trainer.runtime.data_world)
+            row = part.new_empty(len(part) * trainer.runtime.dp_size)
             dist.all_gather_into_tensor(row, part.contiguous())
             for parameter, start in zip(sharded.parameters[layer], sharded._row.starts, strict=True):
                 in_layers[parameter] = row[start : start + parameter.numel()]
@@ -232,7 +232,7 @@ def times_with_a_slow_rank(trainer: Trainer, packs: Sequence[Batch]) -> tuple[Se
 
     def slow(batch: Batch) -> None:
         work(batch)
-        time.sleep(NAP / len(packs) * trainer.runtime.data_rank)
+        time.sleep(NAP / len(packs) * trainer.runtime.dp_rank)
 
     trainer._forward_backward = slow  # type: ignore[method-assign]
     ranks = trainer.train_step(packs, 1e-3).ranks

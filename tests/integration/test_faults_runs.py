@@ -30,7 +30,7 @@ from tests.support.training_job import (
     wait_for,
 )
 from trainer import checkpoint
-from trainer.checkpoint.verify import faults
+from trainer.checkpoint.faults import faults
 from trainer.stopping import HUNG, PREEMPTED
 
 

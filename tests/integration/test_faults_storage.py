@@ -14,7 +14,7 @@ from tests.support.spark_sessions import spark_on_cluster
 
 # Timeouts as in production, not scaled: the NameNode is away for 2 s and as long as it takes to start.
 # Without the retries of our own settings Hadoop's client would give it up after 2 s, not after 10.
-PATIENT = {
+RETRIES = {
     "spark__hadoop__dfs__client__retry__policy__spec": "3000,10",
     "spark__hadoop__ipc__client__connect__max__retries": "2",
 }
@@ -63,7 +63,7 @@ def test_refusals_then_namenode_away_in_preprocess_and_datanode_killed_in_pack(
     faults = ("preprocess:1:4:1:meet", "pack:0:2:1:meet")
     with (
         patch.object(retries, "_PAUSES", (1, 3, 9, 20, 30)),
-        spark_on_cluster(cluster, **PATIENT),
+        spark_on_cluster(cluster, **RETRIES),
         fault_run.running_here(*faults) as run,
     ):
         with fault_run.meeting(run, "preprocess"), namenode_away(cluster, 2):

@@ -67,7 +67,7 @@ def test_no_step_is_lost_when_a_datanode_dies_and_the_namenode_restarts(
                 cluster.start("namenode")  # takes it some seconds
             return super().train_step(*args)
 
-    run = Run.prepare(TrainConfig(**remote), world=1, cuda=False)
+    run = Run.prepare(TrainConfig(**remote), world_size=1, cuda=False)
     try:
         with Runtime.start(seed=run.config.seed) as runtime, Disturbed(run, runtime) as trainer:
             trainer.train()

@@ -102,7 +102,7 @@ def one_step(folder: Path, runtime: Runtime) -> tuple[LanguageModel, ChainedOpti
     values = {"model": "", "data": "", "output": "", "length": 256, "global_batch": 2, "steps": 1, "lr": LR}
     optimizer = build_optimizer(TrainConfig.model_validate(values), ddp, runtime)
     trained = torch.zeros(())
-    for seed in range(runtime.data_rank, 2, runtime.data_world):
+    for seed in range(runtime.dp_rank, 2, runtime.dp_size):
         ids = torch.randint(0, config.vocab_size, (250,), generator=torch.Generator().manual_seed(seed))
         batch = batch_of(config, [[Example(ids[:150], ids[:150] > 9), Example(ids[150:], ids[150:] > 9)]], length=256)
         ddp(batch).backward()

@@ -10,9 +10,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from convert.logits import compare
 from convert.to_hf import to_hf
 from convert.to_megatron import to_megatron
-from convert.verify import compare
 from kanyun.errors import UserError
 from tests.support.qwen3_assets import tiny_qwen3_folder
 from tests.support.training_job import train, write_job

@@ -150,27 +150,27 @@ def test_no_whole_checkpoint_is_no_start_at_step_0(text_run: dict[str, Any], job
         state.write_text("")
     before = metrics_of(job)
     with pytest.raises(UserError, match=r"no checkpoint of .* is whole \(passed over step_00000008: .*damaged"):
-        Run.prepare(TrainConfig(**job), world=1, cuda=False)
+        Run.prepare(TrainConfig(**job), world_size=1, cuda=False)
     assert metrics_of(job) == before
 
 
 def test_resume_chooses_a_step_once(text_run: dict[str, Any], job: dict[str, Any]) -> None:
     root = copy_of(text_run, job)
-    chosen = Run.prepare(TrainConfig(**job | {"resume": 4}), world=1, cuda=False)
+    chosen = Run.prepare(TrainConfig(**job | {"resume": 4}), world_size=1, cuda=False)
     assert (chosen.start.step, chosen.resume and chosen.resume.name) == (4, "step_00000004")
     with start(job, "resume=4") as process:
         wait_for(root / ".attempt-step_00000006", process)
         process.kill()
-    again = Run.prepare(TrainConfig(**job | {"resume": 4}), world=1, cuda=False)  # the same command, after a kill
+    again = Run.prepare(TrainConfig(**job | {"resume": 4}), world_size=1, cuda=False)  # the same command, after a kill
     assert again.start.step in (4, 6)
     train(job | {"resume": 4})
-    assert Run.prepare(TrainConfig(**job | {"resume": 4}), world=1, cuda=False).start.step == WHOLE_STEPS
+    assert Run.prepare(TrainConfig(**job | {"resume": 4}), world_size=1, cuda=False).start.step == WHOLE_STEPS
     assert curve(job) == curve(text_run)
     (aside,) = root.glob("aside-*")
-    elsewhere = Run.prepare(TrainConfig(**job | {"resume": str(aside / "step_00000006")}), world=1, cuda=False)
+    elsewhere = Run.prepare(TrainConfig(**job | {"resume": str(aside / "step_00000006")}), world_size=1, cuda=False)
     assert elsewhere.start.step == 6
     with pytest.raises(UserError, match=r"step_00000005 has no state\.json"):
-        Run.prepare(TrainConfig(**job | {"resume": 5}), world=1, cuda=False)
+        Run.prepare(TrainConfig(**job | {"resume": 5}), world_size=1, cuda=False)
 
 
 def test_a_run_continues_with_another_batch_and_schedule_and_keeps_its_optimizer(
@@ -223,14 +223,14 @@ def optimizer_of(values: dict[str, Any]) -> dict[str, float]:
 def test_more_steps_say_what_becomes_of_the_learning_rate(text_run: dict[str, Any], job: dict[str, Any]) -> None:
     copy_of(text_run, job)
     longer = TrainConfig(**job | {"steps": 2 * WHOLE_STEPS})
-    sentence = Run.prepare(longer, world=1, cuda=False).schedule_change(2 * WHOLE_STEPS)
+    sentence = Run.prepare(longer, world_size=1, cuda=False).schedule_change(2 * WHOLE_STEPS)
     assert sentence.startswith(
         f"the schedule changed (steps {WHOLE_STEPS} -> {2 * WHOLE_STEPS}): the learning rate goes from "
     )
     last, following = (float(value) for value in re.findall(r"(\d\.\d+e-\d+) in step", sentence))
     assert last == pytest.approx(curve(text_run, "lr")[-1], rel=1e-3)
     assert following > 8 * last
-    assert Run.prepare(TrainConfig(**job), world=1, cuda=False).schedule_change(WHOLE_STEPS) == ""
+    assert Run.prepare(TrainConfig(**job), world_size=1, cuda=False).schedule_change(WHOLE_STEPS) == ""
 
 
 def test_any_number_of_ranks_goes_on_with_the_same_samples(

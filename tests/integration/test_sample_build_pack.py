@@ -5,15 +5,10 @@ import json
 import random
 import shutil
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import xxhash
-import yaml
 from PIL import Image
 from pyspark.sql import SparkSession
 from transformers import AutoProcessor
@@ -25,13 +20,13 @@ from kanyun.reader import PackedDataset
 from kanyun.schema import Pack as StoredPack
 from kanyun.storage import Folder
 from kanyun.verify import verify
-from pipeline.images.blobs import short_digest
 from pipeline.reports.report import Report, RowCounts
-from pipeline.schema import SAMPLE, VERSIONS
+from pipeline.schema import SAMPLE
 from pipeline.spark import spark_session
 from pipeline.stages.build import BuildStage
 from pipeline.stages.pack import PackStage
-from pipeline.stages.sample import SampleStage, copies_before
+from pipeline.stages.sample import SampleStage
+from tests.support.filtered_rows import Raw, part, read, save_filtered
 from tests.support.qwen3_vl_assets import TOKEN_PIXELS, qwen3_vl_tokenizer_folder
 from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from trainer.data.source import PackedData
@@ -42,70 +37,6 @@ LENGTH = 256
 @dataclass(frozen=True)
 class SmallBuckets(PackStage):
     bucket_samples: ClassVar[int] = 40
-
-
-def picture(rng: random.Random) -> tuple[bytes, int, int]:
-    width, height = rng.randint(28, 200), rng.randint(28, 200)
-    data = io.BytesIO()
-    Image.new("RGB", (width, height), tuple(rng.randbytes(3))).save(data, "PNG")
-    return data.getvalue(), width, height
-
-
-def part(value: str | None) -> dict[str, str | None]:
-    return {"type": "text" if value is not None else "image", "text": value}
-
-
-class Raw:
-    """Clean rows as filter leaves them, with images in one blob: of four, two have an image, one is a document."""
-
-    def __init__(self, root: Path, count: int, seed: int = 0):
-        rng = random.Random(seed)
-        self.rows: dict[int, dict[str, Any]] = {}
-        self.images: dict[int, list[bytes]] = {}
-        blob = root.parent / f"{root.name}-blob"
-        root.mkdir(parents=True)
-        offset, stored = 0, b""
-        for number in range(count):
-            sample_id = rng.getrandbits(63)
-            row: dict[str, Any] = dict.fromkeys(SAMPLE.names)
-            row |= {"sample_id": sample_id, "dataset": "made", "file": "a.jsonl", "position": number, "images": []}
-            row |= {"content_hash": rng.randbytes(16), "raw": f"raw {number}"}
-            words = " ".join(
-                rng.choices(["the", "import", "statement", "naïve", "你好", "\n", "x"], k=rng.randint(1, 40))
-            )
-            if number % 4 == 3:
-                row["text"] = words
-            else:
-                content = [part(words)]
-                if number % 4 < 2:
-                    data, width, height = picture(rng)
-                    digest = short_digest(xxhash.xxh3_128_digest(data))
-                    ref = {"blob": blob.as_uri(), "offset": offset, "size": len(data), "digest": digest}
-                    row["images"] = [ref | {"width": width, "height": height}]
-                    stored, offset = stored + data, offset + len(data)
-                    self.images[sample_id] = [data]
-                    content.insert(rng.randint(0, 1), part(None))
-                answer = {"role": "assistant", "content": [part(f"answer {number}")]}
-                row["messages"] = [{"role": "user", "content": content}, answer]
-            self.rows[sample_id] = row
-        blob.write_bytes(stored)
-        save_filtered(root, list(self.rows.values()))
-
-
-def save_filtered(root: Path, rows: list[dict[str, Any]], files: int = 3) -> None:
-    for n in range(files):
-        path = root / "data" / f"part-{n}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows[n::files], SAMPLE), path)
-    counts = RowCounts(len(rows), len(rows))
-    Report("filter", {"version": VERSIONS["filter"]}, "none", f"{len(rows)}", counts, counts, 0.0).save(
-        Folder(str(root))
-    )
-
-
-def read(folder: Path, name: str = "data") -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(folder / name).to_pylist()
-    return rows
 
 
 def packs_of(folder: str) -> list[StoredPack]:
@@ -292,63 +223,6 @@ def test_outputs_of_an_earlier_release_are_no_finished_work_and_no_input(
         BuildStage(str(tmp_path / "sampled"), str(tmp_path / "new"), tokenizer=str(root / "hf"), length=LENGTH).run()
     with pytest.raises(UserError, match=r"rows of build in version 1, and version 2 is needed"):
         PackStage.below(str(tmp_path / "built"), str(tmp_path / "packed"), LENGTH)
-
-
-def test_ten_epochs_of_two_data_paths_with_ratios(spark: SparkSession, tmp_path: Path) -> None:
-    paths = {"web/a": (Fraction("0.37"), 101), "b": (Fraction("2.5"), 40)}
-    for path, (_, count) in paths.items():
-        Raw(tmp_path / "all" / path, count, seed=count)
-    (tmp_path / "all" / "_attempt-b-dead" / "data").mkdir(parents=True)
-    table = tmp_path / "ratios.yaml"
-    table.write_text(yaml.safe_dump({path: float(ratio) for path, (ratio, _) in paths.items()}))
-    copies: dict[str, dict[int, list[int]]] = {path: {} for path in paths}
-    first = SampleStage(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(table))
-    sizes: dict[str, list[int]] = {path: [] for path in paths}
-    chosen = []
-    for epoch in range(10):
-        report = replace(first, epoch=epoch).run(overwrite=True)
-        assert report.settings["ratios"] == {"b": "5/2", "web/a": "37/100"}
-        rows = read(tmp_path / "out")
-        for row in rows:
-            copies[row["dataset"]].setdefault(row["sample_id"], []).append(row["copy"])
-        chosen.append(frozenset(row["sample_id"] for row in rows if row["dataset"] == "web/a"))
-        for path in paths:
-            sizes[path].append(sum(row["dataset"] == path for row in rows))
-    for path, (ratio, count) in paths.items():
-        for epochs in range(1, 11):  # in total, after any number of epochs
-            assert abs(sum(sizes[path][:epochs]) - count * epochs * ratio) < 1
-        used = copies[path]
-        assert len(used) == count  # nobody starves
-        for numbers in used.values():
-            assert sorted(numbers) == list(range(len(numbers)))  # copies are numbered on and on
-            assert abs(len(numbers) - 10 * ratio) < 1
-    assert len(set(chosen)) == 10  # epochs differ
-
-
-def test_an_epoch_is_as_the_formula_says(spark: SparkSession, tmp_path: Path) -> None:
-    raw = Raw(tmp_path / "filtered", 57)
-    table = tmp_path / "ratios.yaml"
-    table.write_text(".: 0.3\n")
-    stage = SampleStage(str(tmp_path / "filtered"), str(tmp_path / "out"), epoch=4, seed=1, ratios=str(table))
-    stage.run()
-    ratio = Fraction("0.3")
-    wanted = sum(copies_before(rank, 57, ratio, 5) - copies_before(rank, 57, ratio, 4) for rank in range(57))
-    one = {row["sample_id"] for row in read(tmp_path / "out")}
-    assert len(one) == wanted
-    assert one < set(raw.rows)
-    replace(stage, seed=2).run(overwrite=True)
-    assert {row["sample_id"] for row in read(tmp_path / "out")} != one
-
-
-def test_unknown_data_path_lists_what_is_known(spark: SparkSession, tmp_path: Path) -> None:
-    Raw(tmp_path / "all/a", 4)
-    Raw(tmp_path / "all/b", 4)
-    (tmp_path / "ratios.yaml").write_text("a: 1\nc: 2\n")
-    with pytest.raises(UserError, match=r"data path b; ratios are known for a: 1, c: 2"):
-        SampleStage(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(tmp_path / "ratios.yaml")).run()
-    (tmp_path / "ratios.yaml").write_text("a: 1\nb: -2\n")
-    with pytest.raises(UserError, match=r"ratio of b is -2"):
-        SampleStage(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(tmp_path / "ratios.yaml")).run()
 
 
 def test_long_documents_split_or_go_to_quarantine(spark: SparkSession, tmp_path: Path) -> None:

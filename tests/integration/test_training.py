@@ -46,7 +46,7 @@ def whole(vl: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 def weights(values: dict[str, Any]) -> Weights:
     """Of the latest checkpoint."""
-    run = Run.prepare(TrainConfig(**values), world=1, cuda=False)
+    run = Run.prepare(TrainConfig(**values), world_size=1, cuda=False)
     assert run.resume is not None
     with Runtime.start() as runtime:
         model = build_model(run.model, runtime)
@@ -72,7 +72,7 @@ class StopAt(Trainer):
 
 
 def train_and_stop(values: dict[str, Any]) -> None:
-    run = Run.prepare(TrainConfig(**values), world=1, cuda=False)
+    run = Run.prepare(TrainConfig(**values), world_size=1, cuda=False)
     with Runtime.start(seed=run.config.seed) as runtime, StopAt(run, runtime) as trainer:
         trainer.train()
 
@@ -118,7 +118,7 @@ def straight_on(values: dict[str, Any], tmp_path: Path, changes: dict[str, Any])
 
 def in_plain_torch(config: TrainConfig) -> tuple[Weights, list[float]]:
     """The same training in torch alone: one loss over all packs of a step, torch's AdamW and clipping."""
-    run = Run.prepare(config, world=1, cuda=False)
+    run = Run.prepare(config, world_size=1, cuda=False)
     losses: list[float] = []
     with Runtime.start(seed=config.seed) as runtime, Trainer(run, runtime) as trainer:
         batches = list(islice(trainer.stream.batches(0), config.steps))
@@ -168,11 +168,11 @@ def test_killed_at_any_moment_goes_on_from_the_last_save(whole: dict[str, Any], 
     assert sorted(path.name for path in left.iterdir()) == ["latest", "step_00000005", "step_00000006"]
 
 
-@pytest.mark.parametrize("kind", ["text", "vl"])
-def test_learns_by_heart(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """Four packs of noise, again and again: only memory lowers the loss."""
-    values = request.getfixturevalue(kind) | {"output": str(tmp_path / "out"), "steps": 30, "lr": 1e-2}
-    values |= {"global_batch": 16, "validation": None, "save_every": 100}
+@pytest.mark.parametrize("images", [False, True], ids=["text", "vl"])
+def test_learns_by_heart(images: bool, tmp_path: Path) -> None:
+    """Four packs of noise, all of them in each step: only memory lowers the loss."""
+    values = write_job(tmp_path, images=images, packs=4) | {"steps": 30, "lr": 1e-2}
+    values |= {"validation": None, "save_every": 100}
     losses = [line["loss"] for line in train(values)]
     assert losses[0] == pytest.approx(math.log(904), rel=0.05)  # knows nothing
     assert losses[-1] < 0.3 * losses[0]
@@ -199,7 +199,7 @@ def test_begins_with_the_weights_of_a_checkpoint(whole: dict[str, Any], tmp_path
 
 def test_an_infinite_gradient_skips_the_step_and_many_stop_the_run(text: dict[str, Any], tmp_path: Path) -> None:
     values = text | {"output": str(tmp_path / "out"), "steps": 20}
-    run = Run.prepare(TrainConfig(**values), world=1, cuda=False)
+    run = Run.prepare(TrainConfig(**values), world_size=1, cuda=False)
     with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
         norm_weight = trainer.model.get_parameter("language.decoder.final_layernorm.weight")
         norm_weight.data[3] = math.inf
@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_refused_with_both_values(whole: dict[str, Any], te
     train(text)
     for changes, message in refusals(whole, text):
         with pytest.raises(UserError, match=message):
-            Run.prepare(TrainConfig(**whole | changes), world=1, cuda=False)
+            Run.prepare(TrainConfig(**whole | changes), world_size=1, cuda=False)
 
 
 def test_an_output_that_cannot_be_written_is_said_so(text: dict[str, Any], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 _FORKS = not torch.cuda.is_available()
 _CONTEXT: Any = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
 _CONTEXT.set_forkserver_preload(
-    ["trainer.trainer", "trainer.run", "trainer.launch", "convert.verify", "pytest", "tests.support.processes"]
+    ["trainer.trainer", "trainer.run", "trainer.launch", "convert.logits", "pytest", "tests.support.processes"]
 )
 
 

@@ -22,9 +22,9 @@ def differences(windows: list[int], longest: int, heads: int, width: int, like: 
     found = window_attention(qkv, rotary.cos, rotary.sin, ends, longest)
     exact = qkv.detach().float().requires_grad_()
     expected = ReferenceVisionLayers().attend(exact, rotary, ends, longest)
-    (slopes,) = torch.autograd.grad(found, qkv, gradient)
-    (slopes_expected,) = torch.autograd.grad(expected, exact, gradient.float())
-    pairs = [(found, expected), *zip(slopes.unbind(1), slopes_expected.unbind(1))]
+    (gradients,) = torch.autograd.grad(found, qkv, gradient)
+    (expected_gradients,) = torch.autograd.grad(expected, exact, gradient.float())
+    pairs = [(found, expected), *zip(gradients.unbind(1), expected_gradients.unbind(1))]
     return [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]
 
 

@@ -10,7 +10,7 @@ from kanyun.errors import DatasetError
 from kanyun.schema import Pack, Sample
 from tests.support.packed_data import IMAGE, PAD, random_packs, random_sample
 from trainer.data.batch import Batch, BatchFormat, make_batch
-from trainer.data.images import decode
+from trainer.data.pixels import decode
 from trainer.data.shapes import StaticShape
 from trainer.models.qwen2_5.windows import WindowGeometry
 

@@ -17,8 +17,8 @@ from kanyun.storage import Folder
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State
+from trainer.checkpoint.faults import faults, list_steps
 from trainer.checkpoint.metadata import refuse_code
-from trainer.checkpoint.verify import faults, list_steps
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
 from trainer.models.language import LanguageModel

@@ -1,21 +1,16 @@
-import io
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kanyun.errors import UserError
-from kanyun.storage import Folder
 from pipeline.checks import RowError
 from pipeline.datasets import dataset
 from pipeline.datasets.base import Dataset, RawSample, Row, field, message
-from pipeline.readers import plan, read
+from tests.support.raw_rows import fields, rows_of
 
 IMAGE = {"type": "image", "text": None}
 
@@ -265,105 +260,14 @@ def test_a_further_dataset_is_one_class() -> None:
         dataset("captions-of-a-test")
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.sampled_from(["", "{}", '{"a": 1}', '{"text": "é"}\r', " ", "x" * 50]), max_size=20),
-    st.integers(1, 40),
-    st.booleans(),
-)
-def test_any_splits_of_a_file_give_the_rows_of_the_whole(lines: list[str], step: int, ends: bool) -> None:
-    data = ("\n".join(lines) + "\n" * ends).encode()
-    folder = Folder(tempfile.mkdtemp())
-    folder.write("a.jsonl", data)
-    expected, offset = [], 0
-    for line in io.BytesIO(data):
-        if line.strip():
-            expected.append((offset, line.strip().decode()))
-        offset += len(line)
-    found = [
-        (row.position, row.raw)
-        for task in plan([("a.jsonl", len(data))], step)
-        for split in task
-        for row in read(folder, split)
-    ]
-    assert found == expected
-
-
-def test_plan_splits_large_files_and_joins_small_ones() -> None:
-    sizes = {"a.jsonl": 25, "b.jsonl": 3, "c.parquet": 2, "d.jsonl": 0, "e.jsonl": 9, "f.jsonl.gz": 30}
-    tasks = plan(list(sizes.items()), 10)
-    ranges = [[(split.file, split.start, split.end) for split in task] for task in tasks]
-    assert ranges == [
-        [("a.jsonl", 0, 10)],
-        [("a.jsonl", 10, 20)],
-        [("a.jsonl", 20, 25), ("b.jsonl", 0, 3), ("c.parquet", 0, 2)],
-        [("e.jsonl", 0, 9)],
-        [("f.jsonl.gz", 0, 30)],
-    ]
-    tasks = plan([("a.jsonl", 6), ("b.jsonl", 15), ("c.jsonl.gz", 8)], 10)
-    assert [[(split.file, split.start, split.end) for split in task] for task in tasks] == [
-        [("a.jsonl", 0, 6), ("b.jsonl", 0, 4)],
-        [("b.jsonl", 4, 14)],
-        [("b.jsonl", 14, 15), ("c.jsonl.gz", 0, 8)],
-    ]
-
-
-def rows_of(path: Path, step: int = 1 << 20) -> list[Any]:
-    size = path.stat().st_size
-    tasks = plan([(path.name, size)], step)
-    return [row for task in tasks for split in task for row in read(Folder(str(path.parent)), split)]
-
-
-def test_parquet_row_groups_belong_to_one_split_each(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": [f"row {n}" for n in range(100)]}), path, row_group_size=7)
-    for step in (10, 333, 1 << 20):
-        rows = rows_of(path, step)
-        assert [(row.position, row.fields["text"]) for row in rows] == [(n, f"row {n}") for n in range(100)]
-
-
 def test_bad_values_in_parquet_cost_their_row_alone(tmp_path: Path) -> None:
     texts = pa.array([b"fine", b"\xff\xfe", b"fine too"]).view(pa.string())
     pq.write_table(pa.table({"text": texts, "bin": [b"12", None, b"1"]}), tmp_path / "a.parquet")
     first, bad, last = rows_of(tmp_path / "a.parquet")
     assert json.loads(first.raw) == {"text": "fine", "bin": "<2 bytes>"}
-    assert first.fields["bin"] == b"12"
+    assert fields(first)["bin"] == b"12"
     assert "a string is needed: a value that cannot be read: UnicodeDecodeError: 'utf-8'" in evidence_of(
         "text", bad.fields
     )
     assert json.loads(bad.raw)["text"].startswith("a value that cannot be read")
-    assert (last.position, last.fields["text"]) == (2, "fine too")
-
-
-def test_damaged_parquet_is_told_row_by_row(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(
-        pa.table({"text": [f"{n}" * 50 for n in range(20)]}),
-        path,
-        row_group_size=10,
-        compression="none",
-        use_dictionary=False,
-    )
-    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
-    data = bytearray(path.read_bytes())
-    data[start : start + 40] = b"\xff" * 40
-    path.write_bytes(data)
-    rows = rows_of(path)
-    assert [row.position for row in rows] == list(range(20))
-    assert [isinstance(row.fields, RowError) for row in rows] == [False] * 10 + [True] * 10
-    (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
-    (lost,) = rows_of(tmp_path / "b.parquet")
-    assert "b.parquet is no parquet file" in lost.fields.evidence
-
-
-def test_json_that_is_none(tmp_path: Path) -> None:
-    lines = [b"{", b"[1]", b'"x"', b"\xff", b"[" * 100_000, b"1" * 5000, b'{"ok": 1}']
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
-    rows = rows_of(tmp_path / "a.jsonl")
-    assert rows[-1].fields == {"ok": 1}
-    evidence = [row.fields.evidence for row in rows[:-1]]
-    for found, says in zip(
-        evidence, ["no JSON", "an object is needed", "an object", "invalid UTF-8 at byte 0", "", ""]
-    ):
-        assert says in found
-    assert rows[3].raw == "\\xff"
+    assert (last.position, fields(last)["text"]) == (2, "fine too")

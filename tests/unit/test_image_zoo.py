@@ -9,7 +9,7 @@ from transformers.image_utils import load_image
 from pipeline.checks import RowError
 from pipeline.images.guard import decoder
 from tests.support.image_zoo import BAD, GOOD, encoded, picture
-from trainer.data.images import decode
+from trainer.data.pixels import decode
 
 
 @pytest.mark.parametrize("name", GOOD)

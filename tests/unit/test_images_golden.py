@@ -19,8 +19,8 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from trainer.data.images import write_patches
 from trainer.data.patches import layout_of
+from trainer.data.pixels import write_patches
 from trainer.models.qwen2_5.windows import WindowGeometry
 from trainer.models.qwen3_vl.positions import LearnedPositions
 

@@ -30,7 +30,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trainer(values: dict[str, Any]) -> Iterator[Trainer]:
-    run = Run.prepare(TrainConfig(**values), world=1, cuda=False)
+    run = Run.prepare(TrainConfig(**values), world_size=1, cuda=False)
     with Runtime.start(seed=0) as runtime, Trainer(run, runtime) as made:
         yield made
 

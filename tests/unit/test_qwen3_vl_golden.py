@@ -29,7 +29,7 @@ from tests.support.qwen3_vl_assets import (
     qwen3_vl_tokenizer_folder,
 )
 from tests.support.qwen_assets import tiny_tokenizer_folder
-from trainer.data.images import decode
+from trainer.data.pixels import decode
 
 Rows = list[dict[str, Any]]
 Sizes = list[tuple[int, int]]  # width, height

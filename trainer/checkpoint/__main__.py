@@ -10,7 +10,7 @@ from kanyun.errors import run_cli
 
 
 def _list(args: argparse.Namespace) -> int:
-    from trainer.checkpoint.verify import list_steps
+    from trainer.checkpoint.faults import list_steps
 
     listed = list_steps(args.run)
     if args.json:
@@ -22,18 +22,18 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from trainer.checkpoint.verify import faults, steps_below
+    from trainer.checkpoint.faults import faults, steps_below
 
-    found = {}
+    by_step = {}
     for step in steps_below(args.run):
-        found[step.name] = faults(step)
-        for fault in found[step.name]:
+        by_step[step.name] = faults(step)
+        for fault in by_step[step.name]:
             print(f"error: {fault}", file=sys.stderr)
         if not args.json:
-            print(f"{step.name}  {'DAMAGED' if found[step.name] else 'every file and value is right'}", flush=True)
+            print(f"{step.name}  {'DAMAGED' if by_step[step.name] else 'every file and value is right'}", flush=True)
     if args.json:
-        print(json.dumps(found, indent=2))
-    return 1 if any(found.values()) else 0
+        print(json.dumps(by_step, indent=2))
+    return 1 if any(by_step.values()) else 0
 
 
 def parser() -> Parser:

@@ -1,7 +1,7 @@
 """torch's table of contents, `.metadata`: which bytes of which file are which rectangle of which tensor.
 
 It is a pickle, and so is what is stored beside tensors. Both are checked with a restricted unpickler before torch and
-megatron.core, which unpickle without care, see them.
+megatron.core, which unpickle unsafely, see them.
 """
 
 import io

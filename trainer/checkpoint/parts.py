@@ -62,7 +62,7 @@ def parts_of(model: Saved, optimizer: ChainedOptimizer | None, *, check: bool) -
     state = OptimizerState(optimizer, weights, model.sharded).to_save() if optimizer else []
     tensors = {"model": weights, "optimizer": {str(number): place for number, (place, _) in enumerate(state)}}
     tensors, _ = save_preprocess(tensors, validate_access_integrity=check)
-    sources = {(place.key, place.global_offset): found for place, found in state}
+    sources = {(place.key, place.global_offset): tensor for place, tensor in state}
     return [
         _part(place, sources.get((place.key, place.global_offset)))
         for place in nested_values(tensors)

@@ -116,8 +116,8 @@ def _check_digests(step: Folder, where: str) -> None:
     except (UserError, OSError) as damaged:
         mine = str(damaged)
     dist.all_gather_object(error, mine)
-    for found in filter(None, error):
-        raise DamagedError(found)
+    for sentence in filter(None, error):
+        raise DamagedError(sentence)
 
 
 def _read(step: Folder, tensors: dict[str, Any], where: str) -> dict[str, Any]:

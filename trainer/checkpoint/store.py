@@ -88,9 +88,9 @@ def latest(output: Folder) -> Folder | None:
 
 def resolve(path: str) -> Folder:
     """Return the checkpoint that a path stands for, see `look_up`."""
-    found = look_up(path).newest
-    assert found is not None
-    return found
+    newest = look_up(path).newest
+    assert newest is not None
+    return newest
 
 
 def look_up(path: str, damaged: Mapping[str, str] | None = None) -> Search:

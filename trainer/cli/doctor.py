@@ -97,18 +97,20 @@ def _cudnn() -> Finding:
     """Transformer Engine takes cuDNN from CUDA_HOME first; with an older one fused attention is off, without a word."""
     import torch
 
-    found = torch.backends.cudnn.version() or 0
+    loaded = torch.backends.cudnn.version() or 0
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     other = sorted(Path(home).glob("lib*/**/libcudnn.so*")) if home else []
     major, minor, patch, *_ = (int(part) for part in version("nvidia-cudnn-cu13").split("."))
-    if found != major * 10_000 + minor * 100 + patch:
-        return missing("cuDNN", f"torch has loaded {found}, not its own {major}.{minor}.{patch}: clear LD_LIBRARY_PATH")
+    if loaded != major * 10_000 + minor * 100 + patch:
+        return missing(
+            "cuDNN", f"torch has loaded {loaded}, not its own {major}.{minor}.{patch}: clear LD_LIBRARY_PATH"
+        )
     if other:
         return missing(
             "cuDNN",
-            f"{other[0]} is taken before torch's {found}, and fused attention may be off: unset CUDA_HOME",
+            f"{other[0]} is taken before torch's {loaded}, and fused attention may be off: unset CUDA_HOME",
         )
-    return ok("cuDNN", str(found))
+    return ok("cuDNN", str(loaded))
 
 
 def _shared_memory() -> Finding:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kanyun.errors import DatasetError
 from kanyun.schema import Pack
-from trainer.data.images import write_patches
 from trainer.data.mrope import mrope_positions
 from trainer.data.patches import PatchGeometry, layout_of
+from trainer.data.pixels import write_patches
 from trainer.data.shapes import StaticShape
 from trainer.models.config import ModelConfig
 from trainer.models.registry import family_of

@@ -26,7 +26,7 @@ _LINE_EVERY = 10.0  # seconds, where the output is not a terminal, as kanyun.cli
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Of one step, over all ranks."""
+    """Figures of one step, over all ranks."""
 
     step: int
     loss: float  # mean over the trained tokens of the global batch

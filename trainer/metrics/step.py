@@ -66,8 +66,8 @@ class WorkClock:
         if self._cuda:
             self._events[1].synchronize()
             work = self._events[0].elapsed_time(self._events[1]) / 1e3
-        slots = torch.zeros(2, runtime.data_world)
-        slots[:, runtime.data_rank] = torch.tensor([work, self._waited() - self._before])
+        slots = torch.zeros(2, runtime.dp_size)
+        slots[:, runtime.dp_rank] = torch.tensor([work, self._waited() - self._before])
         return slots.flatten().to(runtime.device)
 
 

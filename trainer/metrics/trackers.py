@@ -52,9 +52,11 @@ class Tracker(Protocol):
 
 def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a line of metrics.jsonl, by group and name; those that are null are left out."""
-    found = {chart: line[name] for name, chart in SCALARS.items()}
-    found |= {f"{group}/{dataset}": line[name][dataset] for name, group in BY_DATASET.items() for dataset in line[name]}
-    return {chart: value for chart, value in found.items() if value is not None}
+    scalars = {chart: line[name] for name, chart in SCALARS.items()}
+    scalars |= {
+        f"{group}/{dataset}": line[name][dataset] for name, group in BY_DATASET.items() for dataset in line[name]
+    }
+    return {chart: value for chart, value in scalars.items() if value is not None}
 
 
 class TensorBoard:
@@ -185,8 +187,8 @@ class Background:
 
 def services(run: str, config: dict[str, Any], say: Callable[[str], None]) -> list[Background]:
     """Return the services that are installed and set up in the environment, each with a new run of this name."""
-    found = []
+    started = []
     for service in SERVICES:
         if any(os.environ.get(variable) for variable in service.variables) and find_spec(service.package):
-            found.append(Background(service.name, partial(service, run, config), say))
-    return found
+            started.append(Background(service.name, partial(service, run, config), say))
+    return started

@@ -75,4 +75,4 @@ def _draw(parameter: nn.Parameter, std: float, generator: torch.Generator, runti
     whole = torch.empty(shape, device=runtime.device).normal_(0.0, std, generator=generator)
     # Gate and up rows of a gated MLP are split separately ("stride" 2): a rank has both rows of the same neurons.
     strides = whole.chunk(stride, dim)
-    return torch.cat([part.chunk(split, dim)[runtime.tensor_rank if split > 1 else 0] for part in strides], dim)
+    return torch.cat([part.chunk(split, dim)[runtime.tp_rank if split > 1 else 0] for part in strides], dim)

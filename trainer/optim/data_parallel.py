@@ -147,7 +147,7 @@ def users(model: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
     no module, so single modules cannot wait. A child defines its modules in the order of their use.
     """
     before: list[nn.Parameter] = []
-    found = [(model, before)]
+    pairs = [(model, before)]
     for child in model.children():
         layers = {layer: list(layer.parameters()) for stack in _stacks(child) for layer in stack}
         owner = {parameter: layer for layer, parameters in layers.items() for parameter in parameters}
@@ -157,8 +157,8 @@ def users(model: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
                 waits = layers[owner[parameter]]
             else:
                 waits.append(parameter)
-        found += layers.items()
-    return found
+        pairs += layers.items()
+    return pairs
 
 
 def _stacks(module: nn.Module) -> list[nn.ModuleList]:

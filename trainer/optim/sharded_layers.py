@@ -148,14 +148,14 @@ class ShardedLayers:
         names = {id(entry.data): name for name, entry in state.items()}
         whole = [[names[id(parameter)] for parameter in layer] for layer in matrices]
         self.places = [[state[name] for name in layer] for layer in whole]
-        found = {name: entry for name, entry in state.items() if name not in {n for layer in whole for n in layer}}
+        saved = {name: entry for name, entry in state.items() if name not in {n for layer in whole for n in layer}}
         for layer, weights in enumerate(self.weights):
             for piece in self._pieces:
                 values = weights.detach()[piece.begin : piece.end]
                 place = self.places[layer][piece.matrix]
                 for number, part in enumerate(rectangles(place, piece.first, values, self._replica)):
-                    found[f"{whole[layer][piece.matrix]} {number}"] = part
-        return found
+                    saved[f"{whole[layer][piece.matrix]} {number}"] = part
+        return saved
 
     @property
     def replica(self) -> int:

@@ -73,15 +73,15 @@ class OptimizerState:
 
     def to_save(self) -> list[tuple[ShardedTensor, Sources]]:
         """Return each rectangle with views of its values."""
-        found = []
+        parts = []
         for place, start, values, replica in self._shards:
             for name, sources in values.items():
                 by_source = [list(rectangles(place, start, source.view(-1), replica)) for source in sources]
                 for same in zip(*by_source, strict=True):
                     key = f"optimizer.state.{name}.{same[0].key}"
                     dtype = torch.float32 if len(same) > 1 else same[0].dtype
-                    found.append((replace(same[0], key=key, data=None, dtype=dtype), tuple(r.data for r in same)))
-        return found
+                    parts.append((replace(same[0], key=key, data=None, dtype=dtype), tuple(r.data for r in same)))
+        return parts
 
     def to_load(self) -> dict[str, ShardedTensor]:
         """Return rectangles to load into; call `loaded` after that."""

@@ -67,18 +67,18 @@ class LayoutPlanner:
         Raises UserError if there is none.
         """
         assert self._gpu is not None
-        found = [
+        layouts = [
             layout
             for tensor_parallel, weight_shards in self._splits(self._gpus)
             for micro_batch in MICRO_BATCHES
             if (layout := self._fit(tensor_parallel, weight_shards, micro_batch, length, global_batch, patches))
         ]
-        if not found:
+        if not layouts:
             raise UserError(self._does_not_fit(self._gpu, length, patches, MOST_GPUS))
-        if any(1 < layout.weight_shards <= self._node for layout in found):
+        if any(1 < layout.weight_shards <= self._node for layout in layouts):
             # Between nodes NCCL would gather, which nobody has measured: only for what does not fit a node.
-            found = [layout for layout in found if layout.weight_shards <= self._node]
-        return sorted(found, key=_order)
+            layouts = [layout for layout in layouts if layout.weight_shards <= self._node]
+        return sorted(layouts, key=_order)
 
     def built(self, layout: Layout) -> bool:
         """Return whether the trainer can run it: it shards over a node at most."""

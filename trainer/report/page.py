@@ -71,11 +71,11 @@ def _charts(runs: Sequence[History], names: Sequence[str]) -> list[Chart]:
         for step, kind in run.events
         if kind in _EVENTS
     ]
-    found: list[Chart] = []
+    charts: list[Chart] = []
 
     def add(title: str, unit: str, lines: list[Line], log: bool = False, zero: bool = False) -> None:
         if any(line.points for line in lines):
-            found.append(Chart.of(title, unit, lines, events, last=last, log=log, zero=zero))
+            charts.append(Chart.of(title, unit, lines, events, last=last, log=log, zero=zero))
 
     def of_runs(key: str, dataset: str | None = None, dots: bool = False) -> list[Line]:
         curves = [run.column(key, dataset).curve() for run in runs]
@@ -99,7 +99,7 @@ def _charts(runs: Sequence[History], names: Sequence[str]) -> list[Chart]:
             add(f"{title} by dataset", "", lines, log=True)
     for key, title, unit, log, zero in _CHARTS:
         add(title, unit, of_runs(key), log, zero)
-    return found
+    return charts
 
 
 def _summary(run: History) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _differences(runs: Sequence[History]) -> dict[str, list[str]]:
     """Return the keys of the config in which runs differ, each with every run's value."""
     keys = [key for run in runs for key in run.config]
     values = {key: [str(run.config.get(key)) for run in runs] for key in dict.fromkeys(keys)}
-    return {key: found for key, found in values.items() if len(set(found)) > 1}
+    return {key: of_runs for key, of_runs in values.items() if len(set(of_runs)) > 1}
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:

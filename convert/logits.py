@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from convert.checks import Layout
+from convert.checks import TensorShapes
 from convert.hf_weights import COMPUTED, HFWeights
 from kanyun.errors import UserError
 from kanyun.schema import Pack
@@ -71,35 +71,36 @@ def compare(first: Path, second: Path) -> tuple[Input, Comparison]:
     return sample, Comparison(*(_logits(folder, sample) for folder in (first, second)))
 
 
-def summary(found: Comparison, tolerance: float) -> dict[str, Any]:
+def summary(comparison: Comparison, tolerance: float) -> dict[str, Any]:
     """Return the comparison for a script; `within`: no logit differs by more than `tolerance`."""
-    largest = found.difference.max().item()
+    largest = comparison.difference.max().item()
     return {
         "largest_difference": largest,
-        "mean_difference": found.difference.mean().item(),
-        "same_most_likely_token": float(found.agreement),
+        "mean_difference": comparison.difference.mean().item(),
+        "same_most_likely_token": float(comparison.agreement),
         "tolerance": tolerance,
         "within": largest <= tolerance,  # false for NaN
     }
 
 
-def report(first: Path, second: Path, sample: Input, found: Comparison, tolerance: float) -> bool:
+def report(first: Path, second: Path, sample: Input, comparison: Comparison, tolerance: float) -> bool:
     """Print the comparison; return whether no logit differs by more than `tolerance`."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(hf_folder(first))
-    worst = found.difference.amax(-1)  # [n]
+    worst = comparison.difference.amax(-1)  # [n]
     print(f"A  {first}\nB  {second}\n{len(worst)} tokens, {len(sample.images)} image\n")
     print(f"{'position':>8}  {'token':20} {'A: next token, logit':28} {'B: next token, logit':28} {'difference':>10}")
     for at in sorted(worst.topk(min(SHOWN, len(worst))).indices.tolist()):
         token = repr(tokenizer.decode([int(sample.input_ids[at])]))
         tops = [
-            (repr(tokenizer.decode([int(x[at].argmax())])), x[at].max().item()) for x in (found.first, found.second)
+            (repr(tokenizer.decode([int(x[at].argmax())])), x[at].max().item())
+            for x in (comparison.first, comparison.second)
         ]
         print(f"{at:8}  {token:20.20} " + " ".join(f"{t:18.18} {x:9.4f}" for t, x in tops) + f" {worst[at]:10.2e}")
     largest = worst.max().item()
-    print(f"\nlogit difference: largest {largest:.2e}, mean {found.difference.mean().item():.2e}")
-    print(f"same most likely token at {found.agreement:.2%} of the positions")
+    print(f"\nlogit difference: largest {largest:.2e}, mean {comparison.difference.mean().item():.2e}")
+    print(f"same most likely token at {comparison.agreement:.2%} of the positions")
     within = largest <= tolerance  # false for NaN
     print(f"{'within' if within else 'OVER'} the tolerance of {tolerance:g}")
     return within
@@ -139,7 +140,7 @@ def transformers_logits(folder: Path, sample: Input) -> Tensor:
 
     config = ModelConfig.from_hf(str(folder))
     rows = family_of(config).table(config)
-    HFWeights(folder, config).require(rows, Layout.of(folder, config, rows).hf)
+    HFWeights(folder, config).require(rows, TensorShapes.of(folder, config, rows).hf)
     loader: Any = transformers.AutoModelForImageTextToText if config.vision else transformers.AutoModelForCausalLM
     model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):

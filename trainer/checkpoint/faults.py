@@ -65,17 +65,17 @@ def faults(step: Folder) -> list[str]:
         recorded = Marker.read(step).files or {}
         with ThreadPoolExecutor(_THREADS) as pool:
             digests = dict(zip(recorded, pool.map(step.digest, recorded), strict=True))
-        found = [
+        sentences = [
             f"{step.uri}/{name} is damaged: its digest is {digests[name]}, recorded is {file.xxh3}"
             for name, file in recorded.items()
             if digests[name] != file.xxh3
         ]
-        if not found:
+        if not sentences:
             refuse_code(step)
-            found = list(_not_finite(step))
+            sentences = list(_not_finite(step))
     except UserError as error:
         return [str(error)]
-    return found
+    return sentences
 
 
 def _not_finite(step: Folder) -> Iterator[str]:

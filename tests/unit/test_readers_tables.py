@@ -1,0 +1,109 @@
+"""The readers of parquet and Arrow files."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.checks import MAX_ROW, RowError
+from pipeline.datasets import dataset
+from tests.support.raw_rows import fields, rows_of
+
+
+def test_a_long_text_in_a_table_is_as_long(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["short", "x" * (MAX_ROW + 1)]}), tmp_path / "a.parquet")
+    short, long = rows_of(tmp_path / "a.parquet")
+    assert short.fields == {"text": "short"}
+    assert isinstance(long.fields, RowError)
+    assert str(long.fields.reason) == "row_too_large"
+    assert len(long.raw) == 1000
+
+
+def test_save_to_disk(tmp_path: Path) -> None:
+    """Columns as `datasets` writes them for an Image feature, in a stream of small batches."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    turn = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    schema = pa.schema([("messages", turn), ("images", pa.list_(image))])
+    turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a cat"}]
+    table = [{"messages": turns, "images": [{"bytes": b"%d" % n, "path": None}]} for n in range(150)]
+    with pa.ipc.new_stream(tmp_path / "data-00000-of-00001.arrow", schema) as writer:
+        for batch in pa.Table.from_pylist(table, schema).to_batches(max_chunksize=40):
+            writer.write_batch(batch)
+    rows = rows_of(tmp_path / "data-00000-of-00001.arrow", step=100)
+    assert [row.position for row in rows] == list(range(150))
+    samples = [dataset("messages").sample(row.fields) for row in rows if isinstance(row.fields, dict)]
+    assert [sample.images for sample in samples] == [(b"%d" % n,) for n in range(150)]
+    assert json.loads(rows[7].raw)["images"] == [{"bytes": "<1 bytes>", "path": None}]
+
+    whole = (tmp_path / "data-00000-of-00001.arrow").read_bytes()
+    (tmp_path / "half.arrow").write_bytes(whole[: len(whole) // 2])
+    *rows, last = rows_of(tmp_path / "half.arrow")
+    assert len(rows) in (40, 80)
+    assert isinstance(last.fields, RowError)
+    assert (last.position, "no Arrow data from row" in last.fields.evidence) == (len(rows), True)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_column_that_python_cannot_hold_costs_nothing_unless_it_is_needed(name: str, tmp_path: Path) -> None:
+    table = pa.table({"text": ["one", "two"], "made": pa.array([0, 1], pa.timestamp("us", tz="tzutc()"))})
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    rows = rows_of(tmp_path / name)
+    assert [fields(row)["text"] for row in rows] == ["one", "two"]
+    assert "a value that cannot be read" in json.loads(rows[0].raw)["made"]
+
+
+def test_arrow_in_the_file_format(tmp_path: Path) -> None:
+    table = pa.table({"text": [f"row {n}" for n in range(150)]})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=40)
+    rows = rows_of(tmp_path / "a.arrow")
+    assert [(row.position, fields(row)["text"]) for row in rows] == [(n, f"row {n}") for n in range(150)]
+    whole = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "half.arrow").write_bytes(whole[: len(whole) // 2])
+    *_, last = rows_of(tmp_path / "half.arrow")
+    assert isinstance(last.fields, RowError)
+
+
+def test_columns_of_one_name_and_none_at_all(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], ["text", "n", "n"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    (row,) = rows_of(tmp_path / "a.parquet")
+    assert fields(row) == {"text": "a", "n": 2}
+    pq.write_table(pa.table({"x": [1, 2]}).select([]), tmp_path / "b.parquet")
+    rows = pq.ParquetFile(tmp_path / "b.parquet").metadata.num_rows
+    assert [fields(row) for row in rows_of(tmp_path / "b.parquet")] == [{}] * rows
+
+
+def test_parquet_row_groups_belong_to_one_split_each(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"row {n}" for n in range(100)]}), path, row_group_size=7)
+    for step in (10, 333, 1 << 20):
+        rows = rows_of(path, step)
+        assert [(row.position, fields(row)["text"]) for row in rows] == [(n, f"row {n}") for n in range(100)]
+
+
+def test_damaged_parquet_is_told_row_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"text": [f"{n}" * 50 for n in range(20)]}),
+        path,
+        row_group_size=10,
+        compression="none",
+        use_dictionary=False,
+    )
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    rows = rows_of(path)
+    assert [row.position for row in rows] == list(range(20))
+    assert [isinstance(row.fields, RowError) for row in rows] == [False] * 10 + [True] * 10
+    (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
+    (lost,) = rows_of(tmp_path / "b.parquet")
+    assert "b.parquet is no parquet file" in lost.fields.evidence
