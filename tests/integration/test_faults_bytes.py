@@ -64,7 +64,7 @@ def test_any_byte_of_a_packed_dataset(on_hdfs: tuple[Recipe, Folder], kind: str)
     name = first(packed, kind)
     assert list(verify(packed)) == []
     size = packed.size(name)
-    for position in (0, size // 4, size // 2, size * 3 // 4, size - 2):
+    for position in (0, size // 2, size - 2):  # header, content, footer
         with flipped(packed, name, position):
             try:
                 faults = list(verify(packed))
