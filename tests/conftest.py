@@ -31,12 +31,24 @@ def _group(item: pytest.Function) -> str:
     return next((group for group in _GROUPS if group in needs), item.path.stem)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the mark in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    functions = [item for item in items if isinstance(item, pytest.Function)]
-    for item in functions:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if getattr(config.option, "loadgroup", False):
+        for item in items:
+            if isinstance(item, pytest.Function):
+                _name_group(item)
     items.sort(key=_rank)
+
+
+def _name_group(item: pytest.Function) -> None:
+    """Give the test's id the suffix by which pytest-xdist knows its group.
+
+    The mark xdist_group of pytest-xdist 3.8 sets a field that pytest 9.2 no longer reads. Without a word each test was
+    then a group, and both processes started a cluster and a Spark session and ran the pipeline for every fixture.
+    """
+    group = _group(item)
+    item._id = type(item.id).parse(f"{item.nodeid}@{group}")
+    assert item.nodeid.endswith(f"@{group}"), "pytest has changed: tests that share a cluster are not kept together"
 
 
 def _rank(item: pytest.Item) -> int:
