@@ -76,6 +76,16 @@ def test_both_languages_have_the_same_figures(english: str, chinese: str) -> Non
         assert ours == theirs
 
 
+@pytest.mark.parametrize("page", [chinese for _, chinese in PAIRS])
+def test_chinese_sentences_are_not_broken_over_lines(page: str) -> None:
+    """A browser shows a line's end as a space, which is wrong between two Chinese characters and after a comma."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert (
+        re.findall(r"^(?! {4})(?:[^|#\n].*)?(?:[\u4e00-\u9fff]\n(?=[\u4e00-\u9fff])|[，；：、（]\n(?=\w))", text, re.M)
+        == []
+    )
+
+
 @pytest.mark.parametrize("page", [english for english, _ in PAIRS])
 def test_every_command_is_one_that_exists(page: str) -> None:
     exported: dict[str, str] = {}
