@@ -73,7 +73,7 @@ class PreprocessStage(Stage):
         files = self._raw.listing.files
         if left_out := self._raw.listing.left_out():
             kinds = "; ".join(f"{kind}: {what}" for kind, what in left_out.items())
-            print(f"preprocess: left out of {self._raw.folder.path}: {kinds}")
+            print(f"preprocess: left out of {encodable(self._raw.folder.path)}: {kinds}")
         least, most = self.task_bytes
         enough = sum(size for _, size in files) // (4 * spark.sparkContext.defaultParallelism)
         tasks = plan(files, min(max(enough, least), most))

@@ -50,7 +50,7 @@ def test_images_are_in_the_raw_folder_however_it_is_spelt(
 
 def test_the_whole_pipeline_into_folders_with_odd_names_without_a_locale(raw: Path, tmp_path: Path) -> None:
     """As in a container without LANG."""
-    name = "run [1] {a,b}/数据 a*b?c\\d é #%41&"
+    name = "run:1 [1] {a,b}/数据 a*b?c\\d é #%41&"
     tiny_vl_folder(tmp_path / "hf")
     recipe = tmp_path / "recipe.yaml"
     datasets = {"图": {"raw": str(raw), "dataset": "messages"}}
@@ -100,6 +100,8 @@ def test_every_filter_output_below_in_is_sampled_and_named(
 ) -> None:
     for path in ("web", "web/en", "_extra", ".more"):
         filtered(raw, tmp_path / "all" / path)
+    for link, to in (("latest", "web"), ("web/up", ".."), ("web/itself", "itself"), ("nowhere", "gone")):
+        (tmp_path / "all" / link).symlink_to(to)  # no data paths: rows would be sampled twice
     table = tmp_path / "ratios.yaml"
     table.write_text("web: 1\nweb/en: 2\n_extra: 1\n.more: 0\nno: 0.5\n")
     report = SampleStage(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(table)).run()
