@@ -29,6 +29,7 @@ from benchmarks.scale_data import write_raw
 from kanyun.manifest import Manifest
 from kanyun.storage import Folder
 from pipeline.reports.report import Report
+from pipeline.stages.base import SHUFFLE_PARTITIONS, SHUFFLE_ROWS
 from tests.support.qwen_assets import real_tokenizer_folder
 
 LENGTH = 8192
@@ -190,12 +191,13 @@ class Run:
         """What docs/scale.md says of a stage that has run."""
         least = 4 * self.cores
         if stage == "preprocess":
-            return Use(max(least, _bytes(self.folder / "raw" / name) / (64 << 20)), worker=0.35e9)
+            worker = 0.35e9 if name == "pictures" else 0.2e9
+            return Use(max(least, _bytes(self.folder / "raw" / name) / (64 << 20)), worker=worker)
         if stage == "filter":
             images = self.datasets[name] if name == "pictures" else 0
-            return Use(shuffle=31.0 * self.datasets[name] + 172.0 * images)
+            return Use(_shuffle_tasks(self.datasets[name]), 31.0 * self.datasets[name] + 172.0 * images)
         if stage == "sample":
-            return Use(shuffle=0.875 * sum(row_bytes.values()))
+            return Use(_shuffle_tasks(sum(self.datasets.values())), 0.875 * sum(row_bytes.values()))
         if stage == "build":
             size = _bytes(self.folder / "sample" / "data")
             return Use(max(min(least, size / (4 << 20)), size / (128 << 20)), worker=0.36e9, driver=0.25e9)
@@ -245,6 +247,10 @@ def _beside(measured: float, formula: float) -> str:
         return f"{measured:,.2f}" if measured % 1 else f"{measured:,.0f}"
     mark = " **above**" if measured > 1.2 * formula else " **below**" if measured < 0.8 * formula else ""
     return f"{measured:,.0f} / {formula:,.0f}{mark}"
+
+
+def _shuffle_tasks(rows: int) -> float:
+    return max(SHUFFLE_PARTITIONS, rows // SHUFFLE_ROWS)
 
 
 def _bytes(folder: Path) -> int:

@@ -89,10 +89,11 @@ def _array_rows(stream: IO[bytes]) -> Iterator[RawRow]:
                 return
             try:
                 raw, value = text.value()
+                row = as_row(value)
             except (ValueError, RecursionError) as error:
                 yield RawRow(number, text.beginning(), malformed(f"no JSON from row {number} of the array on: {error}"))
                 return
-            yield RawRow(number, raw, as_row(value))
+            yield RawRow(number, raw, row)
             number += 1
         text.skip("]", once=True)
 

@@ -84,6 +84,8 @@ def test_an_output_that_is_a_link_is_followed(raw: Path, tmp_path: Path, spark: 
 def test_outputs_that_cannot_be_replaced_are_refused_before_any_work(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the output /proc is a mount point.*: choose a folder in it"):
         PreprocessStage(str(raw), "/proc", "messages").run()
+    with pytest.raises(UserError, match=r"caf\\udce9 is a name that is no UTF-8, and Spark cannot use it"):
+        PreprocessStage(str(raw), os.fsdecode(bytes(tmp_path) + b"/caf\xe9"), "messages").run()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"the output .*file is a file: choose a folder"):
         PreprocessStage(str(raw), str(tmp_path / "file"), "messages").run()
