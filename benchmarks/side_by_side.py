@@ -105,7 +105,11 @@ def train(
     planner.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
     world = int(os.environ.get("WORLD_SIZE", "1"))
     run = change(Run.prepare(config, world, torch.cuda.is_available()))
-    with Runtime.start(tensor_parallel=run.layout.tensor_parallel) as runtime, Trainer(run, runtime) as trainer:
+    split, one_order = run.layout.tensor_parallel, config.deterministic
+    with (
+        Runtime.start(tensor_parallel=split, deterministic=one_order) as runtime,
+        Trainer(run, runtime) as trainer,
+    ):
         seconds, flops, losses, waits, work, first, real, slots = [], [], [], [], [], 0.0, 0, 0
         begun, waited = time.perf_counter(), 0.0
         for step, batches in enumerate(islice(trainer.stream.batches(0), args.steps + 2)):
