@@ -1,14 +1,15 @@
 """Training Qwen on one GPU: whole steps of ours, and of its peers on the same packs.
 
 usage: python benchmarks/train_text.py DATA [--models 0.5B 1.5B 3B] [--precisions bf16 fp8] [--ours-only] [--profile]
-                                            [--peers liger megatron megatron-eager megatron-fuser]
+                                            [--peers liger megatron megatron-eager megatron-fuser torchtitan]
 DATA is what text_data.py wrote. Each run is a separate process, one after the other, on the same card. A step is all
 of it: reading packs, forward, backward, clipping, optimizer. FLOPs are the model's (trainer/models/costs.py), MFU is
 against the card's dense bfloat16 peak. A model is a size of Qwen2.5, or a whole name: Qwen3-1.7B. Peers:
 - liger: Hugging Face with our packing, samples laid end to end, attention by FlashAttention's variable-length kernel,
   Liger's fused norm, rope, SwiGLU and linear cross entropy, torch's fused AdamW;
 - megatron: stock megatron.core + Transformer Engine, see peers/megatron_core.py; -eager is without its CUDA graph,
-  -fuser with Transformer Engine's operation fuser in the MLP, which its recipes leave off.
+  -fuser with Transformer Engine's operation fuser in the MLP, which its recipes leave off;
+- torchtitan: see peers/torchtitan.py; of Qwen3 alone.
 """
 
 import argparse
@@ -152,12 +153,19 @@ def megatron(args: argparse.Namespace, folder: Path, **options: bool) -> dict[st
     return run(args, config_of(args, folder), **options)
 
 
+def torchtitan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from benchmarks.peers.torchtitan import run
+
+    return run(args, config_of(args, folder))
+
+
 BOTH = ("bf16", "fp8")
 PEERS = {
     "liger": Peer("Hugging Face + Liger, packed", liger),
     "megatron": Peer("megatron.core + TE, whole-iteration graph", megatron, BOTH),
     "megatron-eager": Peer("megatron.core + TE, no graph", partial(megatron, graph=False), BOTH, usual=False),
     "megatron-fuser": Peer("megatron.core + TE, op fuser", partial(megatron, op_fuser=True), BOTH, usual=False),
+    "torchtitan": Peer("torchtitan, compiled", torchtitan, BOTH, usual=False),
 }
 
 if __name__ == "__main__":
