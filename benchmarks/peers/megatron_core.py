@@ -248,6 +248,7 @@ def run(args: argparse.Namespace, config: TrainConfig, *, graph: bool = True, op
             again = [sys.executable, *sys.argv, "--micro-batch", str(micro_batch // 2)]
             os.execv(sys.executable, again)  # in a process anew: a failed capture leaves its memory behind
         _free_graph()  # NCCL never ends a communicator that a graph with its collectives still refers to
+        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         return result
 
