@@ -32,6 +32,8 @@ BATCH = dict[str, Any]
 
 def apex() -> None:
     """Give megatron.core the function of APEX without which its output head cannot add its gradient in place."""
+    from megatron.core.tensor_parallel import layers
+
     module = ModuleType("fused_weight_gradient_mlp_cuda")
 
     def accumulate(inputs: Tensor, gradient: Tensor, into: Tensor) -> None:
@@ -40,7 +42,8 @@ def apex() -> None:
         general_gemm(inputs, gradient, out_dtype=into.dtype, layout="NT", out=into, accumulate=True, grad=True)
 
     module.wgrad_gemm_accum_fp32 = accumulate  # type: ignore[attr-defined]
-    sys.modules[module.__name__] = module
+    # megatron.core has looked for it when it was imported.
+    layers.fused_weight_gradient_mlp_cuda, layers._grad_accum_fusion_available = module, True
 
 
 def core_config(model: ModelConfig, precision: str, graph: bool, op_fuser: bool) -> Any:
