@@ -25,11 +25,11 @@ def test_attention_within_segments(heads: int, groups: int, width: int, causal: 
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     towards = torch.randn(tokens, heads, width, device="cuda")
 
-    expected = segment_attention(*exact, ends, causal=causal)
+    expected = segment_attention(exact[0], exact[1], exact[2], ends, causal=causal)
     expected.backward(towards)
     found = []
     for _ in range(3):
-        out = segment_flash(*rounded, ends, causal=causal)
+        out = segment_flash(rounded[0], rounded[1], rounded[2], ends, causal=causal)
         found.append((out.detach(), *torch.autograd.grad(out, rounded, towards.bfloat16())))
     for again in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
