@@ -8,12 +8,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.profiles import print_profile
 from trainer.config import TrainConfig
@@ -21,6 +21,7 @@ from trainer.planning import planner
 
 Run = Callable[[argparse.Namespace, Path], dict[str, Any]]  # works in its own folder
 # Column of the table -> how its value is written.
+WARM_UP = 2  # steps
 COLUMNS = {
     "tokens/s": "{:,.0f}",
     "TFLOP/s": "{:.0f}",
@@ -70,7 +71,9 @@ def main(parser: argparse.ArgumentParser, what: str, default: list[str], ours: R
 def train(
     args: argparse.Namespace, config: TrainConfig, change: Callable[[Any], Any] = lambda run: run
 ) -> dict[str, Any]:
-    """Ours: whole steps, as Trainer does them, and what they took, a GPU; the first two are not counted.
+    """Ours: whole steps, as Trainer does them, and what they took, a GPU.
+
+    Not counted: the first two, and those in which a shape bucket's graph is captured, as each is once a run.
 
     `change`: returns another run in place of the prepared one.
     """
@@ -84,24 +87,29 @@ def train(
     run = change(Run.prepare(config, world, torch.cuda.is_available()))
     with Runtime.start(tensor_parallel=run.layout.tensor_parallel) as runtime, Trainer(run, runtime) as trainer:
         seconds, flops, losses, waits, work, first, real, slots = [], [], [], [], [], 0.0, 0, 0
-        begun, waited = time.perf_counter(), 0.0
-        for step, batches in enumerate(islice(trainer.stream.batches(0), args.steps + 2)):
+        begun, waited, graphs = time.perf_counter(), 0.0, 0
+        for step, batches in enumerate(trainer.stream.batches(0)):
             result = trainer.train_step(batches, learning_rate(config, step, config.steps or 0))
-            now = time.perf_counter()
+            now, wait = time.perf_counter(), trainer.stream.wait_seconds
             first = first or now - started
-            seconds.append(now - begun)
-            waits.append(trainer.stream.wait_seconds - waited)
-            begun, waited = now, trainer.stream.wait_seconds
-            real += sum(batch.real_patches for batch in batches)
-            slots += sum(len(batch.vision.patches) for batch in batches if batch.vision)
             losses.append(result.loss)
-            work.append(max(result.ranks.work) / fmean(result.ranks.work))
-            flops.append(result.flops)
+            captured = torch.tensor(trainer.graph.captured if trainer.graph else 0, device=runtime.device)
+            dist.all_reduce(captured)
+            if step >= WARM_UP and captured == graphs:
+                seconds.append(now - begun)
+                waits.append(wait - waited)
+                work.append(max(result.ranks.work) / fmean(result.ranks.work))
+                flops.append(result.flops)
+                real += sum(batch.real_patches for batch in batches)
+                slots += sum(len(batch.vision.patches) for batch in batches if batch.vision)
+            if len(seconds) == args.steps:
+                break
+            begun, waited, graphs = time.perf_counter(), wait, int(captured)
         if args.profile:
             print_profile(run, lambda: trainer.train_step(batches, 1e-4), batches)
-        counted, compute, micro_batch = sum(seconds[2:]), run.layout.compute, run.layout.micro_batch
+        counted, compute, micro_batch = sum(seconds), run.layout.compute, run.layout.micro_batch
         manifests = [dataset.manifest for dataset in run.data.datasets]
-        packs, rate = sum(m.packs for m in manifests), sum(flops[2:]) / counted / world
+        packs, rate = sum(m.packs for m in manifests), sum(flops) / counted / world
         found = {
             "tokens/s": config.global_batch * trainer.tokens_per_pack * args.steps / counted / world,
             "TFLOP/s": rate / 1e12,
@@ -110,12 +118,12 @@ def train(
             "predicted GB": (run.layout.memory or 0) / 1e9,
             "micro-batch": micro_batch,
             "recomputed": f"{compute.recomputed_blocks} blocks, {compute.recomputed_layers} layers",
-            "data wait": sum(waits[2:]) / counted,
+            "data wait": sum(waits) / counted,
             "useful tokens": sum(m.tokens for m in manifests) / packs / config.length,
             "first step s": first,
             "step s": counted / args.steps,
             "predicted s": run.layout.step.seconds if run.layout.step else None,
-            "slowest rank / mean": fmean(work[2:]),
+            "slowest rank / mean": fmean(work),
             "layout": run.layout.reason,
             "losses": [round(losses[0], 3), round(losses[-1], 3)],
         }

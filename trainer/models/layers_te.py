@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.ops import MakeExtraOutput, Sequential
 
+from trainer.kernels.norm_rope import NormedRope
 from trainer.models.config import ModelConfig
 
 
@@ -42,6 +43,25 @@ class TESegmentAttention(TEDotProductAttention):
             query[:, 0], key[:, 0], value[:, 0], None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed
         )
         return out.reshape(length, 1, -1)
+
+
+class NormedSelfAttention(SelfAttention):
+    """Query and key heads are normalized, and rotated, in the kernel that splits them from the value's."""
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        self._angles = rotary_pos_emb[:, 0, 0, : rotary_pos_emb.shape[-1] // 2]  # the other half repeats them
+        out: tuple[Tensor, Tensor | None] = super().forward(*args, rotary_pos_emb=None, **kwargs)
+        return out
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """hidden_states [T, 1, H] -> query [T, 1, heads, D], key and value [T, 1, groups, D]."""
+        kwargs["split_qkv"] = False
+        mixed, _ = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        width = self.hidden_size_per_attention_head
+        tokens, _, groups, values = mixed.shape
+        heads = mixed.view(tokens, groups, values // width, width)
+        norms, eps = (self.q_layernorm.weight, self.k_layernorm.weight), self.config.layernorm_epsilon
+        return tuple(x[:, None] for x in NormedRope.apply(heads, *norms, self._angles, eps))
 
 
 class ResidualMLP(TEFusedMLP):
@@ -76,7 +96,7 @@ def te_layers(config: ModelConfig) -> TransformerBlockSubmodules:
     head_norm = TENorm if config.qk_norm else None
     layer = TransformerLayerSubmodules(
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=NormedSelfAttention if config.qk_norm else SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=TELayerNormColumnParallelLinear,
