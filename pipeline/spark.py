@@ -88,6 +88,9 @@ def spark_session() -> SparkSession:
         builder = builder.config(key, value)
     with incubator_warning_dropped():
         session = builder.getOrCreate()
+    # On a cluster Spark's log says how the job waits for its place; then people see our progress, and lost executors.
+    if not session.sparkContext.getConf().contains("spark.log.level") and "PYSPARK_GATEWAY_PORT" in os.environ:
+        session.sparkContext.setLogLevel("ERROR")
     _ship_code(session)
     return session
 
