@@ -32,8 +32,9 @@ from jobs.daemons import (
     get_json,
     lives,
     refuse_taken_ports,
+    spark_daemon,
 )
-from jobs.hadoop import CACHE, HEAP, JAVA_OPTIONS, SPARK_HOME, hadoop_command, run
+from jobs.hadoop import CACHE, hadoop_command, run
 from kanyun.cli.parser import Parser
 from kanyun.errors import UserError, run_cli
 
@@ -194,21 +195,7 @@ class Cluster:
         self.wait_for_spark()
 
     def _start_spark(self, name: str, *args: str | int) -> None:
-        kind = "master.Master" if name == "master" else "worker.Worker"
-        conf = self.state / "conf" / "spark-daemons.conf"  # its path also marks the process as ours
-        options = ["--host", WORKERS.get(name, HOST), "--properties-file", conf, *args]
-        command = [SPARK_HOME / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", *options]
-        env = {
-            "SPARK_HOME": str(SPARK_HOME),
-            "SPARK_DAEMON_JAVA_OPTS": " ".join([*JAVA_OPTIONS, f"-Djava.io.tmpdir={self.state / 'tmp'}"]),
-            "SPARK_DAEMON_MEMORY": HEAP,
-            "SPARK_WORKER_DIR": str(self.state / name),
-            "SPARK_LOCAL_DIRS": str(self.state / "spark-local"),
-            # Executors are the worker's children: the same Python and libraries as here, our own code by the job.
-            "PYSPARK_PYTHON": sys.executable,
-            "PYTHONPATH": "",
-        }
-        self._start(name, [str(part) for part in command], env)
+        self._start(name, *spark_daemon(self.state, name, *args))
 
     def _start(self, name: str, command: list[str], env: dict[str, str]) -> None:
         if self._tied and shutil.which("setpriv"):

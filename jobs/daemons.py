@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import socket
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, cast
 
 import psutil
 
-from jobs.hadoop import write_conf
+from jobs.hadoop import HEAP, JAVA_OPTIONS, SPARK_HOME, write_conf
 from kanyun.errors import UserError
 
 HOST = "127.0.0.1"
@@ -73,6 +74,25 @@ def configure(state: Path, settings: Settings, hdfs: str) -> None:
     for name in ("tmp", "spark-local", *WORKERS):  # of the time before: killed JVMs leave files
         shutil.rmtree(state / name, ignore_errors=True)
     (state / "tmp").mkdir()
+
+
+def spark_daemon(state: Path, name: str, *args: str | int) -> tuple[list[str], dict[str, str]]:
+    """Return the command line of "master" or of one of WORKERS, and what its environment has beside the clients'."""
+    kind = "master.Master" if name == "master" else "worker.Worker"
+    conf = state / "conf" / "spark-daemons.conf"  # its path also marks the process as ours
+    options = ["--host", WORKERS.get(name, HOST), "--properties-file", conf, *args]
+    command = [SPARK_HOME / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", *options]
+    env = {
+        "SPARK_HOME": str(SPARK_HOME),
+        "SPARK_DAEMON_JAVA_OPTS": " ".join([*JAVA_OPTIONS, f"-Djava.io.tmpdir={state / 'tmp'}"]),
+        "SPARK_DAEMON_MEMORY": HEAP,
+        "SPARK_WORKER_DIR": str(state / name),
+        "SPARK_LOCAL_DIRS": str(state / "spark-local"),
+        # Executors are the worker's children: the same Python and libraries as here, our own code by the job.
+        "PYSPARK_PYTHON": sys.executable,
+        "PYTHONPATH": "",
+    }
+    return [str(part) for part in command], env
 
 
 def get_json(port: int, path: str) -> dict[str, Any] | None:

@@ -6,87 +6,25 @@ job is started again: after exit code 85 (told to stop, and saved), after a lost
 or hung; never after 2 (wrong input).
 """
 
-import difflib
 import shlex
 import sys
-from pathlib import Path
-from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from jobs.facts import Facts, SparkFacts, TrainFacts, load_facts
+from jobs.pods import Manifest, driver_pod, hadoop_conf, metadata, spark_conf, train_env, training_pod
 from kanyun.cli.parser import Parser
-from kanyun.errors import UserError, run_cli
+from kanyun.errors import run_cli
 from trainer.stopping import PREEMPTED
 
 WRONG_INPUT = 2
 MOST_RESTARTS = 100  # each preemption is one
 MASTER_PORT = 29500
-ROOT = "/opt/kanyun"  # of the images
-USER = 10001  # of the images
-CONF = "/opt/hadoop/conf"
-Manifest = dict[str, Any]
-
-
-class Facts(BaseModel):
-    """What is to be known of any job."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    # Of a Service, too: part of host names.
-    name: str = Field(pattern=r"^[a-z]([-a-z0-9]{0,40}[a-z0-9])?$")
-    namespace: str = "default"
-    image: str
-    command: list[str] = Field(min_length=1)
-    queue: str = "default"
-    cpus: PositiveInt
-    memory: str
-    volumes: dict[str, str] = {}
-    hadoop_conf: str = ""
-    env: dict[str, str] = {}
-
-
-class TrainFacts(Facts):
-    nodes: PositiveInt
-    gpus: PositiveInt
-    shared_memory: str = "64Gi"
-    rdma: dict[str, PositiveInt] = {}
-    host_network: bool = False
-    grace_seconds: PositiveInt = 900
-
-
-class SparkFacts(Facts):
-    executors: PositiveInt
-    executor_cores: PositiveInt = 4
-    executor_memory: str = "6g"
-    service_account: str = "spark"
-
-
-def load_facts[T: Facts](path: str, kind: type[T]) -> T:
-    """Raises UserError, one sentence for each fact that is missing, unknown or of a wrong kind."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return kind.model_validate(values)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}): correct it") from error
-    except ValidationError as error:
-        raise UserError("; ".join(_sentence(path, kind, problem) for problem in error.errors())) from error
-
-
-def _sentence(path: str, kind: type[Facts], problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0)[0]
-        return f"{path} has an unknown fact {key!r}: did you mean {near!r}?"
-    if problem["type"] == "missing":
-        return f"{path} has no {key}: add `{key}: ...`"
-    message = problem["msg"].replace("Input should", "it should").replace("String should", "it should")
-    return f"{path}: {key or 'all of it'} is {problem['input']!r}: {message}"
 
 
 def volcano_train(facts: TrainFacts) -> list[Manifest]:
     """One task, worker: all pods at once or none; plugins give each its number and the name of the first."""
-    pod = _training_pod(facts, {"MASTER_PORT": str(MASTER_PORT)})
+    pod = training_pod(facts, {"MASTER_PORT": str(MASTER_PORT)})
     policies: list[Manifest] = [
         {"exitCode": PREEMPTED, "action": "RestartJob"},
         {"exitCode": WRONG_INPUT, "action": "TerminateJob"},
@@ -96,7 +34,7 @@ def volcano_train(facts: TrainFacts) -> list[Manifest]:
     job = _volcano(facts, "worker", facts.nodes, pod, policies, MOST_RESTARTS)
     # svc gives the pods names, and a network policy by which they hear only one another.
     job["spec"]["plugins"] = {"env": [], "svc": ["--publish-not-ready-addresses=true"]}
-    return [*_hadoop_conf(facts), job]
+    return [*hadoop_conf(facts), job]
 
 
 def kubernetes_train(facts: TrainFacts) -> list[Manifest]:
@@ -104,14 +42,14 @@ def kubernetes_train(facts: TrainFacts) -> list[Manifest]:
     86, and are started again, too. Volcano restarts all of them at once.
     """
     first = f"{facts.name}-0.{facts.name}"
-    pod = _training_pod(facts, {"NNODES": str(facts.nodes), "MASTER_ADDR": first, "MASTER_PORT": str(MASTER_PORT)})
+    pod = training_pod(facts, {"NNODES": str(facts.nodes), "MASTER_ADDR": first, "MASTER_PORT": str(MASTER_PORT)})
     pod["spec"]["subdomain"] = facts.name
     labels = {"app": facts.name}
     pod["metadata"] = {"labels": labels}
     service = {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(facts),
+        "metadata": metadata(facts),
         # The first pod is looked for before it is ready.
         "spec": {"clusterIP": "None", "selector": labels, "publishNotReadyAddresses": True},
     }
@@ -128,30 +66,30 @@ def kubernetes_train(facts: TrainFacts) -> list[Manifest]:
         "podFailurePolicy": {"rules": rules},
         "template": pod,
     }
-    return [*_hadoop_conf(facts), service, _job(facts, spec)]
+    return [*hadoop_conf(facts), service, _job(facts, spec)]
 
 
 def volcano_spark(facts: SparkFacts) -> list[Manifest]:
     """The driver's pod; executors are pods that it makes, and Volcano places as it does the driver."""
-    pod = _driver_pod(facts, scheduler="volcano")
+    pod = driver_pod(facts, scheduler="volcano")
     policies: list[Manifest] = [
         {"exitCode": WRONG_INPUT, "action": "TerminateJob"},
         {"events": ["PodFailed", "PodEvicted"], "action": "RestartJob"},
         {"event": "TaskCompleted", "action": "CompleteJob"},
     ]
-    return [_spark_conf(facts, "volcano"), _volcano(facts, "driver", 1, pod, policies, 3)]
+    return [spark_conf(facts, "volcano"), _volcano(facts, "driver", 1, pod, policies, 3)]
 
 
 def kubernetes_spark(facts: SparkFacts) -> list[Manifest]:
     """The driver's pod as a Job: what is finished is skipped, so it may be started again."""
     rules = [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [WRONG_INPUT]}}]
-    spec = {"backoffLimit": 3, "podFailurePolicy": {"rules": rules}, "template": _driver_pod(facts, scheduler="")}
-    return [_spark_conf(facts, ""), _job(facts, spec)]
+    spec = {"backoffLimit": 3, "podFailurePolicy": {"rules": rules}, "template": driver_pod(facts, scheduler="")}
+    return [spark_conf(facts, ""), _job(facts, spec)]
 
 
 def slurm_train(facts: TrainFacts) -> str:
     """A batch script. Its time limit sends USR1 early enough for a save; then the job is queued again."""
-    settings = {"MASTER_PORT": str(MASTER_PORT), **_train_env(facts)}
+    settings = {"MASTER_PORT": str(MASTER_PORT), **train_env(facts)}
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items())
     return f"""#!/usr/bin/env bash
 #SBATCH --job-name={facts.name}
@@ -190,12 +128,8 @@ exit "$code"
 """
 
 
-def _metadata(facts: Facts, suffix: str = "") -> Manifest:
-    return {"name": facts.name + suffix, "namespace": facts.namespace}
-
-
 def _job(facts: Facts, spec: Manifest) -> Manifest:
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": _metadata(facts), "spec": spec}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata(facts), "spec": spec}
 
 
 def _volcano(
@@ -209,120 +143,7 @@ def _volcano(
         "policies": policies,
         "tasks": [{"name": task, "replicas": replicas, "template": pod}],
     }
-    return {"apiVersion": "batch.volcano.sh/v1alpha1", "kind": "Job", "metadata": _metadata(facts), "spec": spec}
-
-
-def _train_env(facts: TrainFacts) -> dict[str, str]:
-    # The scheduler starts all nodes again together: one that started its ranks alone would wait for the others.
-    restarts = {"RESTARTS": "0"} if facts.nodes > 1 else {}
-    conf = {"HADOOP_CONF_DIR": CONF} if facts.hadoop_conf else {}
-    return {**restarts, **conf, **facts.env}
-
-
-def _training_pod(facts: TrainFacts, env: dict[str, str]) -> Manifest:
-    resources = {
-        "cpu": facts.cpus,
-        "memory": facts.memory,
-        "nvidia.com/gpu": facts.gpus,
-        **facts.rdma,
-    }
-    capabilities = {"capabilities": {"add": ["IPC_LOCK"]}} if facts.rdma else {}  # RDMA pins its buffers
-    container = _container(facts, "train", {**env, **_train_env(facts)}, resources, capabilities)
-    container["volumeMounts"].append({"name": "shared-memory", "mountPath": "/dev/shm"})
-    spec = _pod_spec(facts, container)
-    memory = {"emptyDir": {"medium": "Memory", "sizeLimit": facts.shared_memory}}
-    spec["volumes"].append({"name": "shared-memory", **memory})
-    spec["terminationGracePeriodSeconds"] = facts.grace_seconds
-    if facts.host_network:
-        spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
-    return {"spec": spec}
-
-
-def _driver_pod(facts: SparkFacts, scheduler: str) -> Manifest:
-    options = [
-        f"--conf spark.executor.instances={facts.executors}",
-        f"--executor-cores {facts.executor_cores}",
-        f"--executor-memory {facts.executor_memory}",
-        f"--conf spark.kubernetes.authenticate.driver.serviceAccountName={facts.service_account}",
-    ]
-    if scheduler:
-        options.append(f"--conf spark.kubernetes.scheduler.name={scheduler}")
-    env = {
-        "SPARK_MASTER": "k8s://https://kubernetes.default.svc",
-        "SPARK_IMAGE": facts.image,
-        "SPARK_NAMESPACE": facts.namespace,
-        "SPARK_POD_TEMPLATE": f"{CONF}/executor.yaml",
-        "SPARK_SUBMIT_OPTIONS": " ".join(options),
-        "HADOOP_CONF_DIR": CONF,
-        **facts.env,
-    }
-    resources = {"cpu": facts.cpus, "memory": facts.memory}
-    container = _container(facts, "driver", env, resources, {}, conf=True)
-    for name, field in (("POD_NAME", "metadata.name"), ("POD_IP", "status.podIP")):
-        container["env"].append({"name": name, "valueFrom": {"fieldRef": {"fieldPath": field}}})
-    return {"spec": {"serviceAccountName": facts.service_account, **_pod_spec(facts, container, conf=True)}}
-
-
-def _container(
-    facts: Facts, name: str, env: dict[str, str], resources: Manifest, security: Manifest, conf: bool = False
-) -> Manifest:
-    mounts = [{"name": claim, "mountPath": path} for claim, path in facts.volumes.items()]
-    if facts.hadoop_conf or conf:
-        mounts.append({"name": "conf", "mountPath": CONF})
-    amounts = {key: str(value) for key, value in resources.items()}
-    return {
-        "name": name,
-        "image": facts.image,
-        "workingDir": ROOT,
-        "command": ["tini", "--", *facts.command],
-        "env": [{"name": key, "value": value} for key, value in env.items()],
-        "resources": {"limits": amounts, "requests": dict(amounts)},
-        "securityContext": {"allowPrivilegeEscalation": False, **security},
-        "volumeMounts": mounts,
-    }
-
-
-def _pod_spec(facts: Facts, container: Manifest, conf: bool = False) -> Manifest:
-    claims = [{"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in facts.volumes]
-    if facts.hadoop_conf or conf:
-        claims.append({"name": "conf", "configMap": {"name": f"{facts.name}-conf"}})
-    return {
-        "restartPolicy": "Never",
-        "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER},
-        "containers": [container],
-        "volumes": claims,
-    }
-
-
-def _hadoop_files(facts: Facts) -> dict[str, str]:
-    """The files of the client's configuration, which a ConfigMap carries to the pods."""
-    if not facts.hadoop_conf:
-        return {}
-    folder = Path(facts.hadoop_conf)
-    files = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*-site.xml"))}
-    if absent := {"core-site.xml", "hdfs-site.xml"} - files.keys():
-        raise UserError(f"hadoop_conf {folder} has no {' and no '.join(sorted(absent))}: give the client's folder")
-    return files
-
-
-def _config_map(facts: Facts, files: dict[str, str]) -> Manifest:
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(facts, "-conf"), "data": files}
-
-
-def _hadoop_conf(facts: Facts) -> list[Manifest]:
-    return [_config_map(facts, _hadoop_files(facts))] if facts.hadoop_conf else []
-
-
-def _spark_conf(facts: SparkFacts, scheduler: str) -> Manifest:
-    """HDFS's settings, and what executors' pods have beside what Spark gives them: the same volumes and settings."""
-    env = {"HADOOP_CONF_DIR": CONF, **facts.env}
-    container = _container(facts, "executor", env, {}, {}, conf=True)
-    for key in ("command", "workingDir", "resources"):  # Spark's
-        del container[key]
-    template: Manifest = {"apiVersion": "v1", "kind": "Pod", "spec": _pod_spec(facts, container, conf=True)}
-    if scheduler:
-        template["metadata"] = {"annotations": {"scheduling.volcano.sh/queue-name": facts.queue}}
-    return _config_map(facts, {**_hadoop_files(facts), "executor.yaml": yaml.safe_dump(template, sort_keys=False)})
+    return {"apiVersion": "batch.volcano.sh/v1alpha1", "kind": "Job", "metadata": metadata(facts), "spec": spec}
 
 
 def render(target: str, path: str) -> str:

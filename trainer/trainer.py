@@ -78,7 +78,12 @@ class Trainer:
         self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
         if run.weights is not None and not config.continue_from:
             run = run.load(self.model)
-        self.ddp = OverlappedDataParallel(self.model.config, self.model, weight_shards=layout.weight_shards)
+        self.ddp = OverlappedDataParallel(
+            self.model.config,
+            self.model,
+            weight_shards=layout.weight_shards,
+            transposed_weights=layout.compute.transposed_weights,
+        )
         self.guard = FiniteGuard(self.model.named_weights, config.lr)
         self.sums = DatasetSums(names, runtime.device)  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None

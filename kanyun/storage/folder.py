@@ -11,7 +11,7 @@ from typing import IO, cast
 
 import xxhash
 
-from kanyun.errors import UserError
+from kanyun.errors import InvalidPathError, UserError
 from kanyun.storage.backend import Backend, Entry
 from kanyun.storage.retries import call_with_retry, first_line, retrying, translate_errors
 from kanyun.storage.streams import Output, Ranges
@@ -86,7 +86,7 @@ class Folder:
     def is_folder(self, name: str = "") -> bool:
         try:
             return self.stat(name).is_folder
-        except FileNotFoundError:
+        except (FileNotFoundError, InvalidPathError):  # a link to itself is no valid path
             return False
 
     def size(self, name: str) -> int:

@@ -53,7 +53,7 @@ def test_an_image_runs_as_a_user_and_keeps_no_secret(path: Path) -> None:
     text = path.read_text()
     stages = text.split("\nFROM ")
     assert "\nUSER kanyun\n" in stages[-1]
-    assert "useradd --uid 10001 " in text, "the user of jobs/render.py"
+    assert "useradd --uid 10001 " in text, "the user of jobs/pods.py"
     for run in re.findall(r"^RUN (?:.*\\\n)*.*$", text, re.MULTILINE):
         if "pip install" in run or "setup_gpu" in run:
             assert "--mount=type=secret,id=pip,target=/etc/pip.conf" in run

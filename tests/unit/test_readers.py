@@ -224,6 +224,8 @@ def test_an_array_is_its_elements(tmp_path: Path) -> None:
         assert [json.loads(row.raw) for row in rows] == elements
         for suffix, compress in COMPRESS.items():
             assert [row.fields for row in json_rows(tmp_path, compress(data), f"a.json.{suffix}")] == elements
+    joined = json_rows(tmp_path, b'[{"a": 1}]\n\xef\xbb\xbf[]\n[{"a": 2}, {"a": 3}]\n')
+    assert [(row.position, row.fields) for row in joined] == [(n, {"a": n + 1}) for n in range(3)]
     assert json_rows(tmp_path, b"[]") == []
     assert json_rows(tmp_path, b"") == []
 
@@ -238,6 +240,7 @@ def test_an_array_is_its_elements(tmp_path: Path) -> None:
         (b'[{"a": 1}, {"a": nope}, {"a": 3}]', 1, "no JSON from row 1 of the array on"),
         (b"[", 0, "the array is not closed after 0 rows"),
         (b"[" * 100_000, 0, "no JSON from row 0"),
+        (b'[{"a": 1}] {"a": 2}', 1, "behind 1 rows the array ends, not the file"),
     ],
 )
 def test_a_damaged_array_keeps_what_is_before(data: bytes, good: int, says: str, tmp_path: Path) -> None:
@@ -299,6 +302,19 @@ def test_a_column_that_python_cannot_hold_costs_nothing_unless_it_is_needed(name
     rows = rows_of(tmp_path / name)
     assert [fields(row)["text"] for row in rows] == ["one", "two"]
     assert "a value that cannot be read" in json.loads(rows[0].raw)["made"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_objects_of_a_table_have_the_fields_of_their_own_row_alone(name: str, tmp_path: Path) -> None:
+    """A table has one type for all calls: else each would be trained with the others' arguments, as null."""
+    calls = [{"name": "weather", "arguments": {"town": "Oslo"}}, {"name": "add", "arguments": {"a": 1, "b": [1, None]}}]
+    table = pa.Table.from_pylist([{"calls": [call], "note": None} for call in calls])
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    assert [fields(row) for row in rows_of(tmp_path / name)] == [{"calls": [call], "note": None} for call in calls]
 
 
 def test_arrow_in_the_file_format(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None 
         _check_digests(local, step.uri)
         refuse_code(local)
         # Parts of sharded layers are filled by reading; under their names there is no parameter to copy them to.
-        model.load_state_dict(_read(local, weights_of(model), step.uri), strict=model.sharded is None)
+        with model.masters():
+            model.load_state_dict(_read(local, weights_of(model), step.uri), strict=model.sharded is None)
         require_finite(model.named_weights(), step.uri)
         if optimizer is not None:
             # Last: on a CPU master weights are the model's own, and those of a GPU's checkpoint are rounded.
@@ -46,8 +47,7 @@ def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None 
             _read(local, tensors, step.uri)
             require_finite(((tensor.key, tensor.data) for tensor in tensors.values()), step.uri)
             state.loaded(Marker.read(local).state.updates)
-    if model.sharded:
-        model.sharded.publish()
+    model.publish()
 
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str, way_out: str = "use another checkpoint") -> None:
