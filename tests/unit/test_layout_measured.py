@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks import many_gpus
-from trainer.models.config import Compute
+from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import TRAINING
 from trainer.models.registry import costs_of, published_sizes
 from trainer.planning.exchange import weight_exchange
@@ -35,12 +35,16 @@ class Row(NamedTuple):
     useful: float = 1.0
 
     @property
+    def model(self) -> ModelConfig:
+        return published_sizes()[self.size if self.size.startswith("Qwen") else f"Qwen2.5-{self.size}"]
+
+    @property
     def card(self) -> str:
         return "H200" if self.size.endswith("7B") and self.gpus == 1 else "H100"
 
     def memory_error(self) -> float:
         per_micro_batch = self.packs // self.micro_batches
-        peak = MemoryModel(published_sizes()[f"Qwen2.5-{self.size}"]).peak(
+        peak = MemoryModel(self.model).peak(
             tensor_parallel=self.tensor_parallel,
             data_parallel=self.gpus // self.tensor_parallel,
             tokens=per_micro_batch * LENGTH,
@@ -51,7 +55,7 @@ class Row(NamedTuple):
         return peak / 1e9 / self.memory - 1
 
     def seconds(self) -> float:
-        speed = SpeedModel(published_sizes()[f"Qwen2.5-{self.size}"], GPUS[self.card])
+        speed = SpeedModel(self.model, GPUS[self.card])
         return speed.step(
             gpus=self.gpus,
             tensor_parallel=self.tensor_parallel,
@@ -92,6 +96,9 @@ ROWS = [
     Row("VL-3B", 8, 8, 6_600, vision(20), 24_454, 77.9, useful=MIX),
     Row("VL-7B", 4, 4, 18_816, vision(32, 4, fp8=False), 9_112, 136.4),
     Row("VL-7B", 4, 4, 18_816, vision(32, 6), 11_930, 135.3),
+    Row("Qwen3-VL-2B", 8, 8, 13_824, vision(0), 32_787, 56.7, useful=0.99),
+    Row("Qwen3-VL-4B", 8, 8, 13_824, vision(24, 18), 17_194, 78.0, useful=0.99),
+    Row("Qwen3-VL-4B", 8, 8, 6_450, vision(24, 17), 19_703, 78.3, useful=0.978),
     Row("1.5B", 2, 1, 0, FP8, 56_656, 49.0, 2, useful=TEXT),
     Row("1.5B", 8, 2, 0, FP8, 64_436, 79.7, 2, useful=TEXT),
     Row("3B", 2, 2, 0, FP8, 31_417, 56.8, 2, useful=TEXT),
