@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt jobs/setup.sh
 	@jobs/setup.sh
 	@touch $@
 
-.PHONY: help setup setup-gpu demo test test-unit soak test-gpu test-docker test-readme lint format docs clean cluster-up cluster-down cluster-status \
+.PHONY: help setup setup-gpu demo test test-unit soak test-gpu test-docker test-readme lint format docs look clean cluster-up cluster-down cluster-status \
   spark-preprocess spark-filter spark-sample spark-build spark-pack train convert-megatron convert-hf
 
 help: ## this list
@@ -121,6 +121,10 @@ convert-hf: need-IN need-OUT $(STAMP) ## a checkpoint of ours -> a folder that t
 docs: $(STAMP) ## the site of docs/ into site/, readable without a network; fails at a link that leads nowhere
 #example make docs
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+
+look: docs ## the site and the pages below demo/ in Chromium, 400 and 1600 pixels wide; needs playwright, .[browser]
+#example make look
+	@$(PYTHON) -m docs.look site $(wildcard demo)
 
 clean: ## remove what make made: .venv, demo/, caches
 #example make clean

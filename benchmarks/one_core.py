@@ -26,13 +26,17 @@ def seconds(run: Callable[[], None]) -> float:
     return _spent() - start
 
 
-def show(what: str, counts: Sequence[int], times: Mapping[str, Sequence[float]]) -> None:
+def show(
+    what: str, counts: Sequence[int], times: Mapping[str, Sequence[float]], *, scales: Sequence[int] = SCALES
+) -> None:
     """A line for each of `times` (seconds by scale); the first is the floor, and the others are shares of it.
 
-    The last column is without a run's fixed cost: what 16x has beyond 4x over the time it takes beyond 4x.
+    The last column is without a run's fixed cost: what the largest scale has beyond the one before it, over the time
+    that it takes beyond that.
     """
     print(f"{list(counts)} {what} a CPU second, and as a share of the floor")
-    print(f"{'':24}" + "".join(f"{f'{scale}x':>17}" for scale in SCALES) + f"{'16x beyond 4x':>17}")
+    columns = [*(f"{scale}x" for scale in scales), f"{scales[-1]}x beyond {scales[-2]}x"]
+    print(f"{'':24}" + "".join(f"{column:>17}" for column in columns))
     floor: list[float] = []
     for name, taken in times.items():
         rates = [count / one for count, one in zip(counts, taken)]

@@ -4,15 +4,16 @@ Half of --rows are documents (ratio 0.7), half chats (ratio 1.4); --images are r
 Each stage is its own command (python -m pipeline), so that its memory is its own: the highest resident size (VmHWM)
 of the driver's Python, of the JVM and of the largest Python worker. CPU seconds are those of all its processes, seen
 every half second. Tasks and shuffle bytes come from Spark's event log; tasks are those of the Spark stage with most.
-A figure more than 20 % above its formula is marked. In a FOLDER that is named, a step that has been measured is not
-run again, so that a run of hours can be stopped, or made with --steps in parts.
+A figure more than 20 % off its formula is marked. In a FOLDER that is named, a step that has been measured is not
+run again, so that a run of hours can be stopped, or made with --steps in parts. What a step has read is deleted.
 
-usage: python -m benchmarks.scale --rows N --images N [--cores N] [--steps N] [FOLDER]     (12 kB of disk a row)
+usage: python -m benchmarks.scale --rows N --images N [--cores N] [--steps N] [FOLDER]     (8 kB of disk a row)
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from benchmarks.scale_data import write_raw
 from kanyun.manifest import Manifest
 from kanyun.storage import Folder
 from pipeline.reports.report import Report
+from pipeline.stages.base import SHUFFLE_PARTITIONS, SHUFFLE_ROWS
 from tests.support.qwen_assets import real_tokenizer_folder
 
 LENGTH = 8192
@@ -147,13 +149,17 @@ class Run:
         print(f"{sum(row_bytes.values()) / 1e6:,.0f} MB of text as JSON: {row_bytes}\n\n| {COLUMNS} |")
         print("|---" + "|--:" * COLUMNS.count("|") + "|", flush=True)
         for stage, name, options in self._commands(tokenizer):
-            measured = self.folder / f"{stage}-{name}.json"
+            measured, line = (self.folder / f"{stage}-{name}.{suffix}" for suffix in ("json", "txt"))
             if not measured.exists():
                 if steps == 0:
                     return
                 steps = steps and steps - 1
                 measured.write_text(json.dumps(asdict(self._run(stage, name, options))))
-            self._show(stage, name, Use(**json.loads(measured.read_text())), self._formula(stage, name, row_bytes))
+            if not line.exists():
+                used = Use(**json.loads(measured.read_text()))
+                line.write_text(self._line(stage, name, used, self._formula(stage, name, row_bytes)))
+                self._delete_input(stage, name)
+            print(line.read_text(), flush=True)
 
     def _raw_bytes(self, name: str, rows: int) -> int:
         """Return the bytes of a data path's rows as JSON, which are made unless they are there."""
@@ -185,12 +191,13 @@ class Run:
         """What docs/scale.md says of a stage that has run."""
         least = 4 * self.cores
         if stage == "preprocess":
-            return Use(max(least, _bytes(self.folder / "raw" / name) / (64 << 20)), worker=0.35e9)
+            worker = 0.35e9 if name == "pictures" else 0.2e9
+            return Use(max(least, _bytes(self.folder / "raw" / name) / (64 << 20)), worker=worker)
         if stage == "filter":
             images = self.datasets[name] if name == "pictures" else 0
-            return Use(shuffle=31.0 * self.datasets[name] + 172.0 * images)
+            return Use(_shuffle_tasks(self.datasets[name]), 31.0 * self.datasets[name] + 172.0 * images)
         if stage == "sample":
-            return Use(shuffle=0.875 * sum(row_bytes.values()))
+            return Use(_shuffle_tasks(sum(self.datasets.values())), 0.875 * sum(row_bytes.values()))
         if stage == "build":
             size = _bytes(self.folder / "sample" / "data")
             return Use(max(min(least, size / (4 << 20)), size / (128 << 20)), worker=0.36e9, driver=0.25e9)
@@ -198,10 +205,22 @@ class Run:
         sampled = self.datasets.get("pictures", 0) * RATIOS["pictures"]
         shards = len(manifest.shards)
         return Use(
-            shards, 2.25 * manifest.tokens + 120 * sampled, 0.4e9 + 7 * manifest.tokens / shards, 72.0 * manifest.packs
+            tasks=shards,
+            shuffle=2.25 * manifest.tokens + 120 * sampled,
+            worker=0.4e9 + 7 * manifest.tokens / shards,
+            driver=0.22e9 + 72 * manifest.packs,
         )
 
-    def _show(self, stage: str, name: str, used: Use, formula: Use) -> None:
+    def _delete_input(self, stage: str, name: str) -> None:
+        """Delete the rows that a step has read. preprocess's blobs stay: pack reads them."""
+        for folder in [self.folder / "raw" / name] if stage == "preprocess" else self._rows_read(stage, name):
+            shutil.rmtree(folder)
+
+    def _rows_read(self, stage: str, name: str) -> Iterator[Path]:
+        for output in self.datasets if stage == "sample" else [name]:
+            yield self.folder / _BEFORE[stage] / output / "data"
+
+    def _line(self, stage: str, name: str, used: Use, formula: Use) -> str:
         output = self._packed() if stage == "pack" else self.folder / stage / name
         rows = Report.load(Folder(str(output)), stage).counts.rows_in
         cells = [
@@ -212,7 +231,7 @@ class Run:
         ]
         cells += [_beside(used.tasks, formula.tasks), _beside(used.shuffle / 1e6, formula.shuffle / 1e6)]
         cells += [_beside(used.driver / 1e6, formula.driver / 1e6), f"{used.jvm / 1e6:,.0f}"]
-        print(f"| {' | '.join([*cells, _beside(used.worker / 1e6, formula.worker / 1e6)])} |", flush=True)
+        return f"| {' | '.join([*cells, _beside(used.worker / 1e6, formula.worker / 1e6)])} |"
 
     def _packed(self) -> Path:
         (packed,) = (self.folder / "pack").glob("packed_*")
@@ -226,10 +245,15 @@ _BEFORE = {"preprocess": "raw", "filter": "preprocess", "sample": "filter", "bui
 
 
 def _beside(measured: float, formula: float) -> str:
-    """Write both, and mark what is over 20 % above the formula."""
+    """Write both, and mark what is over 20 % off the formula."""
     if not formula:
         return f"{measured:,.2f}" if measured % 1 else f"{measured:,.0f}"
-    return f"{measured:,.0f} / {formula:,.0f}{' **above**' if measured > 1.2 * formula else ''}"
+    mark = " **above**" if measured > 1.2 * formula else " **below**" if measured < 0.8 * formula else ""
+    return f"{measured:,.0f} / {formula:,.0f}{mark}"
+
+
+def _shuffle_tasks(rows: int) -> float:
+    return max(SHUFFLE_PARTITIONS, rows // SHUFFLE_ROWS)
 
 
 def _bytes(folder: Path) -> int:

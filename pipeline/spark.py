@@ -88,6 +88,9 @@ def spark_session() -> SparkSession:
         builder = builder.config(key, value)
     with incubator_warning_dropped():
         session = builder.getOrCreate()
+    # On a cluster Spark's log says how the job waits for its place; then people see our progress, and lost executors.
+    if not session.sparkContext.getConf().contains("spark.log.level") and "PYSPARK_GATEWAY_PORT" in os.environ:
+        session.sparkContext.setLogLevel("ERROR")
     _ship_code(session)
     return session
 
@@ -123,11 +126,11 @@ def spark_schema(schema: pa.Schema) -> StructType:
 
 def read_parquet(folder: Folder, schema: pa.Schema | None = None) -> DataFrame:
     """Return the rows of a folder of parquet files; without `schema`, with the columns of the files."""
-    reader = spark_session().read
+    # Else Spark takes the path for a glob, and a folder may be named `run:1 [a]`: with a colon no escape would help.
+    reader = spark_session().read.option("__globPaths__", "false")
     if schema is not None:
         reader = reader.schema(spark_schema(schema))
-    # Spark takes the path that it reads for a glob: a folder may be named `run [1] {a}`.
-    return reader.parquet(re.sub(r"([\\*?\[\]{}])", r"\\\1", folder.uri))
+    return reader.parquet(folder.uri)
 
 
 def arrow_schema(schema: pa.Schema) -> pa.Schema:

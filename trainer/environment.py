@@ -22,6 +22,8 @@ os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\.")
 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+# Transformer Engine's modules give a weight that is in fp8 already their own quantizer, which is of the same kind.
+warnings.filterwarnings("ignore", message="Quantizer is being updated")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
 

@@ -30,7 +30,12 @@ class Graphed:
 
     @property
     def ready(self) -> bool:
-        return bool(self._graphs)
+        return self.captured > 0
+
+    @property
+    def captured(self) -> int:
+        """Graphs so far."""
+        return len(self._graphs)
 
     def prepare(self, example: Batch, most: int) -> None:
         """Warm up on this batch, and capture for `most` patches: the other graphs then fit into that one's memory."""

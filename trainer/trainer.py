@@ -18,6 +18,7 @@ from torch import Tensor
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from trainer import checkpoint
+from trainer.checkpoint.saver import Saver
 from trainer.data.batch import Batch, BatchFormat
 from trainer.data.shapes import static_shape
 from trainer.data.stream import PackStream, ValidationStream
@@ -77,7 +78,12 @@ class Trainer:
         self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
         if run.weights is not None and not config.continue_from:
             run = run.load(self.model)
-        self.ddp = OverlappedDataParallel(self.model.config, self.model, weight_shards=layout.weight_shards)
+        self.ddp = OverlappedDataParallel(
+            self.model.config,
+            self.model,
+            weight_shards=layout.weight_shards,
+            transposed_weights=layout.compute.transposed_weights,
+        )
         self.guard = FiniteGuard(self.model.named_weights, config.lr)
         self.sums = DatasetSums(names, runtime.device)  # over this rank's micro-batches of a step
         self.graph = Graphed(self._forward_backward, runtime.device) if runtime.cuda else None
@@ -90,7 +96,7 @@ class Trainer:
         if run.resume is not None or config.continue_from:
             run = run.load(self.model, self.optimizer)
         self.run, self.step, self.skipped = run, run.start.step, run.start.skipped
-        self.saver = checkpoint.Saver(
+        self.saver = Saver(
             run.output,
             Folder(config.model),
             keep_last=config.keep_last,

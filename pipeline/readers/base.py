@@ -109,11 +109,24 @@ class Unreadable:
 
 
 def table_rows(batch: pa.RecordBatch, position: int) -> Iterator[RawRow]:
-    """Rows of a batch, of which the first is at `position`."""
+    """Rows of a batch, of which the first is at `position`.
+
+    All objects of a column have the same fields, with null where the row had none: the arguments of a tool call have
+    those of all calls. Such a field is left out.
+    """
     columns = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns)}
     for number in range(len(batch)):
         fields = {name: values[number] for name, values in columns.items()}
-        yield RawRow(position + number, row_text(fields), fields)
+        yield RawRow(position + number, row_text(fields), {name: _filled(value) for name, value in fields.items()})
+
+
+def _filled(value: Any) -> Any:
+    match value:
+        case list():
+            return [_filled(one) for one in value]
+        case dict():
+            return {name: _filled(one) for name, one in value.items() if one is not None}
+    return value
 
 
 def _values(column: pa.Array) -> list[Any]:

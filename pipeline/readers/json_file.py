@@ -68,25 +68,34 @@ def _single_row(stream: IO[bytes]) -> Iterator[RawRow]:
 
 
 def _array_rows(stream: IO[bytes]) -> Iterator[RawRow]:
-    """Rows of an array, of which no more than a read and a row are in memory. Damage costs what is behind it."""
+    """Rows of an array, of which no more than a read and a row are in memory. Damage costs what is behind it.
+
+    Arrays that were joined by `cat` are one.
+    """
     text = _Text(stream)
     number = 0
-    text.skip(_SPACE + "\ufeff")
-    text.skip("[", once=True)
-    while (following := text.skip(_SPACE)) != "]":
-        if number and following == ",":
-            text.skip(",", once=True)
-            text.skip(_SPACE)
-        elif number or not following:
-            yield RawRow(number, text.beginning(), malformed(f"the array is not closed after {number} rows"))
+    while beginning := text.skip(_SPACE + "\ufeff"):
+        if beginning != "[":
+            yield RawRow(number, text.beginning(), malformed(f"behind {number} rows the array ends, not the file"))
             return
-        try:
-            raw, value = text.value()
-        except (ValueError, RecursionError) as error:
-            yield RawRow(number, text.beginning(), malformed(f"no JSON from row {number} of the array on: {error}"))
-            return
-        yield RawRow(number, raw, as_row(value))
-        number += 1
+        text.skip("[", once=True)
+        first = number
+        while (following := text.skip(_SPACE)) != "]":
+            if number > first and following == ",":
+                text.skip(",", once=True)
+                text.skip(_SPACE)
+            elif number > first or not following:
+                yield RawRow(number, text.beginning(), malformed(f"the array is not closed after {number} rows"))
+                return
+            try:
+                raw, value = text.value()
+                row = as_row(value)
+            except (ValueError, RecursionError) as error:
+                yield RawRow(number, text.beginning(), malformed(f"no JSON from row {number} of the array on: {error}"))
+                return
+            yield RawRow(number, raw, row)
+            number += 1
+        text.skip("]", once=True)
 
 
 class _Text:

@@ -8,13 +8,14 @@ from functools import cached_property, partial
 
 import xxhash
 
-from kanyun.errors import InvalidPathError, UserError
+from kanyun.errors import UserError
 from kanyun.storage import Folder
 from kanyun.storage.backend import Entry
 from kanyun.storage.retries import call_with_retry
 from pipeline.readers import IMAGES, SUFFIXES, holds_rows
 
 HIDDEN = (".", "_", "cache-")  # how files and folders start that are no data; the last is what datasets.map leaves
+HIDDEN_NAMES = "files of rows, and folders, with names that begin with `.`, `_` or `cache-`"
 NO_FILE = "pipes, devices and links to nothing"
 LINK = "links to folders around or within the raw folder"
 _IMAGES = tuple(f".{suffix}" for suffix in IMAGES)
@@ -105,12 +106,17 @@ class RawFolder:
     def _list(self, folder: str) -> Listing:
         listing = Listing()
         for entry in (self.folder / folder if folder else self.folder).entries():
-            if entry.name.startswith(HIDDEN) or self._only not in ("", entry.name):
-                continue
             name = posixpath.join(folder, entry.name)
+            if self._only:
+                if entry.name != self._only:
+                    continue
+            elif entry.name.startswith(HIDDEN):
+                if holds_rows(name) or (entry.is_folder and not entry.name.startswith(".")):
+                    listing.leave_out(HIDDEN_NAMES, 1, 0 if entry.is_folder else entry.size)
+                continue
             if entry.is_folder:
                 listing.folders.append(name)
-            elif entry.is_link and self._is_folder(name):
+            elif entry.is_link and self.folder.is_folder(name):
                 listing.links.append(name)
             elif not entry.is_file:
                 listing.count += 1
@@ -118,12 +124,6 @@ class RawFolder:
             else:
                 listing.add(name, entry)
         return listing
-
-    def _is_folder(self, link: str) -> bool:
-        try:
-            return self.folder.is_folder(link)
-        except InvalidPathError:  # a link to itself
-            return False
 
 
 def _known_suffixes() -> str:

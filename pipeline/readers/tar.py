@@ -158,10 +158,11 @@ def _row(key: str, members: list[_Member]) -> RawRow:
     try:
         _refuse_odd(members)
         fields = _fields(key, named)
-    except RowError as error:
+        return RawRow(members[0].offset, row_text(fields), fields)
+    except (RowError, RecursionError) as error:
         texts = {name: data.decode(errors="backslashreplace") for name, data in named.items() if name.endswith(TEXTS)}
-        return RawRow(members[0].offset, row_text(named | texts), error)
-    return RawRow(members[0].offset, row_text(fields), fields)
+        wrong = error if isinstance(error, RowError) else malformed(f"{key}.json is nested too deeply: {error}")
+        return RawRow(members[0].offset, row_text(named | texts), wrong)
 
 
 def _refuse_odd(members: list[_Member]) -> None:

@@ -40,6 +40,7 @@ from pyspark.sql import functions as F
 from kanyun.errors import UserError
 from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
+from pipeline.readers.base import encodable
 from pipeline.reports import summary
 from pipeline.reports.report import Report, RowCounts
 from pipeline.schema import QUARANTINE, VERSIONS
@@ -200,6 +201,9 @@ class Stage:
     def _refuse(self, target: Folder) -> None:
         """Raise UserError if `target` cannot be replaced by a finished output, before any work."""
         source = Folder(self.source)
+        for folder in (target, source) if self.after else (target,):
+            if (shown := encodable(folder.path)) != folder.path:
+                raise UserError(f"{shown} is a name that is no UTF-8, and Spark cannot use it: choose another folder")
         if target.contains(source):
             raise UserError(f"the output {target.path} holds the input {source.path}: choose another output")
         if target.is_mount():

@@ -28,8 +28,6 @@ from pipeline.spark import BATCH_ROWS, arrow_schema, map_rows
 from pipeline.stages.base import Attempt, Stage
 
 BATCH_BYTES = 8 << 20  # of raw rows in an Arrow batch, unless a single row is longer
-# What a dataset class may raise, besides RowError, for a row that is not what it expects.
-WRONG_FIELDS = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class PreprocessStage(Stage):
         files = self._raw.listing.files
         if left_out := self._raw.listing.left_out():
             kinds = "; ".join(f"{kind}: {what}" for kind, what in left_out.items())
-            print(f"preprocess: left out of {self._raw.folder.path}: {kinds}")
+            print(f"preprocess: left out of {encodable(self._raw.folder.path)}: {kinds}")
         least, most = self.task_bytes
         enough = sum(size for _, size in files) // (4 * spark.sparkContext.defaultParallelism)
         tasks = plan(files, min(max(enough, least), most))
@@ -105,14 +103,14 @@ class PreprocessStage(Stage):
         return super().seen(attempt) | {"facts": lines}
 
     def images_of(self, rejected: SparkRow) -> Iterator[bytes]:
-        """From the raw folder: no blob has them."""
+        """From the raw folder: no blob has them. Whatever is wrong with the row, the report does without them."""
         copier = ImageCopier(self._raw.folder, self._raw.folder, "")  # to read, not to copy
         try:
             images = dataset(self.dataset).sample(json.loads(rejected["raw"])).placed().images
-        except (RowError, *WRONG_FIELDS):
+        except Exception:
             return
         for image in images:
-            with suppress(RowError, OSError, UserError):
+            with suppress(Exception):
                 yield copier.read(image, rejected["file"])
 
 
@@ -189,10 +187,12 @@ class SampleMaker:
         }
 
     def _sample(self, fields: Row) -> RawSample:
-        run_checks(On.ROW, fields)
         try:
+            run_checks(On.ROW, fields)
             sample = self._dataset.sample(fields).placed()
-        except WRONG_FIELDS as error:
+        except RowError:
+            raise
+        except Exception as error:  # a dataset class may raise anything for a row that is not what it expects
             raise malformed(f"{type(error).__name__}: {error}") from error
         images = len(sample.images)
         candidate = Candidate(sample.messages, sample.text, images, sample.image_field, self._dataset.min_text)

@@ -158,13 +158,24 @@ def _id_in(path: str) -> Column:
     return F.xxhash64(F.lit(path), "sample_id").bitwiseAND(F.lit((1 << 63) - 1))
 
 
-def _outputs(folder: Folder, stage: str, path: str = "") -> Iterator[tuple[str, Report]]:
-    """Yield (data path, report) of every finished output of `stage` in and below `folder`, by path."""
+def _outputs(
+    folder: Folder, stage: str, path: str = "", listed: list[Folder] | None = None
+) -> Iterator[tuple[str, Report]]:
+    """Yield (data path, report) of every finished output of `stage` in and below `folder`, by path.
+
+    listed: the folders, links followed, that are listed with all below them. A link to a folder in or around one of
+    them (`latest -> charts`) is passed over: what is there would be sampled twice.
+    """
+    listed = [folder.resolved()] if listed is None else listed
     report = Report.load_if_there(folder)
     if report is not None and report.stage == stage:
         yield path or ONLY, report
     for name in folder.names():
-        if is_attempt(name) or (report is not None and name in _OWN_FOLDERS):
+        if is_attempt(name) or (report is not None and name in _OWN_FOLDERS) or not folder.is_folder(name):
             continue
-        if folder.is_folder(name):
-            yield from _outputs(folder / name, stage, f"{path}/{name}" if path else name)
+        if folder.stat(name).is_link:
+            real = (folder / name).resolved()
+            if any(real.contains(one) or one.contains(real) for one in listed):
+                continue
+            listed.append(real)
+        yield from _outputs(folder / name, stage, f"{path}/{name}" if path else name, listed)

@@ -18,8 +18,11 @@ from torch import Tensor
 from tests.support.training_job import train, write_job
 from trainer.checkpoint.parts import parts_of
 from trainer.config import TrainConfig
+from trainer.data.batch import Batch
+from trainer.models.config import Compute
+from trainer.planning import planner
 from trainer.runtime import Runtime
-from trainer.trainer import Run, Trainer
+from trainer.trainer import RUN, Run, Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -103,3 +106,35 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Any) -> None:
         assert math.isfinite(trainer.train_step(second, 1e-3).grad_norm)
         after = optimizer_state(trainer)
         assert any(not torch.equal(before[name], after[name]) for name in after if ".param." in name)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("images", [True, False])
+def test_a_step_in_fp8_computes_with_the_weights_of_the_last_one(
+    images: bool, transposed: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are cast once a step. A trainer that starts from a checkpoint has cast all of them as they are there."""
+    monkeypatch.setattr(planner.LayoutPlanner, "_computes", lambda *_, **__: [Compute(True, 0, 0, transposed)])
+    values = write_job(tmp_path, images=images)
+    with training(values) as trainer:
+        steps = [list(step) for step in islice(trainer.stream.batches(0), 4)]
+        first = trainer.train_step(steps[0], 1e-2).loss
+        for step in steps[1:3]:
+            trainer.train_step(step, 1e-2)
+        trainer.step = 3
+        trainer.save()
+        loss, gradients = loss_and_gradients(trainer, steps[3])
+    (tmp_path / "out" / RUN).touch()  # which `train` writes first
+    assert abs(loss - first) > 0.01, "the weights have hardly changed, so old ones would not show"
+    with training(values) as trainer:
+        assert trainer.step == 3
+        expected, exact = loss_and_gradients(trainer, steps[3])
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in exact.items():
+        assert (gradients[name] - gradient).norm() <= 0.02 * gradient.norm() + 1e-6, name
+
+
+def loss_and_gradients(trainer: Trainer, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
+    loss = trainer.train_step(batches, 0.0).loss
+    gradients = {n: p.main_grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return loss, gradients

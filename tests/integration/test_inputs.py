@@ -215,6 +215,8 @@ def test_odd_rows_and_files_cost_themselves_alone(
     text = json.dumps(turns)
     (raw / "surrogates.jsonl").write_text(
         f'{{"id": "\\ud83d", "messages": {text}}}\n{{"messages": {text.replace("This", chr(92) + "ud83d")}}}\n'
+        f'{{"messages": {text.replace("What", "<image>")}, "images": ["\\ud83d.jpg"]}}\n'
+        f'{{"deep": {"[" * 5_000}{"]" * 5_000}, "messages": {text}}}\n'
     )
     table = {"messages": [turns], "made": pa.array([0], pa.timestamp("us", tz="tzutc()"))}
     pq.write_table(pa.table(table), raw / "zone.parquet")
@@ -228,7 +230,7 @@ def test_odd_rows_and_files_cost_themselves_alone(
     kept, quarantined, _ = run(Folder(str(raw)))
     assert [row["file"] for row in kept] == ["\\udcff.jsonl", "linked/a.json", "surrogates.jsonl"]
     assert [(row["file"], row["reason"]) for row in quarantined] == [
-        ("surrogates.jsonl", "malformed_row"),
+        *[("surrogates.jsonl", "malformed_row")] * 3,
         ("zone.parquet", "duplicate"),
     ]
     assert json.loads(kept[0]["tools"]) == [{"name": "f"}]

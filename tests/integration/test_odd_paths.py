@@ -50,7 +50,7 @@ def test_images_are_in_the_raw_folder_however_it_is_spelt(
 
 def test_the_whole_pipeline_into_folders_with_odd_names_without_a_locale(raw: Path, tmp_path: Path) -> None:
     """As in a container without LANG."""
-    name = "run [1] {a,b}/数据 a*b?c\\d é #%41&"
+    name = "run:1 [1] {a,b}/数据 a*b?c\\d é #%41&"
     tiny_vl_folder(tmp_path / "hf")
     recipe = tmp_path / "recipe.yaml"
     datasets = {"图": {"raw": str(raw), "dataset": "messages"}}
@@ -84,6 +84,8 @@ def test_an_output_that_is_a_link_is_followed(raw: Path, tmp_path: Path, spark: 
 def test_outputs_that_cannot_be_replaced_are_refused_before_any_work(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the output /proc is a mount point.*: choose a folder in it"):
         PreprocessStage(str(raw), "/proc", "messages").run()
+    with pytest.raises(UserError, match=r"caf\\udce9 is a name that is no UTF-8, and Spark cannot use it"):
+        PreprocessStage(str(raw), os.fsdecode(bytes(tmp_path) + b"/caf\xe9"), "messages").run()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"the output .*file is a file: choose a folder"):
         PreprocessStage(str(raw), str(tmp_path / "file"), "messages").run()
@@ -100,6 +102,8 @@ def test_every_filter_output_below_in_is_sampled_and_named(
 ) -> None:
     for path in ("web", "web/en", "_extra", ".more"):
         filtered(raw, tmp_path / "all" / path)
+    for link, to in (("latest", "web"), ("web/up", ".."), ("web/itself", "itself"), ("nowhere", "gone")):
+        (tmp_path / "all" / link).symlink_to(to)  # no data paths: rows would be sampled twice
     table = tmp_path / "ratios.yaml"
     table.write_text("web: 1\nweb/en: 2\n_extra: 1\n.more: 0\nno: 0.5\n")
     report = SampleStage(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(table)).run()

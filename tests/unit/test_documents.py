@@ -20,13 +20,14 @@ ROOT = Path(__file__).parents[2]
 # A page, and the same page in Chinese: their blocks are the same but for comments.
 PAIRS = [
     ("README.md", "README.zh.md"),
-    *((f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("datasets", "operations", "checkpoints", "glossary")),
+    *((f"docs/{page.name}", f"docs/zh/{page.name}") for page in sorted(ROOT.glob("docs/zh/*.md"))),
 ]
 PAGES = [page for pair in PAIRS for page in pair]
 
 
 def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    return [block for name, block in fenced if name == language]
 
 
 def without_comments(block: str) -> str:
@@ -39,7 +40,7 @@ def commands(page: str) -> list[str]:
 
 @pytest.mark.parametrize(("english", "chinese"), PAIRS)
 def test_both_languages_have_the_same_blocks(english: str, chinese: str) -> None:
-    for language in ("bash", "yaml", "python", "json"):
+    for language in ("", "bash", "yaml", "python", "json"):
         ours, theirs = ([without_comments(block) for block in blocks(page, language)] for page in (english, chinese))
         assert ours == theirs, language
 
@@ -59,6 +60,30 @@ def test_both_languages_have_the_same_structure(english: str, chinese: str) -> N
             )
         )
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS)
+def test_both_languages_have_the_same_figures(english: str, chinese: str) -> None:
+    """Every figure of a table's row, and in the text of a section those with a decimal or three digits and more."""
+    found = []
+    for page in (english, chinese):
+        text = re.sub(r"^```.*?^```$|\b\d+ 月", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+        rows = [sorted(re.findall(r"\d[\d.,]*\d|\d", line)) for line in text.splitlines() if line.startswith("|")]
+        sections = re.split(r"^#+ .*$", text, flags=re.MULTILINE)
+        large = r"(?<![\w.])\d[\d,]*\.\d+|\d[\d,]{2,}\d"
+        found.append((rows, [sorted(re.findall(large, section)) for section in sections]))
+    for ours, theirs in zip(*found):
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("page", [chinese for _, chinese in PAIRS])
+def test_chinese_sentences_are_not_broken_over_lines(page: str) -> None:
+    """A browser shows a line's end as a space, which is wrong between two Chinese characters and after a comma."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert (
+        re.findall(r"^(?! {4})(?:[^|#\n].*)?(?:[\u4e00-\u9fff]\n(?=[\u4e00-\u9fff])|[，；：、（]\n(?=\w))", text, re.M)
+        == []
+    )
 
 
 @pytest.mark.parametrize("page", [english for english, _ in PAIRS])

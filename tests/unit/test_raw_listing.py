@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kanyun.errors import UserError
-from pipeline.readers.raw_folder import LINK, NO_FILE, RawFolder
+from pipeline.readers.raw_folder import HIDDEN_NAMES, LINK, NO_FILE, RawFolder
 
 
 def listed(raw: Path) -> tuple[list[tuple[str, int]], str]:
@@ -63,6 +63,8 @@ def test_a_file_alone_is_known_by_itself(raw: Path) -> None:
     (raw / "deep/images/1.png").write_bytes(b"other")
     (raw / "c.jsonl").write_bytes(b"other")
     assert listed(raw / "b.jsonl") == before
+    (raw / "_b.jsonl").write_bytes(b"named by the user: not hidden")
+    assert listed(raw / "_b.jsonl")[0] == [("_b.jsonl", 29)]
 
 
 def test_names_that_are_no_text(raw: Path) -> None:
@@ -90,7 +92,7 @@ def test_what_is_no_file_is_left_out(raw: Path) -> None:
 
 
 def test_what_is_left_out_is_counted_by_suffix(raw: Path) -> None:
-    """Images are what rows name, and hidden names are no data: neither is left out."""
+    """Images are what rows name, and hidden names are no data; where they look like data, they are counted."""
     names = [
         "notes.txt",
         "deep/more.TXT",
@@ -100,10 +102,16 @@ def test_what_is_left_out_is_counted_by_suffix(raw: Path) -> None:
         "state.json",
         "e.parquet.crc",
         ".hidden",
+        "_SUCCESS",
+        "_train.jsonl",
+        "deep/cache-1.arrow",
     ]
     for name in names:
         (raw / name).write_bytes(b"bytes")
+    (raw / "_more").mkdir()
+    (raw / ".git").mkdir()
     assert RawFolder(str(raw)).listing.left_out() == {
+        HIDDEN_NAMES: "3 (10 bytes)",
         ".crc": "1 (5 bytes)",
         ".json": "1 (5 bytes)",
         ".txt": "2 (10 bytes)",

@@ -28,6 +28,8 @@ def test_an_array_is_its_elements(tmp_path: Path) -> None:
         for suffix, compress in COMPRESS.items():
             assert [row.fields for row in json_rows(tmp_path, compress(data), f"a.json.{suffix}")] == elements
     assert json_rows(tmp_path, b"[]") == []
+    joined = json_rows(tmp_path, b'[{"a": 1}]\n\xef\xbb\xbf[]\n[{"a": 2}, {"a": 3}]\n')
+    assert [(row.position, row.fields) for row in joined] == [(n, {"a": n + 1}) for n in range(3)]
     assert json_rows(tmp_path, b"") == []
 
 
@@ -35,6 +37,7 @@ def test_an_array_is_its_elements(tmp_path: Path) -> None:
     ("data", "good", "says"),
     [
         (b'[{"a": 1}, {"a": 2}', 2, "the array is not closed after 2 rows"),
+        (b'[{"a": 1}] {"a": 2}', 1, "behind 1 rows the array ends, not the file"),
         (b'[{"a": 1}, {"a": 2},', 2, "no JSON from row 2 of the array on"),
         (b'[{"a": 1} {"a": 2}]', 1, "the array is not closed after 1 rows"),
         (b'[{"a": 1}, {"a": "cut', 1, "no JSON from row 1 of the array on"),

@@ -107,3 +107,16 @@ def test_damaged_parquet_is_told_row_by_row(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"no parquet at all")
     (lost,) = rows_of(tmp_path / "b.parquet")
     assert "b.parquet is no parquet file" in lost.fields.evidence
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_objects_of_a_table_have_the_fields_of_their_own_row_alone(name: str, tmp_path: Path) -> None:
+    """A table has one type for all calls: else each would be trained with the others' arguments, as null."""
+    calls = [{"name": "weather", "arguments": {"town": "Oslo"}}, {"name": "add", "arguments": {"a": 1, "b": [1, None]}}]
+    table = pa.Table.from_pylist([{"calls": [call], "note": None} for call in calls])
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    assert [fields(row) for row in rows_of(tmp_path / name)] == [{"calls": [call], "note": None} for call in calls]

@@ -2,8 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from torch.distributed.checkpoint import CheckpointException
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from kanyun.transfer import copy_folder
+from trainer.checkpoint.faults import is_finite, require_digests
 from trainer.checkpoint.metadata import refuse_code
 from trainer.checkpoint.parts import weights_of
 from trainer.checkpoint.state import Marker
-from trainer.checkpoint.store import DamagedError, require_whole
+from trainer.checkpoint.store import DamagedError
 from trainer.models.language import LanguageModel
 from trainer.optim.state import OptimizerState
-
-_THREADS = 4  # files digested at a time by a rank
 
 
 def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None = None) -> None:
@@ -39,7 +37,8 @@ def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None 
         _check_digests(local, step.uri)
         refuse_code(local)
         # Parts of sharded layers are filled by reading; under their names there is no parameter to copy them to.
-        model.load_state_dict(_read(local, weights_of(model), step.uri), strict=model.sharded is None)
+        with model.masters():
+            model.load_state_dict(_read(local, weights_of(model), step.uri), strict=model.sharded is None)
         require_finite(model.named_weights(), step.uri)
         if optimizer is not None:
             # Last: on a CPU master weights are the model's own, and those of a GPU's checkpoint are rounded.
@@ -48,35 +47,13 @@ def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None 
             _read(local, tensors, step.uri)
             require_finite(((tensor.key, tensor.data) for tensor in tensors.values()), step.uri)
             state.loaded(Marker.read(local).state.updates)
-    if model.sharded:
-        model.sharded.publish()
-
-
-def require_digests(step: Folder, wanted: Callable[[str], bool] = lambda name: True, where: str = "") -> bool:
-    """Compare files of a checkpoint with their recorded digests, all of them or those whose name is wanted.
-
-    Return False if none is recorded: checkpoints made before digests were. Raises DamagedError naming the first file
-    that differs.
-    """
-    require_whole(step)
-    recorded = Marker.read(step).files
-    if recorded is None:
-        return False
-    with ThreadPoolExecutor(_THREADS) as pool:
-        names = [name for name in recorded if wanted(name)]
-        for name, digest in zip(names, pool.map(step.digest, names), strict=True):
-            if digest != recorded[name].xxh3:
-                raise DamagedError(
-                    f"{where or step.uri}/{name} is damaged (its digest is {digest}, recorded is "
-                    f"{recorded[name].xxh3}): use another checkpoint"
-                )
-    return True
+    model.publish()
 
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str, way_out: str = "use another checkpoint") -> None:
     """Raises UserError naming the first tensor that has a NaN or an infinite value."""
     named = list(tensors)
-    flags = [torch.isfinite(tensor.detach()).all() for _, tensor in named]
+    flags = [is_finite(tensor.detach()) for _, tensor in named]
     for (name, tensor), finite in zip(named, flags, strict=True):
         if not finite:
             bad = int((~torch.isfinite(tensor.detach())).sum())

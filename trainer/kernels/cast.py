@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
-E4M3_MAX = 448.0
 
 
 def cast_to_e4m3(values: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -16,6 +15,15 @@ def cast_to_e4m3(values: Tensor, scale: Tensor, out: Tensor) -> None:
     """
     grid = (triton.cdiv(values.numel(), BLOCK),)
     _cast[grid](values, scale, out.view(torch.float8_e4m3fn), values.numel(), BLOCK, num_warps=8)
+
+
+def fp8_transpose(values: Tensor, out: Tensor) -> None:
+    """Write the transpose of values [rows, columns] to out [columns, rows]; both uint8, e4m3."""
+    import transformer_engine.pytorch  # noqa: F401  # loads the library that the next one is a part of
+    import transformer_engine_torch
+    from transformer_engine.pytorch.constants import DType
+
+    transformer_engine_torch.fp8_transpose(values, DType.kFloat8E4M3, out=out)
 
 
 @triton.jit

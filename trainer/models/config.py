@@ -202,6 +202,8 @@ class Compute:
     # Activation checkpointing: the first N layers or blocks are recomputed in the backward pass.
     recomputed_layers: int = 0  # of the decoder
     recomputed_blocks: int = 0  # of the vision tower
+    # Weights in fp8 are also kept transposed, for the backward pass, and not transposed in each one: see Fp8Weights.
+    transposed_weights: bool = False
 
 
 BFLOAT16 = Compute()

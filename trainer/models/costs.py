@@ -94,9 +94,9 @@ class Costs:
     def layer_bytes(self, compute: Compute) -> int:
         """Bytes that one decoder layer keeps of a token for its backward pass, over all tensor-parallel ranks."""
         h, q, kv, f = self.model.hidden_size, self.query_width, self.kv_width, self.model.intermediate_size
-        # In bfloat16: both norms' inputs; query, key and value; attention's output; gate and up. q/k norm keeps query
-        # and key once more, as they were before it.
-        kept = 2 * (2 * h + (q + 2 * kv) + q + 2 * f) + self.model.qk_norm * 2 * (q + kv)
+        # In bfloat16: both norms' inputs; query, key and value; attention's output; gate and up. q/k norm keeps the
+        # three once more, as they were before it.
+        kept = 2 * (2 * h + (q + 2 * kv) + q + 2 * f) + self.model.qk_norm * 2 * (q + 2 * kv)
         # And the inputs of the matrix products: both norms' outputs and the product of gate and up; in fp8 in 8 bits,
         # where attention's output is kept once more.
         return kept + ((2 * h + q + f) if compute.fp8 else 2 * (2 * h + f))
@@ -109,4 +109,4 @@ class Costs:
     def norm_bytes(self) -> int:
         """Bytes that one layer's norms, RoPE, residuals and biases read and write for a token, both passes."""
         # q/k norm: read and written forward; backward input, output gradient and input gradient. Not measured yet.
-        return 2 * 24 * self.model.hidden_size + self.model.qk_norm * 2 * 5 * (self.query_width + self.kv_width)
+        return 2 * 24 * self.model.hidden_size + self.model.qk_norm * 2 * 5 * (self.query_width + 2 * self.kv_width)

@@ -5,6 +5,7 @@ GPTModel is deprecated in megatron.core 0.19 (its successor has no mrope): only 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from trainer.kernels.constants import IGNORED
 from trainer.kernels.embedding import LookUp
 from trainer.kernels.loss import LinearCrossEntropy
 from trainer.models.config import BFLOAT16, Compute, ModelConfig
+from trainer.optim.fp8_weights import Fp8Weights
 from trainer.optim.sharded_layers import ShardedLayers
 from trainer.runtime import Runtime
 
@@ -47,7 +49,9 @@ class LanguageModel(MegatronModule):
         )
         # Under tensor parallelism each rank has a part of the vocabulary, which megatron.core's own modules add up.
         self._fused = runtime.cuda and runtime.tensor_parallel == 1
-        self.sharded: ShardedLayers | None = None  # set by who wraps the model for several ranks
+        # Set by who wraps the model for training.
+        self.sharded: ShardedLayers | None = None
+        self.fp8_weights: Fp8Weights | None = None
         self.register_load_state_dict_post_hook(_ignore_extra_state)
 
     def forward(self, batch: Batch, observe: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -84,17 +88,31 @@ class LanguageModel(MegatronModule):
                 state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
             state = self.sharded.in_checkpoint(state, matrices)
         else:
-            state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+            with self.masters():
+                state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {name: tensor for name, tensor in state.items() if not name.endswith(EXTRA_STATE)}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what this rank keeps: parameters, and its parts of sharded layers instead of theirs."""
         elsewhere = {id(p) for layer in self.sharded.parameters for p in layer} if self.sharded else set()
-        for name, parameter in self.named_parameters():
+        with self.masters():
+            named = list(self.named_parameters())
+        for name, parameter in named:
             if id(parameter) not in elsewhere:
                 yield name, parameter
         if self.sharded:
             yield from self.sharded.named_parts()
+
+    def masters(self) -> AbstractContextManager[None]:
+        """Let the parameters be those that are optimized, for the block, where layers compute with fp8 copies."""
+        return self.fp8_weights.masters() if self.fp8_weights else nullcontext()
+
+    def publish(self) -> None:
+        """Let the layers compute with weights that changed otherwise than by a step. Every rank calls it."""
+        if self.sharded:
+            self.sharded.publish()
+        if self.fp8_weights:
+            self.fp8_weights.cast()
 
     def clear_padding(self) -> None:
         """Zero what random weights have filled but must be 0. A decoder has no such padding."""
@@ -191,6 +209,7 @@ def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT
         cross_entropy_fusion_impl="te" if cuda else "native",
         # Were cuDNN's kernels refused, attention would run five times slower without a word; forced, it fails instead.
         attention_backend=AttnBackend.fused if cuda else AttnBackend.auto,
+        deterministic_mode=runtime.deterministic,
     )
 
 
@@ -198,7 +217,7 @@ def _layers(config: ModelConfig, runtime: Runtime) -> TransformerBlockSubmodules
     if runtime.cuda:
         from trainer.models.layers_te import te_layers
 
-        return te_layers(config)
+        return te_layers(config, runtime.deterministic)
     from trainer.models.layers import reference_layers
 
     return reference_layers(config)

@@ -17,11 +17,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.ops import MakeExtraOutput, Sequential
 
+from trainer.kernels.norm_rope import NormedRope
+from trainer.kernels.segment_flash import segment_flash
 from trainer.models.config import ModelConfig
 
 
@@ -42,6 +45,36 @@ class TESegmentAttention(TEDotProductAttention):
             query[:, 0], key[:, 0], value[:, 0], None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed
         )
         return out.reshape(length, 1, -1)
+
+
+class NormedSelfAttention(SelfAttention):
+    """Query and key heads are normalized, and rotated, in the kernel that splits them from the value's."""
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        self._angles = rotary_pos_emb[:, 0, 0, : rotary_pos_emb.shape[-1] // 2]  # the other half repeats them
+        out: tuple[Tensor, Tensor | None] = super().forward(*args, rotary_pos_emb=None, **kwargs)
+        return out
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """hidden_states [T, 1, H] -> query [T, 1, heads, D], key and value [T, 1, groups, D]."""
+        kwargs["split_qkv"] = False
+        mixed, _ = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        width = self.hidden_size_per_attention_head
+        tokens, _, groups, values = mixed.shape
+        heads = mixed.view(tokens, groups, values // width, width)
+        norms, eps = (self.q_layernorm.weight, self.k_layernorm.weight), self.config.layernorm_epsilon
+        return tuple(x[:, None] for x in NormedRope.apply(heads, *norms, self._angles, eps))
+
+
+class DeterministicAttention(nn.Module):
+    """The same, with the same bits in every run."""
+
+    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **kwargs: Any) -> Tensor:
+        out = segment_flash(query[:, 0], key[:, 0], value[:, 0], cu_seqlens, causal=True)
+        return out.flatten(1)[:, None]
 
 
 class ResidualMLP(TEFusedMLP):
@@ -71,16 +104,16 @@ def residual_added(training: bool, fused: bool) -> Join:
     return lambda out, residual, dropout: out[0]
 
 
-def te_layers(config: ModelConfig) -> TransformerBlockSubmodules:
+def te_layers(config: ModelConfig, deterministic: bool) -> TransformerBlockSubmodules:
     """Return the specification of a whole decoder out of Transformer Engine modules; norms are fused into linears."""
     head_norm = TENorm if config.qk_norm else None
     layer = TransformerLayerSubmodules(
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=NormedSelfAttention if config.qk_norm else SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=TELayerNormColumnParallelLinear,
-                core_attention=TESegmentAttention,
+                core_attention=DeterministicAttention if deterministic else TESegmentAttention,
                 linear_proj=TERowParallelLinear,
                 q_layernorm=head_norm,
                 k_layernorm=head_norm,

@@ -14,8 +14,8 @@ has long happened. Graphs with the collectives inside would be three of each sha
 """
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from trainer.models.language import LanguageModel
+from trainer.optim.fp8_weights import Fp8Weights
 from trainer.optim.sharded_layers import ShardedLayers
 
 # Parameters of a bucket, and of a rank's part of one, as megatron.core has them: smaller ones cost latency.
@@ -42,9 +43,17 @@ class OverlappedDataParallel(DistributedDataParallel):
     calls `wait_for_weights` first. Must be made and called on the stream that captures.
 
     `weight_shards`: ranks over which the decoder layers' matrices are sharded, see ShardedLayers; the rest is here.
+    `transposed_weights`: see Fp8Weights, which whole weights are kept in where products are in fp8.
     """
 
-    def __init__(self, config: TransformerConfig, module: LanguageModel, *, weight_shards: int = 1) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        module: LanguageModel,
+        *,
+        weight_shards: int = 1,
+        transposed_weights: bool = False,
+    ) -> None:
         sharded = shard_layers(module, weight_shards) if weight_shards > 1 else None
         # Not megatron.core's own overlap: its hooks want a gradient tensor of every parameter, and ours go straight
         # into main_grad; and its collectives would have to be captured.
@@ -70,6 +79,19 @@ class OverlappedDataParallel(DistributedDataParallel):
         for user, parameters in users(module):
             buckets = [self.param_to_bucket_group[p] for p in parameters if p in self.param_to_bucket_group]
             user.register_forward_pre_hook(self._weights_hook(list(dict.fromkeys(buckets))))
+        self._fp8: Fp8Weights | None = None
+        # Under tensor parallelism parameters carry marks of megatron.core's that copies would lack.
+        if config.fp8 is not None and sharded is None and config.tensor_model_parallel_size == 1:
+            layers = [layer for child in module.children() for stack in _stacks(child) for layer in stack]
+            self._fp8 = Fp8Weights(layers, self._gradient_hook_of, transposes=transposed_weights)
+        module.fp8_weights = self._fp8
+
+    @contextmanager
+    def optimized(self) -> Iterator[None]:
+        """Let the model have the parameters that megatron.core's optimizer is to have, for the block."""
+        inner = self.sharded.hidden() if self.sharded else self._fp8.masters() if self._fp8 else nullcontext()
+        with inner:
+            yield
 
     def zero_grad_buffer(self) -> None:
         super().zero_grad_buffer()
@@ -95,10 +117,12 @@ class OverlappedDataParallel(DistributedDataParallel):
         self.bucket_groups.sort(key=self._gather_order.index)
 
     def _start_bucket_group_param_sync(self, bucket_group: Bucket, force_sync: bool) -> None:
-        """Gather a bucket's new weights; the optimizer calls it for each in turn, after its step."""
+        """Gather a bucket's new weights, and cast them; the optimizer calls it for each in turn, after its step."""
         self._exchange.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._exchange):
             super()._start_bucket_group_param_sync(bucket_group, force_sync)
+            if self._fp8:
+                self._fp8.cast(bucket_group.params)
             self._whole[bucket_group].record()
 
     def wait_for_weights(self) -> None:
@@ -117,6 +141,9 @@ class OverlappedDataParallel(DistributedDataParallel):
                     self._reduce_order.append(bucket)
 
         return hook
+
+    def _gradient_hook_of(self, parameter: nn.Parameter) -> Callable[..., None]:
+        return self._gradient_hook(self.param_to_bucket_group[parameter])
 
     def _weights_hook(self, buckets: list[Bucket]) -> Callable[..., None]:
         def hook(*inputs: Any) -> None:

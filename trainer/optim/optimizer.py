@@ -1,7 +1,6 @@
 """AdamW, sharded over the data-parallel ranks by megatron.core, and its learning rate."""
 
 import math
-from contextlib import nullcontext
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -35,7 +34,7 @@ def build_optimizer(config: TrainConfig, ddp: OverlappedDataParallel, runtime: R
         exp_avg_sq_dtype=moments,
     )
     sharded = ddp.sharded
-    with sharded.hidden() if sharded else nullcontext():
+    with ddp.optimized():
         optimizer: ChainedOptimizer = get_megatron_optimizer(settings, [ddp])
     if sharded and sharded.trains:
         adam = optimizer.chained_optimizers[0].optimizer

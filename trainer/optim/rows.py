@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 ALIGNED = 256  # elements: where a matrix, and a part, begins
+E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ def set_matrices(owners: Sequence[tuple[nn.Module, str]], parameters: Sequence[n
     """Put these in the places that `matrices_of` yields."""
     for (module, name), parameter in zip(owners, parameters, strict=True):
         setattr(module, name, parameter)
+
+
+def scales_of(matrices: Sequence[Tensor]) -> Tensor:
+    """Return what each of them is multiplied by before a cast to e4m3, by its largest value: float32."""
+    return e4m3_scales(torch.stack(torch._foreach_norm(list(matrices), float("inf"))).float())
+
+
+def e4m3_scales(largest: Tensor) -> Tensor:
+    """Return the scale of each of these largest values, 1 where all values are 0."""
+    return torch.where(largest > 0, E4M3_MAX / largest, 1.0)
 
 
 def fp8_parameter(data: Tensor, scale: Tensor, old: nn.Parameter) -> nn.Parameter:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.optim.rows import Row, fp8_parameter, matrices_of, set_matrices
+from trainer.optim.rows import Row, e4m3_scales, fp8_parameter, matrices_of, set_matrices
 from trainer.optim.state import Place, rectangles
 
 
@@ -101,7 +101,7 @@ class ShardedLayers:
 
     def _cast(self) -> None:
         """Cast this rank's parts, each matrix with the scale of its largest value on any rank."""
-        from trainer.kernels.cast import E4M3_MAX, cast_to_e4m3
+        from trainer.kernels.cast import cast_to_e4m3
 
         largest = torch.zeros_like(self._scales[..., 0])
         mine = [piece.matrix for piece in self._pieces]
@@ -109,7 +109,7 @@ class ShardedLayers:
         norms = torch.stack(torch._foreach_norm(values, float("inf")))
         largest[:, mine] = norms.view(len(self.weights), -1).float()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
-        scales = torch.where(largest > 0, E4M3_MAX / largest, 1.0)
+        scales = e4m3_scales(largest)
         self._scales.copy_((1 / scales)[..., None])
         for layer, weights in enumerate(self.weights):
             for piece in self._pieces:

@@ -25,8 +25,6 @@ HOP = 10e-6
 # Bytes of a sharded parameter through memory in each micro-batch: its gradient is written in bfloat16, received by the
 # rank that has this part, and added to a float32 sum there: read, read and written. Whole weights: 8, in place.
 SHARDED_GRADIENT, SHARDED_SUM = 2, 2 + 8
-# In fp8 it is cast once a step; in each micro-batch it is transposed for the backward pass, read and written.
-SHARDED_CAST = 2
 
 
 @dataclass(frozen=True)

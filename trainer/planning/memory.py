@@ -66,8 +66,9 @@ class MemoryModel:
         # The vision tower is whole on every rank.
         parameters = self._costs.decoder_parameters / tensor_parallel + self._costs.vision_parameters
         state = parameters * (WEIGHT + GRADIENT + OPTIMIZER / data_parallel)
-        # In fp8 the layers' weights are cast in every forward pass, and kept in 8 bits for the backward pass.
-        return state + compute.fp8 * (parameters - self._costs.embedding_parameters / tensor_parallel)
+        # In fp8 the layers' weights are kept in 8 bits too, once or twice.
+        in_8_bits = parameters - self._costs.embedding_parameters / tensor_parallel
+        return state + (compute.fp8 + compute.transposed_weights) * in_8_bits
 
     def _activations(self, tensor_parallel: int, tokens: int, compute: Compute) -> float:
         h, layers, recomputed = self._model.hidden_size, self._model.num_layers, compute.recomputed_layers

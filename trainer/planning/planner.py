@@ -105,7 +105,7 @@ class LayoutPlanner:
         share = max(global_batch * tensor_parallel // self._gpus, 1)
         if share % micro_batch or (micro_batch > 1 and micro_batch * length > MOST_TOKENS):
             return None
-        for compute in self._computes(self._gpu):
+        for compute in self._computes(self._gpu, whole=tensor_parallel == weight_shards == 1):
             memory = self._peak(tensor_parallel, weight_shards, micro_batch * length, micro_batch * patches, compute)
             if memory <= self._gpu.usable:
                 break
@@ -123,9 +123,11 @@ class LayoutPlanner:
         layout = Layout(tensor_parallel, micro_batch, "", compute, memory, weight_shards, step)
         return replace(layout, reason=self._reason(self._gpu, layout, length, memory))
 
-    def _computes(self, gpu: GPU) -> Iterator[Compute]:
-        """Yield ways to compute, from no recomputation to all of it."""
+    def _computes(self, gpu: GPU, *, whole: bool) -> Iterator[Compute]:
+        """Yield ways to compute, from no recomputation to all of it; `whole`: weights are on each GPU."""
         fp8, depth = self._fp8(gpu), self._vision_depth
+        if fp8 and whole:  # saves 0.7 % of a step, for a byte a parameter
+            yield Compute(fp8, transposed_weights=True)
         # To save 0.7 GB a recomputed vision block costs 1.4 ms (18,816 patches), a layer of 3B 2 ms (8192 tokens).
         yield from (Compute(fp8, 0, blocks) for blocks in range(depth + 1))
         yield from (Compute(fp8, layers, depth) for layers in range(1, self._model.num_layers + 1))

@@ -11,7 +11,6 @@ from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import TRAINING
 from trainer.models.registry import costs_of
 from trainer.planning.exchange import (
-    SHARDED_CAST,
     SHARDED_GRADIENT,
     SHARDED_SUM,
     exposed,
@@ -25,13 +24,14 @@ SEGMENT = 900  # tokens of a sample
 PRODUCTS, PRODUCTS_FP8 = 720e12, 1345e12
 ATTENTION = 170e12  # of such segments: a third of what long ones reach
 TOWER, TOWER_FP8 = 440e12, 510e12  # all of the vision tower, with attention within windows
-PICTURES = 240e12  # attention within whole pictures, as measured in Qwen2.5-VL's tower; in Qwen3-VL's not yet
+PICTURES = 360e12  # attention within whole pictures, in heads of 64 channels: Qwen3-VL-4B's tower
 ELEMENTWISE, NORMS, CASTS = 3.0e12, 2.0e12, 2.75e12
 # Bytes of a parameter: Adam reads and writes 20; setting gradients to 0, scaling them, their norm and clipping 24.
 UPDATE = 44
-# Bytes of a parameter in each micro-batch: a weight is read and cast to fp8 twice, as it is and transposed; a gradient
-# is added in place to float32. With them 7B gains 3.2 % from two packs a micro-batch; measured: 749 to 773 TFLOP/s.
-CAST, ADDED = 6, 8
+# Bytes of a parameter in each micro-batch: a gradient is added in place to float32; a weight in fp8 is transposed where
+# its transpose is not kept. Under tensor parallelism it is cast twice, as it is and transposed. Otherwise once a step:
+# read for its maximum, read, and written.
+ADDED, TRANSPOSED, CAST, CAST_ONCE = 8, 2, 6, 5
 # Gaps between kernels, clipping, reductions of bias gradients, copies.
 REST = 1.10
 
@@ -143,7 +143,10 @@ class SpeedModel:
         passes = (token.swiglu + token.loss) / ELEMENTWISE + token.norms / NORMS
         added, cast = float(ADDED), float(CAST)
         if weight_shards > 1:
-            added, cast = SHARDED_GRADIENT + SHARDED_SUM / weight_shards, SHARDED_CAST
+            added = SHARDED_GRADIENT + SHARDED_SUM / weight_shards
+        if split == 1:
+            transposed = TRANSPOSED / (micro_batches if compute.transposed_weights else 1)
+            cast = CAST_ONCE / weight_shards / micro_batches + transposed
         gradients = micro_batches * (added * layers + ADDED * (parameters - layers)) / ELEMENTWISE
         weights = compute.fp8 * micro_batches * cast * layers / ELEMENTWISE
         return StepTime(
