@@ -64,14 +64,14 @@ class Card:
 
 
 def cards() -> list[Card]:
-    """Read all cards, in order of model size. A key that Row does not know is an error."""
+    """Read all cards: texts first, then by family and size. A key that Row does not know is an error."""
     found = []
     for file in (ROOT / "benchmarks/cards").glob("*.yaml"):
         values = yaml.safe_load(file.read_text())
         rows = [Row(**row) for row in values["training"]]
         assert file.stem == f"{values['model']}-{values['gpu']}", file
         found.append(Card(values["model"], values["gpu"], rows, values))
-    return sorted(found, key=lambda card: ("VL" in card.model, _billions(card.model)))
+    return sorted(found, key=lambda card: ("VL" in card.model, card.model.split("-")[0], _billions(card.model)))
 
 
 def _billions(model: str) -> float:
@@ -107,7 +107,7 @@ def summary(found: Sequence[Card]) -> list[str]:
     lines = ["| | GPU | tokens/s | TFLOP/s | Hugging Face + Liger |", "|---|---|--:|--:|--:|"]
     for card in found:
         row = [row for row in card.training if row.default and row.work != "mix"][-1]
-        work = "" if row.work == "text" else f", {row.work} x 784²"
+        work = "" if row.work == "text" else f", {row.work} x {card.values['side']}²"
         peer = f"x {card.ratio(row)}" if card.ratio(row) else ""
         lines.append(_cells(card.model + work, card.gpu, f"{row.tokens_per_second:,}", str(row.tflops), peer))
     return lines

@@ -15,7 +15,7 @@ from convert.to_hf import to_hf
 from convert.to_megatron import to_megatron
 from convert.verify import compare
 from kanyun.errors import UserError
-from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
+from tests.support.qwen3_vl_assets import OTHER_TOWER, tiny_qwen3_vl_folder
 from tests.support.training_job import train, write_job
 
 WEIGHTS = "model.safetensors"
@@ -25,6 +25,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "one deepstack block": {"deepstack": (3,), "layers": 1},
     "none": {"deepstack": ()},
     "more deepstack blocks than layers, not in order": {"deepstack": (2, 0, 3), "layers": 2, "tied": False},
+    "other sizes of tower and tokens": {"tower": OTHER_TOWER | {"depth": 6}, "deepstack": (1, 4, 5), "layers": 4},
 }
 
 

@@ -5,6 +5,7 @@ a visual token of 32 x 32, mean and standard deviation 0.5, and pixel limits und
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +150,28 @@ def qwen3_vl_tokenizer_folder(
     template: str = INSTRUCT_TEMPLATE,
     min_pixels: int = PUBLISHED_PIXELS[0],
     max_pixels: int = PUBLISHED_PIXELS[1],
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Qwen3-VL's tokenizer, template and processor settings; no weights."""
-    text, settings = qwen3_tokenizer_json(real_vocabulary), processor_settings(min_pixels, max_pixels)
+    """Qwen3-VL's tokenizer, template and processor settings, of which `settings` replaces some; no weights."""
+    text = qwen3_tokenizer_json(real_vocabulary)
+    settings = processor_settings(min_pixels, max_pixels) | dict(settings or {})
     folder = write_folder(Path(path), text, True, template=template, processor=settings)
     del settings["image_processor_type"]  # what is left is in video_preprocessor_config.json too
     video = settings | {"video_processor_type": "Qwen3VLVideoProcessor"}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2))
     return folder
+
+
+# A tower of other sizes than any released one has: tokens of 24 x 24 pixels, nine patches each, of a single frame.
+OTHER_TOWER: dict[str, Any] = {
+    "num_heads": 2,
+    "patch_size": 8,
+    "spatial_merge_size": 3,
+    "temporal_patch_size": 1,
+    "num_position_embeddings": 25,
+    "image_mean": [0.48, 0.45, 0.4],
+    "image_std": [0.3, 0.25, 0.2],
+}
 
 
 def tiny_qwen3_vl_folder(
@@ -169,6 +184,7 @@ def tiny_qwen3_vl_folder(
     min_pixels: int = 4 * TOKEN_PIXELS,
     max_pixels: int = 256 * TOKEN_PIXELS,
     vision_hidden_size: int = 64,
+    tower: Mapping[str, Any] | None = None,
     real_vocabulary: bool = False,
 ) -> Path:
     """A Qwen3-VL of 64 channels with random weights in float32, with tokenizer, template and processor settings.
@@ -176,14 +192,22 @@ def tiny_qwen3_vl_folder(
     4 heads of 32 channels, so that heads x head_dim is not the hidden size, 2 key/value groups, interleaved mrope in
     sections [6, 5, 5]; a vision tower of 4 blocks, whose blocks `deepstack` are added behind the first layers, with
     learned positions of 6 x 6 patches, which every grid interpolates. `max_pixels` bounds an image to 256 tokens. No
-    weight is trivial: norms are not 1, biases not 0.
+    weight is trivial: norms are not 1, biases not 0. `tower` replaces sizes of the tower by their names in config.json,
+    and pixels are made for them, with the image_mean and image_std in it.
     """
     import transformers
     from tokenizers import Tokenizer
 
-    text = qwen3_tokenizer_json(real_vocabulary)
+    text, sizes = qwen3_tokenizer_json(real_vocabulary), dict(tower or {})
+    settings: dict[str, Any] = {name: sizes.pop(name) for name in ("image_mean", "image_std") if name in sizes}
+    shared = {
+        "patch_size": "patch_size",
+        "temporal_patch_size": "temporal_patch_size",
+        "merge_size": "spatial_merge_size",
+    }
+    settings |= {mine: sizes[theirs] for mine, theirs in shared.items() if theirs in sizes}
     folder = qwen3_vl_tokenizer_folder(
-        path, real_vocabulary=real_vocabulary, min_pixels=min_pixels, max_pixels=max_pixels
+        path, real_vocabulary=real_vocabulary, min_pixels=min_pixels, max_pixels=max_pixels, settings=settings
     )
     token = Tokenizer.from_str(text).token_to_id
     config = transformers.Qwen3VLConfig(
@@ -208,6 +232,7 @@ def tiny_qwen3_vl_folder(
             "temporal_patch_size": 2,
             "num_position_embeddings": 36,
             "deepstack_visual_indexes": list(deepstack),
+            **sizes,
         },
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),

@@ -44,7 +44,7 @@ PACKS: dict[str, list[list[tuple[Any, ...]]]] = {  # name -> packs of samples: t
     "odd sizes": [[("Compare.", (56, 56), (301, 117)), ("Only text here.",), ("And?", (29, 411), (173, 90), (60, 61))]],
     "image first and last": [[("", (200, 140)), ("x", (140, 200))]],
     "smallest and thinnest": [[("Dot.", (28, 28)), ("Line.", (28, 5600)), ("Text.",), ("Both.", (5000, 30), (28, 28))]],
-    "largest": [[("Big.", (448, 448)), ("Shrunk.", (1000, 300))]],
+    "largest": [[("Big.", (512, 512)), ("Shrunk.", (1000, 300))]],
     "two packs": [[("One.", (150, 260))], [("Nothing.",), ("Two.", (260, 150))]],
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import transformers
 
 from kanyun.errors import UserError
 from tests.support.model_golden import batch_of, gradient_errors, load, transformers_answer
-from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
+from tests.support.qwen3_vl_assets import OTHER_TOWER, tiny_qwen3_vl_folder
 from tests.support.qwen_assets import tiny_vl_folder
 from tests.support.vision_golden import LENGTH, PACKS, example, kept
 from trainer.data.shapes import StaticShape
@@ -26,7 +27,13 @@ def runtime() -> Iterator[Runtime]:
         yield started
 
 
-FOLDERS = {"qwen2_5_vl": tiny_vl_folder, "qwen3_vl": tiny_qwen3_vl_folder}
+FOLDERS = {
+    "qwen2_5_vl": tiny_vl_folder,
+    "qwen3_vl": tiny_qwen3_vl_folder,
+    "qwen3_vl of other sizes": partial(
+        tiny_qwen3_vl_folder, tower=OTHER_TOWER, deepstack=(3, 0, 1), layers=2, tied=False, max_pixels=150 * 24 * 24
+    ),
+}
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
@@ -52,7 +59,7 @@ def test_each_sample_is_as_if_alone(trio: tuple[Any, Any, Any], name: str) -> No
             start += len(expected)
 
 
-@pytest.mark.parametrize("name", ["odd sizes", "smallest and thinnest"])
+@pytest.mark.parametrize("name", [name for name, packs in PACKS.items() if len(packs) == 1])
 def test_loss_and_every_gradient(trio: tuple[Any, Any, Any], name: str) -> None:
     model, reference, processor = trio
     freeze(model, "all")
@@ -120,14 +127,19 @@ def test_text_only_pack_still_runs_the_tower(trio: tuple[Any, Any, Any]) -> None
     ],
 )
 def test_trainable_parts(trio: tuple[Any, Any, Any], trainable: str, prefixes: tuple[str, ...]) -> None:
+    """Frozen parts have no gradient, the others the one that they have when all parts train."""
     model, _, processor = trio
     batch = batch_of(model.model_config, [[example(processor, "What is this?", (112, 84))]], LENGTH)
-    freeze(model, trainable)
-    model.zero_grad()
-    model(batch).backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) is name.startswith(prefixes), name
+    gradients = []
+    for parts in ("all", trainable):
+        freeze(model, parts)
+        model.zero_grad()
+        model(batch).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     freeze(model, "all")
+    for name, gradient in gradients[1].items():
+        assert (gradient is not None) is name.startswith(prefixes), name
+        assert gradient is None or torch.equal(gradient, gradients[0][name]), name
 
 
 def test_frozen_blocks_have_no_backward_pass(trio: tuple[Any, Any, Any]) -> None:

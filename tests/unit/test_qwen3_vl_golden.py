@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, Qwen3VLConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
@@ -30,6 +32,7 @@ from tests.support.qwen3_vl_assets import (
 )
 from tests.support.qwen_assets import tiny_tokenizer_folder
 from trainer.data.images import decode
+from trainer.data.mrope import mrope_positions
 
 Rows = list[dict[str, Any]]
 Sizes = list[tuple[int, int]]  # width, height
@@ -224,6 +227,47 @@ def sizes_to_try() -> Sizes:
     found = [(32, 32), (28, 28), (28, 5600), (6400, 32), (31, 33), (48, 48), (47, 49), (64, 64), (65, 64), (63, 64)]
     found += [(512, 512), (511, 513), (528, 528), (1024, 256), (16, 3200), (80, 48)]
     return found + [(rng.randint(28, 700), rng.randint(28, 700)) for _ in range(14)]
+
+
+def test_ids_grids_and_positions_of_ten_thousand_sizes(tmp_path: Path) -> None:
+    """Four pictures a row, each of at most 64 tokens: ids as the processor expands them, then the model's positions."""
+    folder = qwen3_vl_tokenizer_folder(
+        tmp_path, real_vocabulary=False, min_pixels=TOKEN_PIXELS, max_pixels=64 * TOKEN_PIXELS
+    )
+    processor, rng = AutoProcessor.from_pretrained(folder), random.Random(11)
+    config = Qwen3VLConfig(image_token_id=processor.image_token_id)
+    config.text_config.num_hidden_layers = config.vision_config.depth = 1
+    with torch.device("meta"):  # get_rope_index reads only the config
+        model = Qwen3VLModel(config)
+    messages = [u(IMAGE, "one ", IMAGE, IMAGE), a("ok"), u("and ", IMAGE), a("yes")]
+    prompt = processor.apply_chat_template(with_pictures(messages, [(32, 32)] * 4), tokenize=False)
+    rows = [sample_row(messages, [random_size(rng) for _ in range(4)], None) for _ in range(2_500)]
+    for row, encoded in zip(rows, load_encoder(folder).encode(rows), strict=True):
+        assert isinstance(encoded, Encoded), encoded
+        sizes = [(image["height"], image["width"]) for image in row["images"]]
+        counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
+        first, *others = prompt.split("<|image_pad|>")
+        pads = ["<|image_pad|>" * count for count in counted.num_image_tokens]
+        expanded = first + "".join(pad + rest for pad, rest in zip(pads, others, strict=True))
+        ids = processor.tokenizer(expanded, return_tensors="pt")["input_ids"]
+        assert encoded.input_ids.tolist() == ids[0].tolist(), sizes
+        grids = torch.tensor(encoded.image_grid_thw)
+        assert grids.prod(1).tolist() == counted.num_image_patches, sizes
+        types = (ids == processor.image_token_id).int()
+        positions, _ = model.get_rope_index(ids, types, image_grid_thw=grids)
+        ours = mrope_positions(
+            encoded.input_ids, np.array([0, ids.shape[1]]), grids[:, 1:].numpy() // 2, processor.image_token_id
+        )
+        assert (ours == positions[:, 0].numpy()).all(), sizes
+
+
+def random_size(rng: random.Random) -> tuple[int, int]:
+    """Width and height of a photo, a small picture, or one of a ratio up to 200, upright or lying."""
+    side, longest = rng.choice(
+        [(rng.randint(28, 4000), 4000), (rng.randint(28, 300), 300), (rng.randint(28, 60), 12000)]
+    )
+    other = rng.randint(side, min(longest, 200 * side))
+    return (side, other) if rng.random() < 0.5 else (other, side)
 
 
 def picture(width: int, height: int) -> bytes:

@@ -78,7 +78,7 @@ def test_grid_and_tokens_as_in_the_processor(tmp_path: Path, family: Callable[[P
     processor = AutoProcessor.from_pretrained(folder)
     settings = fingerprint(Folder(str(folder))).processor
     assert settings is not None
-    pairs = sizes(2_000)
+    pairs = sizes(10_000)
     counted = processor._get_num_multimodal_tokens(image_sizes=pairs)
     for (height, width), patches, tokens in zip(pairs, counted.num_image_patches, counted.num_image_tokens):
         grid = grid_thw(width, height, settings)

@@ -2,7 +2,7 @@
 
 A text token's position is one more than the previous token's, on all three axes. An image of h x w visual tokens has
 one temporal position, its row and its column on the other two axes, and the text after it starts max(h, w) later.
-Equal to transformers' Qwen2_5_VLModel.get_rope_index of each segment alone.
+Equal to get_rope_index of transformers' Qwen2_5_VLModel and Qwen3VLModel, of each segment alone.
 """
 
 import numpy as np

@@ -2,7 +2,8 @@
 
 cuDNN's backward pass, which is faster, adds up in any order. It has a deterministic one, but for packs on Hopper that
 takes 128 bytes of workspace for each head and pair of tokens, as if each segment were as long as the pack:
-Transformer Engine refuses it from 2^30 pairs on, and two packs of 8192 have a hundred times as many.
+Transformer Engine refuses it from 2^30 pairs on, and two packs of 8192 have 60 times as many. 1.5B: a step takes 22 %
+longer in fp8.
 """
 
 from collections.abc import Iterator

@@ -24,7 +24,7 @@ SEGMENT = 900  # tokens of a sample
 PRODUCTS, PRODUCTS_FP8 = 720e12, 1345e12
 ATTENTION = 170e12  # of such segments: a third of what long ones reach
 TOWER, TOWER_FP8 = 440e12, 510e12  # all of the vision tower, with attention within windows
-PICTURES = 240e12  # attention within whole pictures, as measured in Qwen2.5-VL's tower; in Qwen3-VL's not yet
+PICTURES = 360e12  # attention within whole pictures, in heads of 64 channels: Qwen3-VL-4B's tower
 ELEMENTWISE, NORMS, CASTS = 3.0e12, 2.0e12, 2.75e12
 # Bytes of a parameter: Adam reads and writes 20; setting gradients to 0, scaling them, their norm and clipping 24.
 UPDATE = 44
