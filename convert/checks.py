@@ -1,5 +1,6 @@
 """What a model's tensors must be, by its config.json, and every way in which those of a folder differ from it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,16 @@ def _meta_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
+def check_generation(folder: Path) -> None:
+    """Raise UserError if transformers could not read generation_config.json, which goes where the model goes."""
+    path = folder / "generation_config.json"
+    try:
+        if path.exists() and not isinstance(json.loads(path.read_bytes()), dict):
+            raise ValueError("it is no object of names and values")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): download it again, or delete it") from error
 
 
 def shape_faults(stored: Mapping[str, tuple[Shape, Any]], expected: Mapping[str, Shape]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convert.checks import TensorShapes
+from convert.checks import TensorShapes, check_generation
 from convert.hf_weights import HFWeights
 from convert.hf_writer import HFWriter, Planned
 from convert.output import new_folder
@@ -34,6 +34,7 @@ def resize_vocab(source: Path, out: Path, overwrite: bool = False) -> int:
             f"{source} has {config.vocab_size} embedding rows, enough for its last token {token!r} with id {largest}: "
             "use it as it is"
         )
+    check_generation(source)
     vocab_size = -(-(largest + 1) // MULTIPLE) * MULTIPLE
     rows, weights = family_of(config).table(config), HFWeights(source, config)
     shapes = TensorShapes.of(source, config, rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from convert.checks import TensorShapes
+from convert.checks import TensorShapes, check_generation
 from convert.hf_weights import HFWeights
 from convert.output import new_folder
 from kanyun.cli.progress import Progress
@@ -42,6 +42,7 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
     config, hf = ModelConfig.from_hf(str(source)), Folder(str(source))
     state = checkpoint.State(0, 0, 0, fingerprint(hf).digest, asdict(config), run={})
     check_model(hf)
+    check_generation(source)
     _check_image_token(config, source)
     rows, weights = family_of(config).table(config), HFWeights(source, config)
     shapes = TensorShapes.of(source, config, rows)

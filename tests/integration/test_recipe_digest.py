@@ -1,4 +1,4 @@
-"""Two data paths with equal file names, ratios below and above 1, two epochs: one digest, however it is run."""
+"""Three data paths with equal file names, ratios below and above 1, two epochs: one digest, however it is run."""
 
 import json
 import random
@@ -25,7 +25,7 @@ from tests.support.two_epochs import two_epochs
 
 pytestmark = pytest.mark.usefixtures("cluster")  # all in its process, so that `here` is made once
 
-RATIOS = {"_extra": 0.7, "web/en": 1.4}
+RATIOS = {"_extra": 0.7, "web/en": 1.4, "web/de": 1}
 ROWS = 50
 SMALL_SPLITS = {"spark__sql__files__maxPartitionBytes": "3000"}
 

@@ -175,6 +175,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         "names 5 as a file",
     ),
     "broken link": ("tied", linked_to_nothing, f"{WEIGHTS} links to ../../blobs/0123, which does not exist"),
+    "generation settings": (
+        "tied",
+        lambda folder: (folder / "generation_config.json").write_text("[]"),
+        "generation_config.json is damaged (it is no object of names and values)",
+    ),
     "pickle": ("tied", pickled, "is a pickle"),
     "yarn": ("tied", config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "has rope scaling 'yarn'"),
     "window": ("tied", config("layer_types", **WINDOW, max_window_layers=1), "has sliding-window attention"),

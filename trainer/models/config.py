@@ -113,13 +113,13 @@ def read_decoder(
     usual_head_dim = text["hidden_size"] // text["num_attention_heads"]
     other_head_dim = head_dim is None and text.get("head_dim") not in (None, usual_head_dim)
     head_dim = head_dim or usual_head_dim
-    quantization = text.get("quantization_config") or {}
+    quantization = text.get("quantization_config")
     refuse_options(
         folder,
         {
             "sliding-window attention": _slides(text),
             f"head_dim {text.get('head_dim')}, not hidden_size / num_attention_heads = {head_dim}": other_head_dim,
-            f"weights quantized by {quantization.get('quant_method')!r}": bool(quantization),
+            f"weights quantized by {(quantization or {}).get('quant_method')!r}": quantization is not None,
             f"rope scaling {scaling!r}": scaling not in ("default", "mrope"),
             f"hidden_act {text.get('hidden_act')!r}": text.get("hidden_act", "silu") != "silu",
         },
