@@ -199,7 +199,7 @@ def tiny_qwen3_vl_folder(
     from tokenizers import Tokenizer
 
     text, sizes = qwen3_tokenizer_json(real_vocabulary), dict(tower or {})
-    settings = {name: sizes.pop(name) for name in ("image_mean", "image_std") if name in sizes}
+    settings: dict[str, Any] = {name: sizes.pop(name) for name in ("image_mean", "image_std") if name in sizes}
     shared = {
         "patch_size": "patch_size",
         "temporal_patch_size": "temporal_patch_size",
