@@ -28,8 +28,9 @@ import torch
 import torch.distributed as dist
 
 from kanyun.storage import Folder
-from trainer.checkpoint import Saver, State
+from trainer.checkpoint import State
 from trainer.checkpoint.parts import buffer_size, parts_of
+from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.writer import FILES
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig

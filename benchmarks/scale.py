@@ -205,7 +205,10 @@ class Run:
         sampled = self.datasets.get("pictures", 0) * RATIOS["pictures"]
         shards = len(manifest.shards)
         return Use(
-            shards, 2.25 * manifest.tokens + 120 * sampled, 0.4e9 + 7 * manifest.tokens / shards, 72.0 * manifest.packs
+            tasks=shards,
+            shuffle=2.25 * manifest.tokens + 120 * sampled,
+            worker=0.4e9 + 7 * manifest.tokens / shards,
+            driver=0.22e9 + 72 * manifest.packs,
         )
 
     def _delete_input(self, stage: str, name: str) -> None:

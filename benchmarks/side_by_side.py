@@ -1,4 +1,4 @@
-"""Ours and its peer, each run in a separate process, as a table: what train_text.py and train_vision.py share."""
+"""Ours and its peers, each run in a separate process, as a table: what train_text.py and train_vision.py share."""
 
 import argparse
 import json
@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,30 +38,52 @@ COLUMNS = {
 }
 
 
-def main(parser: argparse.ArgumentParser, what: str, default: list[str], ours: Run, peer: Run) -> None:
-    """A row of the table for each of `--whats`, in each precision; a child of this script is told one as `--what`."""
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's trainer, on the same input."""
+
+    name: str  # in the table
+    run: Run
+    precisions: tuple[str, ...] = ("bf16",)
+    usual: bool = True  # runs where `--peers` names none
+
+
+def main(parser: argparse.ArgumentParser, what: str, default: list[str], ours: Run, peers: Mapping[str, Peer]) -> None:
+    """Rows of the table for each of `--whats`: peers, then ours, in each precision they have.
+
+    A child of this script is told one row as `--only NAME --what WHAT --precision PRECISION`. The last column has ours
+    over each peer above, in their order.
+    """
     parser.add_argument("data")
     parser.add_argument(f"--{what}s", nargs="+", default=default)
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8"])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--peer-steps", type=int, default=2)
     parser.add_argument("--global-batch", type=int, default=16)
+    usual = [name for name, peer in peers.items() if peer.usual]
+    parser.add_argument("--peers", nargs="*", default=usual, choices=list(peers))
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--profile", action="store_true")
     for name in ("only", "precision", what):  # of a child
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    parser.add_argument("--micro-batch", type=int, help=argparse.SUPPRESS)  # of a peer that ran out of memory
     args = parser.parse_args()
     if args.only:
         with tempfile.TemporaryDirectory() as folder:
-            result = (ours if args.only == "ours" else peer)(args, Path(folder))
+            result = (ours if args.only == "ours" else peers[args.only].run)(args, Path(folder))
         print("RESULT " + json.dumps(result))
         return
     print(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "torch", torch.__version__)
-    lines = [f"| {what} | | {' | '.join(COLUMNS)} | ours / peer |", "|---|---" + "|--:" * (len(COLUMNS) + 1) + "|"]
+    lines = [f"| {what} | | {' | '.join(COLUMNS)} | ours / peers |", "|---|---" + "|--:" * (len(COLUMNS) + 1) + "|"]
     for row in getattr(args, f"{what}s"):
-        theirs = {} if args.ours_only else _child("--only", "peer", f"--{what}", row)
-        if theirs:
-            lines.append(_line(row, "peer", theirs, {}))
+        theirs: list[float] = []  # tokens/s
+        for name in [] if args.ours_only else args.peers:
+            peer = peers[name]
+            for precision in [p for p in peer.precisions if p in args.precisions] or peer.precisions[:1]:
+                result = _child("--only", name, f"--{what}", row, "--precision", precision)
+                if result:
+                    theirs.append(result["tokens/s"])
+                    lines.append(_line(row, f"{peer.name}, {precision}", result, []))
         for precision in args.precisions:
             mine = _child("--only", "ours", f"--{what}", row, "--precision", precision)
             if mine:
@@ -85,7 +108,11 @@ def train(
     planner.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
     world = int(os.environ.get("WORLD_SIZE", "1"))
     run = change(Run.prepare(config, world, torch.cuda.is_available()))
-    with Runtime.start(tensor_parallel=run.layout.tensor_parallel) as runtime, Trainer(run, runtime) as trainer:
+    split, one_order = run.layout.tensor_parallel, config.deterministic
+    with (
+        Runtime.start(tensor_parallel=split, deterministic=one_order) as runtime,
+        Trainer(run, runtime) as trainer,
+    ):
         seconds, flops, losses, waits, work, first, real, slots = [], [], [], [], [], 0.0, 0, 0
         begun, waited, graphs = time.perf_counter(), 0.0, 0
         for step, batches in enumerate(trainer.stream.batches(0)):
@@ -132,9 +159,9 @@ def train(
         return found
 
 
-def _line(row: str, who: str, result: dict[str, Any], theirs: dict[str, Any]) -> str:
+def _line(row: str, who: str, result: dict[str, Any], theirs: list[float]) -> str:
     cells = [form.format(result[name]) if name in result else "" for name, form in COLUMNS.items()]
-    cells.append(f"{result['tokens/s'] / theirs['tokens/s']:.2f}" if theirs else "")
+    cells.append(", ".join(f"{result['tokens/s'] / tokens:.2f}" for tokens in theirs))
     return f"| {row} | {who} | {' | '.join(cells)} |"
 
 

@@ -1,19 +1,23 @@
-"""Training Qwen2.5 on one GPU: whole steps of ours, and of Hugging Face + Liger kernels on the same packs.
+"""Training Qwen on one GPU: whole steps of ours, and of its peers on the same packs.
 
 usage: python benchmarks/train_text.py DATA [--models 0.5B 1.5B 3B] [--precisions bf16 fp8] [--ours-only] [--profile]
+                                            [--peers liger megatron megatron-eager megatron-fuser torchtitan]
 DATA is what text_data.py wrote. Each run is a separate process, one after the other, on the same card. A step is all
 of it: reading packs, forward, backward, clipping, optimizer. FLOPs are the model's (trainer/models/costs.py), MFU is
-against the card's dense bfloat16 peak. The peer is given our packing: samples laid end to end, attention by
-FlashAttention's variable-length kernel, Liger's fused norm, rope, SwiGLU and linear cross entropy, torch's fused AdamW.
+against the card's dense bfloat16 peak. A model is a size of Qwen2.5, or a whole name: Qwen3-1.7B. Peers:
+- liger: Hugging Face with our packing, samples laid end to end, attention by FlashAttention's variable-length kernel,
+  Liger's fused norm, rope, SwiGLU and linear cross entropy, torch's fused AdamW;
+- megatron: stock megatron.core + Transformer Engine, see peers/megatron_core.py; -eager is without its CUDA graph,
+  -fuser with Transformer Engine's operation fuser in the MLP, which its recipes leave off;
+- torchtitan: see peers/torchtitan.py; of Qwen3 alone.
 """
 
 import argparse
 import json
 import sys
-import time
-from itertools import islice
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,19 +25,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.side_by_side import main, train
+from benchmarks.side_by_side import Peer, main, train
 from trainer.config import TrainConfig
+from trainer.data.batch import Batch
 from trainer.models.config import ModelConfig
-from trainer.models.qwen2_5.sizes import SIZES
+from trainer.models.registry import published_sizes
 
 LENGTH = 8192
+SIZES = published_sizes()
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 def text_config(model_config: ModelConfig) -> dict[str, Any]:
-    """config.json of a Qwen2.5, as the hub has it."""
-    return {
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
+    """config.json of a text model, as the hub has it."""
+    model_type = model_config.model_type if model_config.model_type in ARCHITECTURES else "qwen2"
+    own = {"head_dim": model_config.head_dim, "attention_bias": False} if model_type == "qwen3" else {}
+    return own | {
+        "model_type": model_type,
+        "architectures": [ARCHITECTURES[model_type]],
         "vocab_size": model_config.vocab_size,
         "hidden_size": model_config.hidden_size,
         "intermediate_size": model_config.intermediate_size,
@@ -59,8 +68,9 @@ def model_folder(config: dict[str, Any], data: str, folder: Path) -> Path:
 
 
 def config_of(args: argparse.Namespace, folder: Path) -> TrainConfig:
+    model = SIZES[args.model if args.model in SIZES else f"Qwen2.5-{args.model}"]
     return TrainConfig(
-        model=str(model_folder(text_config(SIZES[f"Qwen2.5-{args.model}"]), args.data, folder / "hf")),
+        model=str(model_folder(text_config(model), args.data, folder / "hf")),
         data=f"{args.data}/stages/packed",
         output=str(folder / "out"),
         length=LENGTH,
@@ -98,69 +108,66 @@ def packed_attention() -> None:
     AttentionInterface.register("packed", attention)
 
 
-def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+def liger(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    import liger_kernel.transformers as kernels
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from kanyun.fingerprint import fingerprint
-    from kanyun.storage import Folder
-    from trainer.data.batch import BatchFormat
-    from trainer.data.source import PackedData
-    from trainer.data.stream import PackStream
-    from trainer.models.config import ModelConfig
-    from trainer.models.costs import TRAINING
-    from trainer.models.registry import costs_of
-    from trainer.planning.gpus import find_gpu
+    from benchmarks.peers.measure import measure
 
-    packed_attention()
-    apply_liger_kernel_to_qwen2()
     config = config_of(args, folder)
-    data = PackedData(config.data, LENGTH, fingerprint(Folder(config.model)))
+    packed_attention()
+    getattr(kernels, f"apply_liger_kernel_to_{ModelConfig.from_hf(config.model).model_type}")()
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(config.model), attn_implementation="packed", dtype=torch.bfloat16
         )
-    model_config = ModelConfig.from_hf(config.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
-    seconds, flops, useful = [], 0, 0
-    with PackStream(
-        data, BatchFormat.of(model_config), seed=0, global_batch=args.global_batch, micro_batch=1
-    ) as stream:
-        for batches in islice(stream.batches(0), args.peer_steps + 1):
-            begun, flops, useful = time.perf_counter(), 0, 0
-            for batch in batches:
-                flops += TRAINING * costs_of(model_config).forward_flops(batch)
-                longest = int(batch.cu_seqlens.diff().max())
-                batch = batch.to(torch.device("cuda"))
-                labels = torch.where(batch.loss_mask > 0, batch.labels, -100)[None]
-                out = model(
-                    input_ids=batch.input_ids[None],
-                    position_ids=batch.position_ids[:1],
-                    labels=labels,
-                    shift_labels=labels,
-                    cu_seqlens=batch.cu_seqlens,
-                    longest=longest,
-                    use_cache=False,
-                )
-                (out.loss / len(batches)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begun)
-    step = median(seconds[1:])
-    manifests = [dataset.manifest for dataset in data.datasets]
-    useful = args.global_batch * sum(m.tokens for m in manifests) / sum(m.packs for m in manifests)
-    return {
-        "tokens/s": useful / step,
-        "TFLOP/s": flops / step / 1e12,
-        "MFU": flops / step / find_gpu(torch.cuda.get_device_name()).flops,
-        "memory GB": torch.cuda.max_memory_reserved() / 1e9,
-        "losses": [round(out.loss.item(), 3)],
-    }
+    def step(batches: Sequence[Batch]) -> float:
+        loss = torch.zeros(())
+        for batch in batches:
+            longest = int(batch.cu_seqlens.diff().max())
+            batch = batch.to(torch.device("cuda"))
+            labels = torch.where(batch.loss_mask > 0, batch.labels, -100)[None]
+            loss = model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[:1],
+                labels=labels,
+                shift_labels=labels,
+                cu_seqlens=batch.cu_seqlens,
+                longest=longest,
+                use_cache=False,
+            ).loss
+            (loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
 
+    return measure(args, config, step)
+
+
+def megatron(args: argparse.Namespace, folder: Path, **options: bool) -> dict[str, Any]:
+    from benchmarks.peers.megatron_core import run
+
+    return run(args, config_of(args, folder), **options)
+
+
+def torchtitan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from benchmarks.peers.torchtitan import run
+
+    return run(args, config_of(args, folder))
+
+
+BOTH = ("bf16", "fp8")
+PEERS = {
+    "liger": Peer("Hugging Face + Liger, packed", liger),
+    "megatron": Peer("megatron.core + TE, whole-iteration graph", megatron, BOTH),
+    "megatron-eager": Peer("megatron.core + TE, no graph", partial(megatron, graph=False), BOTH, usual=False),
+    "megatron-fuser": Peer("megatron.core + TE, op fuser", partial(megatron, op_fuser=True), BOTH, usual=False),
+    "torchtitan": Peer("torchtitan, compiled", torchtitan, BOTH, usual=False),
+}
 
 if __name__ == "__main__":
     about = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    main(about, "model", ["0.5B", "1.5B", "3B"], ours, peer)
+    main(about, "model", ["0.5B", "1.5B", "3B"], ours, PEERS)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.side_by_side import main, train
+from benchmarks.side_by_side import Peer, main, train
 from benchmarks.train_text import LENGTH, flash_attention, model_folder
 from benchmarks.vision_models import FAMILIES, SIZES, add_kernels, hf_config
 from trainer.config import TrainConfig
@@ -171,4 +171,4 @@ def train_peer(args: argparse.Namespace, config: TrainConfig, checkpointed: bool
 if __name__ == "__main__":
     about = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     about.add_argument("--size", default="Qwen2.5-VL-3B")
-    main(about, "row", ["2", "4", "6"], ours, peer)
+    main(about, "row", ["2", "4", "6"], ours, {"liger": Peer("Hugging Face + Liger", peer)})

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convert.memory import pieces
 from kanyun.errors import UserError
+from trainer.checkpoint import is_finite
 from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of
@@ -93,7 +95,7 @@ def refuse(where: Path, faults: Sequence[str]) -> None:
 
 def require_finite(where: Path, name: str, tensor: Tensor) -> None:
     """Raise UserError if the tensor holds a NaN or an infinite value, naming the first one."""
-    if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():  # one pass; a NaN comes through
+    if not all(map(is_finite, pieces(tensor))):
         at = next(iter((~torch.isfinite(tensor)).nonzero())).tolist()
         value = tensor[tuple(at)].item()
         raise UserError(f"{where}: {name} holds {value} at {at}: give a model whose weights are all finite")

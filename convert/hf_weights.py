@@ -8,16 +8,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from convert.checks import Shape, refuse, shape_faults
+from convert.checks import Shape, refuse, require_finite, shape_faults
+from convert.memory import PIECE, Scratch, pieces, read_into
 from kanyun.errors import UserError
+from trainer.checkpoint import is_finite
 from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of
@@ -27,13 +29,13 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPUTED = re.compile(r"rotary(_pos)?_emb\.inv_freq$")
 # A base model saved alone: its names lack the prefix "model.", which transformers adds.
 _BASE_MODEL, _VL_BASE_MODEL = ("layers.", "embed_tokens.", "norm."), ("language_model.",)
-_PIECE = 16 << 20  # bytes that are compared at a time
+_COMPARED = 16 << 20  # bytes at a time
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in one file; its data is read by `load`."""
+    """One tensor in one file; its values are read by `load`."""
 
     key: str  # the name in the file
     path: Path
@@ -42,35 +44,31 @@ class Stored:
     begin: int  # of its bytes in the file
     size: int  # bytes
 
-    def load(self) -> Tensor:
-        """Read the tensor. Raises UserError if the file was cut meanwhile."""
-        data = torch.empty(self.size, dtype=torch.uint8)
-        if self.size:
-            self._read(0, data.numpy())
-        return data.view(self.dtype).view(self.shape)
+    def load(self, memory: Tensor) -> tuple[Tensor, bool]:
+        """Read the tensor into `memory` [size] uint8; return it, and whether all its values are finite.
+
+        Raises UserError if the file was cut meanwhile.
+        """
+        finite = True
+        with FileIO(self.path) as file:
+            for begin, piece in zip(range(0, self.size, PIECE), pieces(memory)):
+                read_into(file, self.begin + begin, piece)
+                finite = finite and bool(is_finite(piece.view(self.dtype)))
+        return memory.view(self.dtype).view(self.shape), finite
 
     def equals(self, other: "Stored") -> bool:
         """Return whether both have the same bytes."""
         if (self.shape, self.dtype, self.size) != (other.shape, other.dtype, other.size):
             return False
-        mine, theirs = np.empty(_PIECE, np.uint8), np.empty(_PIECE, np.uint8)
-        for begin in range(0, self.size, _PIECE):
-            length = min(_PIECE, self.size - begin)
-            self._read(begin, mine[:length])
-            other._read(begin, theirs[:length])
-            if not np.array_equal(mine[:length], theirs[:length]):
-                return False
+        mine, theirs = torch.empty(2, min(self.size, _COMPARED), dtype=torch.uint8)
+        with FileIO(self.path) as first, FileIO(other.path) as second:
+            for begin in range(0, self.size, _COMPARED):
+                length = min(_COMPARED, self.size - begin)
+                read_into(first, self.begin + begin, mine[:length])
+                read_into(second, other.begin + begin, theirs[:length])
+                if not torch.equal(mine[:length], theirs[:length]):
+                    return False
         return True
-
-    def _read(self, begin: int, into: np.ndarray) -> None:
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.begin + begin)
-            done = 0
-            while done < len(into):  # one call reads at most 2 GiB
-                count = file.readinto(into[done:])
-                if not count:
-                    raise UserError(f"{self.path} became shorter while it was read: wait until nothing writes it")
-                done += count
 
 
 class HFWeights:
@@ -84,6 +82,7 @@ class HFWeights:
         self._folder, self._copies = folder, family.copies(config)
         base_model = _VL_BASE_MODEL if config.vision else _BASE_MODEL
         self._stored: dict[str, list[Stored]] = {}
+        self._scratch = Scratch()
         for name in _files(folder):
             for stored in _contents(folder / name):
                 prefix = "model." if stored.key.startswith(base_model) else ""
@@ -120,8 +119,18 @@ class HFWeights:
         dtype: torch.dtype = self._stored[name][0].dtype
         return dtype
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._stored[name][0].load()
+    def read(self, *names: str) -> list[Tensor]:
+        """Read tensors into this thread's memory, one behind the other, where they stay until the thread reads others.
+
+        Raises UserError if a value is not finite.
+        """
+        stored = [self._stored[name][0] for name in names]
+        memory = self._scratch.take(sum(one.size for one in stored)).split([one.size for one in stored])
+        loaded = [one.load(part) for one, part in zip(stored, memory)]
+        for name, (tensor, finite) in zip(names, loaded):
+            if not finite:
+                require_finite(self._folder, name, tensor)
+        return [tensor for tensor, _ in loaded]
 
     def _tie(self, copy: str, original: str) -> None:
         """Keep one of two tensors that config.json ties. Raises UserError if both are there and differ."""
@@ -167,15 +176,21 @@ def _files(folder: Path) -> list[str]:
     pickled = next(iter(sorted(folder.glob("pytorch_model*.bin"))), None)
     if pickled:
         raise UserError(f"{pickled} is a pickle, which may run code: save the model as safetensors with transformers")
+    for name in (SINGLE, INDEX):
+        if (folder / name).is_symlink():
+            target = (folder / name).readlink()
+            raise UserError(f"{folder / name} links to {target}, which does not exist: download the model again")
     raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}: give a Hugging Face folder with safetensors weights")
 
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
         if not names:
             raise ValueError("its weight_map is empty")
+        if odd := [name for name in names if not (isinstance(name, str) and name)]:
+            raise ValueError(f"its weight_map names {odd[0]!r} as a file")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{index} is damaged ({reason}): download it again, beside its shards") from error
-    return names
+    return sorted(names)

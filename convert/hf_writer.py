@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor: no more than the tensor at hand is in memory."""
+"""Safetensors files written tensor by tensor, in pieces: no more than the tensor at hand is in memory."""
 
 import json
 import os
@@ -13,8 +13,10 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
-from convert.checks import Shape
+from convert.checks import Shape, require_finite
 from convert.hf_weights import DTYPES, INDEX, SINGLE
+from convert.memory import pieces
+from trainer.checkpoint import is_finite
 
 SHARD_BYTES = 5 * 10**9  # as the Hub recommends; a larger single tensor gets a file for itself
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -46,8 +48,9 @@ class HFWriter:
     A file's header gives the offset of every tensor, so all shapes and dtypes are known before the first is written.
     """
 
-    def __init__(self, folder: Path, tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder, self._shards = folder, _split(tensors, shard_bytes)
+    def __init__(self, folder: Path, tensors: Sequence[Planned], source: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        """`source`: what an error names."""
+        self._folder, self._source, self._shards = folder, source, _split(tensors, shard_bytes)
         count = len(self._shards)
         several = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
         self._names = several if count > 1 else [SINGLE]
@@ -55,14 +58,22 @@ class HFWriter:
         self._open = ExitStack()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor at its place; threads may do so at once. Raises ValueError if it is not as planned."""
+        """Write one tensor at its place, rounded to its planned dtype; threads may do so at once.
+
+        Raises ValueError if it has not its planned shape, UserError if a value is not finite.
+        """
         place = self._places.pop(name)
-        if (tuple(tensor.shape), tensor.dtype) != (place.tensor.shape, place.tensor.dtype):
-            raise ValueError(f"{name} is {list(tensor.shape)} {tensor.dtype}, planned was {place.tensor}")
-        data, offset = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()), place.offset
-        while data:  # one call writes at most 2 GiB
-            written = os.pwrite(place.file.fileno(), data, offset)
-            data, offset = data[written:], offset + written
+        if tuple(tensor.shape) != place.tensor.shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, planned was {place.tensor}")
+        offset = place.offset
+        for values in pieces(tensor):
+            piece = values.to(place.tensor.dtype)
+            if not is_finite(piece):
+                require_finite(self._source, name, tensor.to(place.tensor.dtype))
+            data = memoryview(piece.view(torch.uint8).numpy())
+            while data:  # a call may write less
+                written = os.pwrite(place.file.fileno(), data, offset)
+                data, offset = data[written:], offset + written
 
     def __enter__(self) -> Self:
         for name, shard in zip(self._names, self._shards):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
+from trainer.checkpoint.store import sync
 
 
 def local_path(uri: str) -> Path:
@@ -42,6 +43,7 @@ def new_folder(out: Path, source: Path, overwrite: bool) -> Iterator[Path]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # held by this process while it lives; the kernel frees it even after kill -9
         yield attempt
+        sync(Folder(str(attempt)))
         if out.exists():
             replaced = attempt.with_name(f"{attempt.name}-replaced")
             out.rename(replaced)
@@ -49,6 +51,7 @@ def new_folder(out: Path, source: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(replaced)
         else:
             attempt.rename(out)
+        sync(Folder(str(out.parent)), files=False)
     except OSError as error:
         raise UserError(f"cannot write {out} ({error}): make room, or choose another output") from error
     finally:

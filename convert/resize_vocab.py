@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convert.checks import Layout, require_finite
+from convert.checks import Layout
 from convert.hf_weights import HFWeights
 from convert.hf_writer import HFWriter, Planned
 from convert.output import new_folder
@@ -54,10 +54,9 @@ def resize_vocab(source: Path, out: Path, overwrite: bool = False) -> int:
             (attempt / "generation_config.json").write_bytes((source / "generation_config.json").read_bytes())
         settings = json.loads((source / "config.json").read_bytes())
         (attempt / "config.json").write_text(json.dumps(_with_vocab_size(settings, vocab_size), indent=2) + "\n")
-        with HFWriter(attempt, planned) as writer:
+        with HFWriter(attempt, planned, source) as writer:
             for name in track(names, "copying", "tensors"):
-                tensor = weights[name]
-                require_finite(source, name, tensor)
+                (tensor,) = weights.read(name)
                 writer.add(name, _grown(tensor, vocab_size) if name in resized else tensor)
     return vocab_size - config.vocab_size
 

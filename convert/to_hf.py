@@ -2,17 +2,18 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from convert.checks import TRAINED, Layout, require_finite
+from convert.checks import TRAINED, Layout
 from convert.hf_writer import HFWriter, Planned
 from convert.megatron_weights import MegatronWeights
 from convert.output import new_folder
 from kanyun.cli.progress import Progress
-from kanyun.errors import UserError
 from kanyun.storage import Folder
 from trainer import checkpoint
 from trainer.models.config import ModelConfig
@@ -24,13 +25,35 @@ TENSORS = ".distcp"  # how the names of files with tensors end
 
 
 def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
-    """Write `out`. `source` is a run, its checkpoints folder, or one step. Memory: a few copies of the largest tensor.
+    """Write `out`. `source` is a run, its checkpoints folder, or one step. Memory: the two largest tensors, twice.
 
-    Weights of a trained model are rounded (to nearest) to the dtype that config.json names; those of a converted,
-    never trained one keep theirs, so that there and back is bit for bit the same. Raises UserError if a tensor is
-    missing, left over, of another shape or not finite, and as `newest_undamaged` and `new_folder` do.
+    Of a run, the newest checkpoint whose files have their digests is taken, and newer ones are named with what is wrong
+    with them. Weights of a trained model are rounded (to nearest) to bfloat16 or float32 if config.json names it; those
+    of a converted, never trained one keep theirs, so that there and back is bit for bit the same. Raises UserError if
+    there is no such checkpoint, if a tensor is missing, left over, of another shape or not finite, and as `new_folder`
+    does.
     """
-    step = newest_undamaged(source)
+    damaged: dict[str, str] = {}
+    said: list[str] = []
+    while True:
+        found = checkpoint.look_up(source, damaged)
+        assert found.newest is not None
+        for sentence in found.sentences:
+            if sentence not in said:
+                print(sentence, flush=True)
+                said.append(sentence)
+        try:
+            _convert(found.newest, out, overwrite)
+            return
+        except checkpoint.DamagedError as error:
+            if found.named:
+                raise
+            damaged[found.newest.uri] = str(error)
+
+
+def _convert(step: Folder, out: Path, overwrite: bool) -> None:
+    """Raises DamagedError if a file has not its digest: nothing is left of `out` then."""
+    checkpoint.require_digests(step, lambda name: not name.endswith(TENSORS))
     folder = Path(step.path)
     config = ModelConfig.from_hf(str(folder / "hf"))
     rows, weights = family_of(config).table(config), MegatronWeights(folder)
@@ -38,52 +61,50 @@ def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
     weights.require(layout.megatron)
     dtype = _dtype(folder / "hf" / "config.json") if checkpoint.read_state(step).step else None
     planned = [Planned(name, layout.hf[name], dtype or weights.dtype(row.megatron)) for row in rows for name in row.hf]
-    with new_folder(out, folder, overwrite) as attempt:
+    with new_folder(out, folder, overwrite) as attempt, _digests_beside(step, weights):
         shutil.copytree(folder / "hf", attempt, dirs_exist_ok=True)
         with (
-            HFWriter(attempt, planned) as writer,
+            HFWriter(attempt, planned, folder) as writer,
             Progress("converting", len(rows), "tensors") as progress,
             ThreadPoolExecutor(THREADS) as pool,
         ):
 
             def convert(row: Row) -> None:
-                parts = row.transform.to_hf(weights[row.megatron].to(dtype), config)
-                for name, part in zip(row.hf, parts, strict=True):
-                    require_finite(folder, name, part)
+                for name, part in zip(row.hf, row.transform.to_hf(weights[row.megatron], config), strict=True):
                     writer.add(name, part)
 
-            for _ in pool.map(convert, rows):
+            for _ in pool.map(convert, sorted(rows, key=lambda row: weights.place(row.megatron))):
                 progress.advance()
 
 
-def newest_undamaged(source: str) -> Folder:
-    """Return the checkpoint that `source` stands for, whose files have their digests; say which newer ones have not.
+@contextmanager
+def _digests_beside(step: Folder, weights: MegatronWeights) -> Iterator[None]:
+    """Compare the digests of the files with weights, one after the other, while the block reads them in this order.
 
-    Raises UserError if there is none, or if `source` is a damaged step itself.
+    They come from the disk once. Raises DamagedError at the end, whatever the block met: damage explains it. The
+    optimizer's files, six times as large, are not read.
     """
-    damaged: dict[str, str] = {}
-    while True:
-        found = checkpoint.look_up(source, damaged)
-        assert found.newest is not None
+
+    def check() -> None:
+        for name in weights.files:
+            checkpoint.require_digests(step, name.__eq__)
+
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(check)
         try:
-            checkpoint.require_digests(found.newest, lambda name: not name.endswith(TENSORS))
-            of_weights = MegatronWeights(Path(found.newest.path)).files
-            checkpoint.require_digests(found.newest, of_weights.__contains__)  # the optimizer's are six times as large
-        except checkpoint.DamagedError as error:
-            if found.named:
-                raise
-            damaged[found.newest.uri] = str(error)
-            continue
-        for sentence in found.sentences:
-            print(sentence, flush=True)
-        return found.newest
+            yield
+        finally:
+            checked.result()
 
 
 def _dtype(config: Path) -> torch.dtype | None:
-    """Return the dtype of the weights by config.json, or None if it names none. transformers 5 writes `dtype`."""
+    """Return the dtype that config.json names for the weights; None: none, or one that the trainer does not write."""
     settings = json.loads(config.read_text())
-    name = settings.get("dtype") or settings.get("torch_dtype")
-    dtype = getattr(torch, name, None) if name else None
-    if name and dtype not in TRAINED:
-        raise UserError(f"{config} names the dtype {name!r}: set it to bfloat16 or float32")
-    return dtype
+    name = settings.get("dtype") or settings.get("torch_dtype")  # transformers 5 writes the first
+    if name is None:
+        return None
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if dtype in TRAINED:
+        return dtype
+    print(f"{config.name} names the dtype {name!r}: weights stay as they were trained", flush=True)
+    return None

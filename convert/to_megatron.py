@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from convert.checks import Layout, require_finite
+from convert.checks import Layout
 from convert.hf_weights import HFWeights
 from convert.output import new_folder
 from kanyun.cli.progress import Progress
@@ -15,7 +15,8 @@ from kanyun.errors import UserError
 from kanyun.fingerprint import check_model, fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
-from trainer.checkpoint import Part
+from trainer.checkpoint.parts import Part, alone
+from trainer.checkpoint.saver import save_parts
 from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of
@@ -51,9 +52,9 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
     ):
 
         def convert(row: Row) -> Tensor:
-            tensor = _converted(row, weights, config, source)
+            tensor = row.transform.to_megatron(weights.read(*row.hf), config)
             progress.advance()
-            return tensor
+            return alone(tensor)
 
         parts = [
             Converted(
@@ -68,7 +69,7 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
             for row in rows
         ]
         with Runtime.start():
-            checkpoint.save_parts(Folder(str(attempt)), state, parts, hf)
+            save_parts(Folder(str(attempt)), state, parts, hf)
 
 
 def _check_image_token(config: ModelConfig, source: Path) -> None:
@@ -79,10 +80,3 @@ def _check_image_token(config: ModelConfig, source: Path) -> None:
             f"{source}/config.json has image_token_id {config.image_token_id}, but the tokenizer's <|image_pad|> is "
             f"{built}: correct config.json"
         )
-
-
-def _converted(row: Row, weights: HFWeights, config: ModelConfig, source: Path) -> Tensor:
-    parts = [weights[name] for name in row.hf]
-    for name, part in zip(row.hf, parts):
-        require_finite(source, name, part)
-    return row.transform.to_megatron(parts, config).contiguous()

@@ -18,6 +18,7 @@ from convert.hf_weights import COMPUTED, HFWeights
 from kanyun.errors import UserError
 from kanyun.schema import Pack
 from trainer import checkpoint
+from trainer.checkpoint.reader import load
 from trainer.data.batch import BatchFormat, make_batch
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
@@ -168,7 +169,7 @@ def megatron_logits(folder: Path, sample: Input) -> Tensor:
     batch = make_batch([pack], BatchFormat.of(config))
     with Runtime.start() as runtime:
         model = build_model(config, runtime)
-        checkpoint.load(step, model)
+        load(step, model)
         return model.logits(batch)
 
 

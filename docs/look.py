@@ -45,8 +45,13 @@ def look(browser: Any, page: Path, width: int, shot: Path | None = None) -> list
     """Return what is wrong with `page`, a sentence each. `shot`: where its picture goes."""
     found: list[str] = []
     tab = browser.new_page(viewport={"width": width, "height": 900})
+
+    def note(request: Any) -> None:
+        if not request.url.startswith(("file:", "data:", "blob:")):
+            found.append(f"asks for {request.url}")
+
     try:
-        tab.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or found.append(f"asks for {r.url}"))
+        tab.on("request", note)
         tab.on("pageerror", lambda error: found.append(f"its script fails: {error}"))
         tab.goto(page.absolute().as_uri())
         found += tab.evaluate(_LOOK)

@@ -39,6 +39,7 @@ class PackedDataset:
         self.pack_segments: np.ndarray = _flat(table["pack_segments"])  # [packs] segments, tail included
         self.pack_patches: np.ndarray = _flat(table["pack_patches"])  # [packs] vision patches
         self.pack_images: np.ndarray = _flat(table["pack_images"])  # [packs]
+        self.pack_windows: np.ndarray = _flat(table["pack_windows"])  # [packs] attention windows, see schema.py
         self._headers: dict[int, bytes] = {}
         self._lock = threading.Lock()
 

@@ -24,6 +24,7 @@ BATCHES_SCHEMA = pa.schema(
         ("pack_segments", pa.list_(pa.int32())),  # a pack's segments, tail included
         ("pack_patches", pa.list_(pa.int32())),  # a pack's vision patches
         ("pack_images", pa.list_(pa.int32())),  # a pack's images
+        ("pack_windows", pa.list_(pa.int32())),  # Qwen2.5-VL's attention windows in a pack's images (kanyun.vision)
     ]
 )
 

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_ASPECT_RATIO = 200
+WINDOW = 8  # patches: 112 pixels, in every Qwen2.5-VL that Qwen has published; other towers have no windows
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -51,6 +52,11 @@ def grid_thw(width: int, height: int, processor: Mapping[str, Any]) -> tuple[int
     patch, merge = processor["patch_size"], processor["merge_size"]
     pixels = smart_resize(height, width, patch * merge, processor["min_pixels"], processor["max_pixels"])
     return 1, pixels[0] // patch, pixels[1] // patch
+
+
+def windows(grid: Sequence[int]) -> int:
+    """Count Qwen2.5-VL's attention windows in one image: squares of WINDOW x WINDOW patches, cut off at the border."""
+    return grid[0] * -(-grid[1] // WINDOW) * -(-grid[2] // WINDOW)
 
 
 def image_tokens(grid: Sequence[int], merge_size: int) -> int:

@@ -20,6 +20,7 @@ from kanyun.manifest import Manifest, ShardInfo, digest_of
 from kanyun.naming import BATCHES, lineage_name, shard_name
 from kanyun.schema import BATCHES_SCHEMA, LINEAGE_SCHEMA, Sample, pack_schema
 from kanyun.storage import Folder
+from kanyun.vision import windows
 
 # A record batch is closed at this size: large enough for a ranged read to be worth its round trip, small enough that
 # a reader of a few streams stays within some tens of MiB.
@@ -153,6 +154,7 @@ class ShardWriter:
                 "pack_segments": [len(row["cu_seqlens"]) - 1 for row in self._rows],
                 "pack_patches": patches,
                 "pack_images": [len(row["images"]) for row in self._rows],
+                "pack_windows": [sum(map(windows, row["image_grid_thw"])) for row in self._rows],
             }
         )
         self._copy(pieces)

@@ -37,6 +37,7 @@ class TrainConfig(BaseModel):
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)
     seed: int = Field(default=0, ge=0)  # of random weights and of the order of the data
+    deterministic: bool = False  # on a GPU: the same run has the same bits, also resumed; 1.5B is 22 % slower
     trainable: str = "all"  # or language, vision, merger, joined by "+"
     save_every: PositiveInt = 500  # steps; the last one is always saved
     keep_last: PositiveInt = 2  # checkpoints

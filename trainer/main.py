@@ -35,9 +35,13 @@ def main() -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with claimed(config.output) if rank == 0 else nullcontext() as claim:
         run = Run.prepare(config, world, torch.cuda.is_available())
-        split, hang_after = run.layout.tensor_parallel, config.hang_after
         with (
-            Runtime.start(tensor_parallel=split, seed=config.seed, hang_after=hang_after) as runtime,
+            Runtime.start(
+                tensor_parallel=run.layout.tensor_parallel,
+                seed=config.seed,
+                hang_after=config.hang_after,
+                deterministic=config.deterministic,
+            ) as runtime,
             Trainer(run, runtime, stop=stop, owns=claim.is_there if claim else None) as trainer,
         ):
             return 0 if trainer.train() else PREEMPTED

@@ -16,6 +16,7 @@ from kanyun.storage import Folder
 from kanyun.storage.claim import Claim, only_writer
 from trainer import checkpoint
 from trainer.checkpoint import DamagedError, State
+from trainer.checkpoint.reader import load
 from trainer.config import TrainConfig
 from trainer.data.source import PackedData
 from trainer.models.config import ModelConfig
@@ -83,12 +84,12 @@ class Run:
         """Fill model, and optimizer if given, from the checkpoint that the run starts from. Every rank calls it.
 
         Return the run as it starts from there: where the content of the newest is damaged, an earlier one is taken.
-        Raises UserError as `checkpoint.load`, and if none is left, or if the damaged one was chosen by the user.
+        Raises UserError as `load`, and if none is left, or if the damaged one was chosen by the user.
         """
         source = self.resume or self.weights
         assert source is not None
         try:
-            checkpoint.load(source, model, optimizer)
+            load(source, model, optimizer)
         except DamagedError as error:
             damaged = {**self.damaged, source.uri: str(error)}
             other = self.prepare(self.config, dist.get_world_size(), torch.cuda.is_available(), damaged)

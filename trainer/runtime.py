@@ -32,10 +32,13 @@ class Runtime:
     world: int
     tensor_parallel: int
     seed: int
+    deterministic: bool  # on CUDA: only kernels that add in one order. On a CPU all do, so there it is False
     _open: ExitStack = field(repr=False)
 
     @classmethod
-    def start(cls, *, tensor_parallel: int = 1, seed: int = 0, hang_after: float = 600) -> "Runtime":
+    def start(
+        cls, *, tensor_parallel: int = 1, seed: int = 0, hang_after: float = 600, deterministic: bool = False
+    ) -> "Runtime":
         """Join the job that torchrun's environment variables describe; without them this process is the whole job.
 
         `hang_after`: seconds after which trainer/stopping.py ends a rank that waits for another and names that one.
@@ -80,7 +83,8 @@ class Runtime:
             torch.manual_seed(seed)
             model_parallel_cuda_manual_seed(seed)
             dtype = torch.bfloat16 if cuda else torch.float32
-            return cls(device, dtype, rank, world, tensor_parallel, seed, stack.pop_all())
+            deterministic = deterministic and cuda
+            return cls(device, dtype, rank, world, tensor_parallel, seed, deterministic, stack.pop_all())
 
     @property
     def cuda(self) -> bool:

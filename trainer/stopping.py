@@ -71,7 +71,7 @@ class FiniteGuard:
                 self._end(f"the {name} of the last step, {step}, is {value}", step)
 
     def _end(self, problem: str, step: int) -> None:
-        from trainer.checkpoint import require_finite  # here, because the launcher needs no megatron
+        from trainer.checkpoint.reader import require_finite  # here, because the launcher needs no megatron
 
         way_out = f"{problem}; resume from a checkpoint before that"
         require_finite(self._weights(), f"the model at step {step}", way_out)

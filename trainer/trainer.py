@@ -18,6 +18,7 @@ from torch import Tensor
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from trainer import checkpoint
+from trainer.checkpoint.saver import Saver
 from trainer.data.batch import Batch, BatchFormat
 from trainer.data.shapes import static_shape
 from trainer.data.stream import PackStream, ValidationStream
@@ -95,7 +96,7 @@ class Trainer:
         if run.resume is not None or config.continue_from:
             run = run.load(self.model, self.optimizer)
         self.run, self.step, self.skipped = run, run.start.step, run.start.skipped
-        self.saver = checkpoint.Saver(
+        self.saver = Saver(
             run.output,
             Folder(config.model),
             keep_last=config.keep_last,

@@ -17,6 +17,9 @@ from kanyun.storage.retries import call_with_retry, first_line, retrying, transl
 from kanyun.storage.streams import Output, Ranges
 from kanyun.storage.uri import locate
 
+_RANGE = 16 << 20  # bytes read at a time
+_IN_CACHE = 1 << 20  # the same of a local file that is digested: in half the CPU time
+
 
 class Folder:
     """A folder on any storage. Methods take names relative to it, with forward slashes; "" is the folder itself."""
@@ -136,7 +139,7 @@ class Folder:
         """Return a file of which many ranges are read."""
         return Ranges(lambda: self._backend.open(self._full(name)), lambda: self._reading(name))
 
-    def pieces(self, name: str, step: int = 16 << 20) -> Iterator[bytes]:
+    def pieces(self, name: str, step: int = _RANGE) -> Iterator[bytes]:
         """Yield a file's bytes in order, `step` of them at a time."""
         offset = 0
         while data := self.read(name, offset, step):
@@ -146,7 +149,7 @@ class Folder:
     def digest(self, name: str) -> str:
         """Return the xxh3-128 of a file's bytes."""
         total = xxhash.xxh3_128()
-        for piece in self.pieces(name):
+        for piece in self.pieces(name, _IN_CACHE if self.is_local else _RANGE):
             total.update(piece)
         return total.hexdigest()
 

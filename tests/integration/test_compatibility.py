@@ -17,7 +17,7 @@ from kanyun.verify import verify
 from tests.support.packed_data import random_packs, write_packed
 from tests.support.plain_reader import PlainDataset, images, segments
 from tests.support.training_job import metrics_of, train
-from trainer import checkpoint
+from trainer.checkpoint.reader import load
 from trainer.config import TrainConfig
 from trainer.data.batch import BatchFormat, make_batch
 from trainer.models.initialize import build_model
@@ -62,7 +62,7 @@ def test_an_old_checkpoint_has_the_weights_it_had(old_run: dict[str, Any]) -> No
     assert run.resume is not None
     with Runtime.start(seed=9) as runtime:
         model = build_model(run.model, runtime)
-        checkpoint.load(run.resume, model)
+        load(run.resume, model)
         norms = {name: weight.detach().double().norm().item() for name, weight in model.named_parameters()}
     assert norms == pytest.approx(EXPECTED["run"]["parameter_norms"], rel=1e-6, abs=1e-9)
 

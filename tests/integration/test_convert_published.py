@@ -4,7 +4,6 @@ The vocabulary is the test tokenizer's: with the real 152,064 rows of 8,192 chan
 be 5 GB. Rows of an embedding are copied whatever their number is. The largest model here has 2 GB of weights.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,64 +16,13 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
-from convert.checks import Layout
-from convert.hf_writer import HFWriter, Planned
 from convert.to_hf import to_hf
 from convert.to_megatron import to_megatron
-from tests.support.qwen3_vl_assets import tiny_qwen3_vl_folder
-from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
+from tests.support.random_models import write_model
 from trainer.models.config import ModelConfig
-from trainer.models.qwen3_vl.config import DeepstackVisionConfig
-from trainer.models.registry import family_of, published_sizes
+from trainer.models.registry import published_sizes
 
-PERIOD = 1_000_003  # a prime: no row, block or head is like another
 SIZES = published_sizes()
-
-
-def write_model(folder: Path, size: ModelConfig) -> None:
-    """Write a Hugging Face folder of one layer with other bits in every tensor."""
-    vision = size.vision
-    deepstack = isinstance(vision, DeepstackVisionConfig)
-    (tiny_qwen3_vl_folder if deepstack else tiny_vl_folder if vision else tiny_text_folder)(folder)
-    values = json.loads((folder / "config.json").read_text())
-    text = values.get("text_config", values)
-    text |= {
-        "hidden_size": size.hidden_size,
-        "intermediate_size": size.intermediate_size,
-        "num_hidden_layers": 1,
-        "num_attention_heads": size.num_heads,
-        "num_key_value_heads": size.num_kv_heads,
-        "layer_types": ["full_attention"],
-    }
-    values |= {"model_type": size.model_type, "tie_word_embeddings": size.tied}
-    if "head_dim" in text or size.head_dim * size.num_heads != size.hidden_size:
-        text["head_dim"] = size.head_dim
-    if vision:
-        text["rope_parameters"]["mrope_section"] = list(size.mrope_section)
-        values["vision_config"] |= {
-            "depth": 1,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "out_hidden_size": vision.out_hidden_size,
-        }
-        if isinstance(vision, DeepstackVisionConfig):
-            blocks = {"deepstack_visual_indexes": [0], "num_position_embeddings": vision.position_side**2}
-        else:
-            blocks = {"fullatt_block_indexes": [0]}
-        values["vision_config"] |= blocks
-    (folder / "config.json").write_text(json.dumps(values))
-    (folder / "model.safetensors").unlink()
-
-    config = ModelConfig.from_hf(str(folder))
-    shapes = Layout.of(folder, config, family_of(config).table(config)).hf
-    generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(-(2**15), 2**15, (PERIOD,), generator=generator, dtype=torch.int16) & ~0x4000  # all finite
-    with HFWriter(folder, [Planned(name, shape, torch.bfloat16) for name, shape in shapes.items()]) as writer:
-        for number, (name, shape) in enumerate(shapes.items()):
-            count = torch.Size(shape).numel()
-            drawn = bits.roll(number * 7919).repeat(-(-count // PERIOD))[:count]
-            writer.add(name, drawn.view(torch.bfloat16).view(shape))
 
 
 @pytest.fixture

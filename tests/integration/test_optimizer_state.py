@@ -16,6 +16,8 @@ from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State, saver
 from trainer.checkpoint.parts import Part, parts_of
+from trainer.checkpoint.reader import load
+from trainer.checkpoint.saver import save
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
@@ -58,11 +60,11 @@ def test_a_cpu_takes_the_master_weights_of_a_gpu_not_its_rounded_ones(
             for part in parts_of(model, optimizer, check=True)
         ]
         monkeypatch.setattr(saver, "parts_of", lambda *args, check: parts)
-        step = checkpoint.save(output, state, model, optimizer, Folder(str(tmp_path / "hf")))
+        step = save(output, state, model, optimizer, Folder(str(tmp_path / "hf")))
         masters = [parameter.detach().clone() for parameter in model.parameters()]
         for parameter in model.parameters():
             parameter.data.fill_(9)
-        checkpoint.load(step, model, optimizer)
+        load(step, model, optimizer)
         for parameter, master in zip(model.parameters(), masters, strict=True):
             assert torch.equal(parameter, master)
             assert not torch.equal(master, master.bfloat16().float())
@@ -80,16 +82,16 @@ def work(folder: Path, action: str) -> None:
         written, rewritten = Folder(str(folder / "written")), Folder(str(folder / "rewritten"))
         state = State(1, 1, 0, "", {}, {})
         if action == "two data-parallel":
-            checkpoint.save(written, state, model, optimizer, Folder(str(folder / "hf")))
+            save(written, state, model, optimizer, Folder(str(folder / "hf")))
         elif action == "two tensor-parallel":
-            checkpoint.load(checkpoint.resolve(written.path), model, optimizer)
-            checkpoint.save(rewritten, state, model, optimizer, Folder(str(folder / "hf")))
+            load(checkpoint.resolve(written.path), model, optimizer)
+            save(rewritten, state, model, optimizer, Folder(str(folder / "hf")))
         else:
             dump(folder / "trained.pt", model, optimizer)
             for found in (written, rewritten):
                 for values in state_of(model, optimizer).values():
                     values.fill_(9)
-                checkpoint.load(checkpoint.resolve(found.path), model, optimizer)
+                load(checkpoint.resolve(found.path), model, optimizer)
                 dump(folder / f"{found.name}.pt", model, optimizer)
 
 

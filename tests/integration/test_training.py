@@ -16,6 +16,7 @@ from kanyun.errors import UserError
 from kanyun.naming import dataset_name
 from tests.support.training_job import LENGTH, curve, execute, launch, metrics_of, start, train, wait_for, write_job
 from trainer import checkpoint
+from trainer.checkpoint.reader import load
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.models.initialize import build_model
@@ -50,7 +51,7 @@ def weights(values: dict[str, Any]) -> Weights:
     assert run.resume is not None
     with Runtime.start() as runtime:
         model = build_model(run.model, runtime)
-        checkpoint.load(run.resume, model)
+        load(run.resume, model)
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 

@@ -99,6 +99,11 @@ def forget_digests(step: Path) -> None:
     (step / "state.json").write_text(json.dumps(kept))
 
 
+def linked_to_nothing(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to("../../blobs/0123")
+
+
 def pickled(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
 
@@ -164,6 +169,12 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "index without map": ("tied", index_text(lambda text: '{"metadata": {}}'), f"{INDEX} is damaged (no 'weight_map')"),
     "index empty map": ("tied", index_text(lambda text: '{"weight_map": {}}'), "its weight_map is empty"),
     "index is a list": ("tied", index_text(lambda text: "[]"), f"{INDEX} is damaged"),
+    "index names a number": (
+        "tied",
+        index_text(lambda text: '{"weight_map": {"a": 5}}'),
+        "names 5 as a file",
+    ),
+    "broken link": ("tied", linked_to_nothing, f"{WEIGHTS} links to ../../blobs/0123, which does not exist"),
     "pickle": ("tied", pickled, "is a pickle"),
     "yarn": ("tied", config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "has rope scaling 'yarn'"),
     "window": ("tied", config("layer_types", **WINDOW, max_window_layers=1), "has sliding-window attention"),

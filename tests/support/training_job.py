@@ -60,7 +60,8 @@ def write_job(
 def train(values: dict[str, Any]) -> list[dict[str, Any]]:
     """A run in this process; returns its metrics."""
     run = Run.prepare(TrainConfig(**values), world=1, cuda=torch.cuda.is_available())
-    with Runtime.start(seed=run.config.seed) as runtime, Trainer(run, runtime) as trainer:
+    start = Runtime.start(seed=run.config.seed, deterministic=run.config.deterministic)
+    with start as runtime, Trainer(run, runtime) as trainer:
         trainer.train()
     return metrics_of(values)
 

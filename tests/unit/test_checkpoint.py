@@ -18,6 +18,8 @@ from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State
 from trainer.checkpoint.metadata import refuse_code
+from trainer.checkpoint.reader import load
+from trainer.checkpoint.saver import save
 from trainer.checkpoint.verify import faults, list_steps
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
@@ -55,7 +57,7 @@ def names(output: Folder) -> list[str]:
 
 
 def test_weights_and_files_come_back(output: Folder, model: LanguageModel, hf: Path, runtime: Runtime) -> None:
-    written = checkpoint.save(output, state(model, 7), model, None, Folder(str(hf)))
+    written = save(output, state(model, 7), model, None, Folder(str(hf)))
     assert written.name == "step_00000007"
     # The folder of the Hugging Face model, byte for byte, without its weights.
     assert (written / "hf").read("tokenizer.json") == (hf / "tokenizer.json").read_bytes()
@@ -67,7 +69,7 @@ def test_weights_and_files_come_back(output: Folder, model: LanguageModel, hf: P
 
     other = build_model(model.model_config, replace(runtime, seed=9))
     assert not torch.equal(other.get_parameter(EMBEDDING), model.get_parameter(EMBEDDING))
-    checkpoint.load(written, other)
+    load(written, other)
     for name, parameter in model.named_parameters():
         assert torch.equal(other.get_parameter(name), parameter), name
 
@@ -80,7 +82,7 @@ def test_resolve_takes_a_run_its_checkpoints_or_a_step(output: Folder, model: La
     with pytest.raises(UserError, match="is no checkpoint: give a run's output folder"):
         checkpoint.resolve(output.path)
     for step in (3, 12):
-        checkpoint.save(output, state(model, step), model, None, Folder(str(hf)), keep_last=2)
+        save(output, state(model, step), model, None, Folder(str(hf)), keep_last=2)
     root = f"{output.path}/checkpoints"
     for given in (output.path, output.uri, root, f"{root}/", f"{root}/step_00000012"):
         assert checkpoint.resolve(given).name == "step_00000012", given
@@ -89,9 +91,9 @@ def test_resolve_takes_a_run_its_checkpoints_or_a_step(output: Folder, model: La
 
 def test_keeps_the_last_ones_and_deletes_nothing_newer(output: Folder, model: LanguageModel, hf: Path) -> None:
     for step in (90, 1, 2, 3):
-        checkpoint.save(output, state(model, step), model, None, Folder(str(hf)), keep_last=2)
+        save(output, state(model, step), model, None, Folder(str(hf)), keep_last=2)
     assert names(output) == ["latest", "step_00000002", "step_00000003", "step_00000090"]
-    checkpoint.save(output, state(model, 3), model, None, Folder(str(hf)), keep_last=1)  # a second time: replaced
+    save(output, state(model, 3), model, None, Folder(str(hf)), keep_last=1)  # a second time: replaced
     assert names(output) == ["latest", "step_00000003", "step_00000090"]
     assert "step_00000090: newer than step 3, moved to" in checkpoint.set_aside(output, 3)
     assert checkpoint.resolve(output.path).name == "step_00000003"
@@ -104,16 +106,16 @@ def test_keeps_the_last_ones_and_deletes_nothing_newer(output: Folder, model: La
 def test_a_crash_at_any_point_leaves_the_one_before(
     at: str, output: Folder, model: LanguageModel, hf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(output, state(model, 1), model, None, Folder(str(hf)))
+    save(output, state(model, 1), model, None, Folder(str(hf)))
     with monkeypatch.context() as patch:
         crash_at(at, patch)
         with pytest.raises(KeyboardInterrupt, match=at):
-            checkpoint.save(output, state(model, 2), model, None, Folder(str(hf)))
+            save(output, state(model, 2), model, None, Folder(str(hf)))
     last = "step_00000002" if at == "latest" else "step_00000001"  # found by looking
     assert checkpoint.resolve(output.path).name == last
-    checkpoint.load(checkpoint.resolve(output.path), model)
+    load(checkpoint.resolve(output.path), model)
 
-    checkpoint.save(output, state(model, 3), model, None, Folder(str(hf)))
+    save(output, state(model, 3), model, None, Folder(str(hf)))
     assert names(output) == ["latest", "step_00000003"]  # nothing is left of the attempt
 
 
@@ -132,7 +134,7 @@ def crash_at(at: str, patch: pytest.MonkeyPatch) -> None:
 
 def test_whole_ones_are_found_by_looking(output: Folder, model: LanguageModel, hf: Path) -> None:
     for step in (1, 2, 3, 4):
-        checkpoint.save(output, state(model, step), model, None, Folder(str(hf)), keep_last=4)
+        save(output, state(model, step), model, None, Folder(str(hf)), keep_last=4)
     root = Path(output.path, "checkpoints")
     assert checkpoint.find(output).sentences == []
     for hint, problem in ((None, "is missing"), ("", "names ''"), ("step_00000009", "names 'step_00000009'")):
@@ -156,30 +158,30 @@ def test_whole_ones_are_found_by_looking(output: Folder, model: LanguageModel, h
 
 
 def test_a_flipped_byte_of_any_file_is_named(output: Folder, model: LanguageModel, hf: Path) -> None:
-    written = checkpoint.save(output, state(model, 5), model, None, Folder(str(hf)))
+    written = save(output, state(model, 5), model, None, Folder(str(hf)))
     assert faults(written) == []
     for name, size in written.files():
         path = Path(written.path, name)
         data = path.read_bytes()
         path.write_bytes(data[: size // 2] + bytes([data[size // 2] ^ 4]) + data[size // 2 + 1 :])
         with pytest.raises(UserError, match=rf"step_00000005/{name} is damaged"):
-            checkpoint.load(written, model)
+            load(written, model)
         (fault,) = faults(written)
         assert f"step_00000005/{name} is damaged" in fault
         path.write_bytes(data)
-    checkpoint.load(written, model)
+    load(written, model)
 
 
 def test_one_without_digests_loads_and_says_so(
     output: Folder, model: LanguageModel, hf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As they were written before: state.json without files and digest."""
-    written = checkpoint.save(output, state(model, 5), model, None, Folder(str(hf)))
+    written = save(output, state(model, 5), model, None, Folder(str(hf)))
     values = json.loads(written.read("state.json"))
     old = ("step", "consumed", "skipped", "fingerprint", "model", "run")
     written.write("state.json", json.dumps({name: values[name] for name in old}).encode())
     assert checkpoint.resolve(output.path).name == written.name
-    checkpoint.load(written, model)
+    load(written, model)
     assert "no digest recorded" in capsys.readouterr().out
     assert [listed.line().split("GB  ")[1] for listed in list_steps(output.path)] == ["whole, no digest recorded"]
     path = Path(written.path, "__0_0.distcp")
@@ -194,9 +196,9 @@ def test_a_weight_that_is_not_finite_is_named(
 ) -> None:
     bad = build_model(model.model_config, runtime)
     bad.get_parameter(EMBEDDING).data[3, 1] = value
-    written = checkpoint.save(output, state(model, 5), bad, None, Folder(str(hf)))
+    written = save(output, state(model, 5), bad, None, Folder(str(hf)))
     with pytest.raises(UserError, match=rf"{EMBEDDING} has 1 of .* NaN or infinite"):
-        checkpoint.load(written, bad)
+        load(written, bad)
     (fault,) = faults(written)
     assert EMBEDDING in fault
 
@@ -217,13 +219,13 @@ def test_going_on_as_another_training_is_refused(model: LanguageModel) -> None:
 
 
 def test_another_model_does_not_load(output: Folder, model: LanguageModel, hf: Path, runtime: Runtime) -> None:
-    written = checkpoint.save(output, state(model), model, None, Folder(str(hf)))
+    written = save(output, state(model), model, None, Folder(str(hf)))
     for other in ({"num_layers": 3}, {"intermediate_size": 256}):
         with pytest.raises(UserError, match="does not hold this model"):
-            checkpoint.load(written, build_model(replace(model.model_config, **other), runtime))
+            load(written, build_model(replace(model.model_config, **other), runtime))
     Path(written.path, "__0_0.distcp").unlink()
     with pytest.raises(UserError, match="step_00000000"):
-        checkpoint.load(written, model)
+        load(written, model)
 
 
 class Evil:
@@ -238,7 +240,7 @@ class Evil:
 
 def test_a_checkpoint_cannot_run_code(output: Folder, model: LanguageModel, hf: Path, tmp_path: Path) -> None:
     """torch's .metadata is a pickle, and so are the values beside the tensors."""
-    written = checkpoint.save(output, state(model), model, None, Folder(str(hf)))
+    written = save(output, state(model), model, None, Folder(str(hf)))
     metadata = Path(written.path, ".metadata")
     original = metadata.read_bytes()
     metadata.write_bytes(pickle.dumps(Evil(tmp_path / "run by metadata")))
@@ -261,7 +263,7 @@ def test_a_checkpoint_cannot_run_code(output: Folder, model: LanguageModel, hf: 
 
 
 def test_a_damaged_state_is_said_so(output: Folder, model: LanguageModel, hf: Path) -> None:
-    written = checkpoint.save(output, state(model), model, None, Folder(str(hf)))
+    written = save(output, state(model), model, None, Folder(str(hf)))
     Path(written.path, "state.json").write_text(json.dumps({"step": 3}))
     with pytest.raises(UserError, match=r"state\.json is damaged"):
         checkpoint.read_state(written)

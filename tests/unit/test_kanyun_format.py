@@ -77,7 +77,7 @@ def test_packs_come_back_as_written(folder: Folder) -> None:
     assert packs[5].pack_id == 1 << 32
     assert dataset.pack_attention[:2].tolist() == [20**2 + 30**2, 20**2 + 44**2]
     assert dataset.pack_segments.tolist() == [len(pack.cu_seqlens) - 1 for pack in packs]
-    for counts, each in ((dataset.pack_patches, 16), (dataset.pack_images, 1)):
+    for counts, each in ((dataset.pack_patches, 16), (dataset.pack_images, 1), (dataset.pack_windows, 1)):
         assert counts.tolist() == [each, 0, each, 0, each] * 2
     assert list(verify(folder)) == []
 

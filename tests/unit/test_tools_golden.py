@@ -101,6 +101,13 @@ CASES: list[tuple[Rows, Any, list[str], list[str]]] = [
         ["Ok.", qwen3_turn("Right.")],
     ),
     ([u("a"), a("one"), a("two")], None, ["one", "two"], ["one", qwen3_turn("two")]),
+    (  # as Hermes has it: tools, calls and results are texts
+        [{"role": "system", "content": "Call functions. <tools> [{}] </tools>"}, u("Weather?"), a(CALLED),
+         {"role": "tool", "content": '<tool_response>\n{"content": "rain"}\n</tool_response>'}, a("It rains.")],
+        None,
+        [CALLED, "It rains."],
+        [CALLED, qwen3_turn("It rains.")],
+    ),
 ]  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints: megatron.core's distributed format, asynchronous, digested, whole or not there at all."""
+"""Checkpoints: megatron.core's distributed format, asynchronous, digested, whole or not there at all.
+
+What looks for checkpoints and checks them needs no megatron.core and is here; `reader` loads one, `saver` writes them.
+"""
 
 from trainer.checkpoint.metadata import read_metadata
-from trainer.checkpoint.parts import Part
-from trainer.checkpoint.reader import load, require_digests, require_finite
-from trainer.checkpoint.saver import Saver, save, save_parts
 from trainer.checkpoint.state import State
 from trainer.checkpoint.store import (
     DamagedError,
@@ -19,26 +19,22 @@ from trainer.checkpoint.store import (
     step_name,
     sync_file,
 )
+from trainer.checkpoint.verify import is_finite, require_digests
 
 __all__ = [
     "DamagedError",
-    "Part",
-    "Saver",
     "State",
     "checkpoints_of",
     "find",
+    "is_finite",
     "latest",
-    "load",
     "look_up",
     "read_metadata",
     "read_state",
     "remove_leftovers",
     "require_digests",
-    "require_finite",
     "require_whole",
     "resolve",
-    "save",
-    "save_parts",
     "set_aside",
     "step_name",
     "sync_file",

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedObject
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -26,8 +25,8 @@ from kanyun.errors import UserError
 from kanyun.storage import Folder
 
 METADATA = ".metadata"
-# megatron.core reads values that are no tensors under this name; there are none, but it insists.
-COMMON = ShardedObject("common_state", None, (1,), (0,)).unique_key
+# megatron.core reads values that are no tensors under this name (the first of one); there are none, but it insists.
+COMMON = "common_state/shard_0_1"
 FORMAT = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'  # of metadata.json, megatron.core's
 
 

@@ -44,11 +44,10 @@ class Part:
         return prod(self.shape) * self.dtype.itemsize
 
     def values(self) -> Tensor:
-        """Return the values on the CPU, in a separate storage."""
+        """Return the values on the CPU, in a storage of their own."""
         sources = [source.detach().cpu() for source in self.sources]
         values = sources[0] if len(sources) == 1 else joined(*sources)
-        whole = values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes
-        return (values if whole else values.clone(memory_format=torch.contiguous_format)).view(self.shape)
+        return alone(values).view(self.shape)
 
 
 def weights_of(model: Saved) -> dict[str, Any]:
@@ -68,6 +67,12 @@ def parts_of(model: Saved, optimizer: ChainedOptimizer | None, *, check: bool) -
         for place in nested_values(tensors)
         if is_main_replica(place.replica_id)
     ]
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """Return a CPU tensor over its bytes alone, not copied if they are contiguous: torch.save writes storages whole."""
+    flat = tensor.contiguous().flatten().view(torch.uint8)
+    return torch.frombuffer(flat.numpy(), dtype=tensor.dtype).view(tensor.shape) if len(flat) else tensor
 
 
 def _part(place: ShardedTensor, sources: tuple[Tensor, ...] | None) -> Part:
@@ -91,13 +96,12 @@ class HostBuffer:
 
     def copy(self, parts: Sequence[Part]) -> list[Part]:
         """Return the parts with their sources copied here. When it returns, the originals may change."""
-        bytes_of, begin, copies = memoryview(self._memory.numpy()), 0, []
+        begin, copies = 0, []
         for part in parts:
             sources = []
             for source in part.sources:
-                # A tensor over these bytes alone: of a view, torch.save would write the whole buffer.
-                here = bytes_of[begin : begin + source.nbytes]
-                copied = torch.frombuffer(here, dtype=source.dtype).view(source.shape) if source.nbytes else source
+                here = self._memory[begin : begin + source.nbytes].view(source.dtype)
+                copied = alone(here).view(source.shape)
                 copied.copy_(source.detach(), non_blocking=self._locked)
                 sources.append(copied)
                 begin += _aligned(source.nbytes)

@@ -2,8 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ from kanyun.transfer import copy_folder
 from trainer.checkpoint.metadata import refuse_code
 from trainer.checkpoint.parts import weights_of
 from trainer.checkpoint.state import Marker
-from trainer.checkpoint.store import DamagedError, require_whole
+from trainer.checkpoint.store import DamagedError
+from trainer.checkpoint.verify import is_finite, require_digests
 from trainer.models.language import LanguageModel
 from trainer.optim.state import OptimizerState
-
-_THREADS = 4  # files digested at a time by a rank
 
 
 def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None = None) -> None:
@@ -52,31 +50,10 @@ def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None 
     model.publish()
 
 
-def require_digests(step: Folder, wanted: Callable[[str], bool] = lambda name: True, where: str = "") -> bool:
-    """Compare files of a checkpoint with their recorded digests, all of them or those whose name is wanted.
-
-    Return False if none is recorded: checkpoints made before digests were. Raises DamagedError naming the first file
-    that differs.
-    """
-    require_whole(step)
-    recorded = Marker.read(step).files
-    if recorded is None:
-        return False
-    with ThreadPoolExecutor(_THREADS) as pool:
-        names = [name for name in recorded if wanted(name)]
-        for name, digest in zip(names, pool.map(step.digest, names), strict=True):
-            if digest != recorded[name].xxh3:
-                raise DamagedError(
-                    f"{where or step.uri}/{name} is damaged (its digest is {digest}, recorded is "
-                    f"{recorded[name].xxh3}): use another checkpoint"
-                )
-    return True
-
-
 def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str, way_out: str = "use another checkpoint") -> None:
     """Raises UserError naming the first tensor that has a NaN or an infinite value."""
     named = list(tensors)
-    flags = [torch.isfinite(tensor.detach()).all() for _, tensor in named]
+    flags = [is_finite(tensor.detach()) for _, tensor in named]
     for (name, tensor), finite in zip(named, flags, strict=True):
         if not finite:
             bad = int((~torch.isfinite(tensor.detach())).sum())

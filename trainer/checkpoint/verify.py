@@ -1,20 +1,21 @@
 """What a run's checkpoints hold: their list, and a check of every byte without a model or a process group."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from trainer.checkpoint.metadata import read_metadata, refuse_code
 from trainer.checkpoint.state import Marker
-from trainer.checkpoint.store import checkpoints_of, require_whole, steps_of
+from trainer.checkpoint.store import DamagedError, checkpoints_of, require_whole, steps_of
 
-_THREADS = 4
+_THREADS = 4  # files digested at a time
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,27 @@ def steps_below(path: str) -> list[Folder]:
     return steps
 
 
+def require_digests(step: Folder, wanted: Callable[[str], bool] = lambda name: True, where: str = "") -> bool:
+    """Compare files of a checkpoint with their recorded digests, all of them or those whose name is wanted.
+
+    Return False if none is recorded: checkpoints made before digests were. Raises DamagedError naming the first file
+    that differs.
+    """
+    require_whole(step)
+    recorded = Marker.read(step).files
+    if recorded is None:
+        return False
+    with ThreadPoolExecutor(_THREADS) as pool:
+        names = [name for name in recorded if wanted(name)]
+        for name, digest in zip(names, pool.map(step.digest, names), strict=True):
+            if digest != recorded[name].xxh3:
+                raise DamagedError(
+                    f"{where or step.uri}/{name} is damaged (its digest is {digest}, recorded is "
+                    f"{recorded[name].xxh3}): use another checkpoint"
+                )
+    return True
+
+
 def faults(step: Folder) -> list[str]:
     """Return a sentence for each thing that is wrong with a checkpoint: files, then values. Memory: one tensor."""
     try:
@@ -78,6 +100,14 @@ def faults(step: Folder) -> list[str]:
     return found
 
 
+def is_finite(values: Tensor) -> Tensor:
+    """Return whether none is NaN or infinite, [] bool: by the smallest and the largest, which a NaN is, too.
+
+    torch.isfinite takes a byte for each value: 3.7 s of CPU time for a GB of bfloat16, this 0.3.
+    """
+    return torch.isfinite(torch.stack(values.aminmax())).all() if values.numel() else torch.tensor(True)
+
+
 def _not_finite(step: Folder) -> Iterator[str]:
     metadata = read_metadata(step)
     for index, stored in metadata.storage_data.items():
@@ -89,5 +119,6 @@ def _not_finite(step: Folder) -> Iterator[str]:
         except Exception as error:
             yield f"{step.uri}: {index.fqn} cannot be read ({str(error).splitlines()[0]})"
             continue
-        if bad := int((~torch.isfinite(tensor)).sum()):
+        if not is_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
             yield f"{step.uri}: {index.fqn} has {bad:,} values that are NaN or infinite"

@@ -41,7 +41,7 @@ class Packs:
         return int(self.packs_per_batch.sum())
 
     def column(self, name: str) -> np.ndarray:
-        """Return a column of PackedDataset, [packs]: pack_attention, _segments, _patches or _images."""
+        """Return a column of PackedDataset, [packs]: pack_attention, _segments, _patches, _images or _windows."""
         return np.concatenate([getattr(dataset, name) for dataset in self.datasets])
 
     def costs(self, cost: PackCost) -> np.ndarray:

@@ -209,6 +209,7 @@ def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT
         cross_entropy_fusion_impl="te" if cuda else "native",
         # Were cuDNN's kernels refused, attention would run five times slower without a word; forced, it fails instead.
         attention_backend=AttnBackend.fused if cuda else AttnBackend.auto,
+        deterministic_mode=runtime.deterministic,
     )
 
 
@@ -216,7 +217,7 @@ def _layers(config: ModelConfig, runtime: Runtime) -> TransformerBlockSubmodules
     if runtime.cuda:
         from trainer.models.layers_te import te_layers
 
-        return te_layers(config)
+        return te_layers(config, runtime.deterministic)
     from trainer.models.layers import reference_layers
 
     return reference_layers(config)

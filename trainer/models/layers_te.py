@@ -17,12 +17,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.ops import MakeExtraOutput, Sequential
 
 from trainer.kernels.norm_rope import NormedRope
+from trainer.kernels.segment_flash import segment_flash
 from trainer.models.config import ModelConfig
 
 
@@ -64,6 +66,17 @@ class NormedSelfAttention(SelfAttention):
         return tuple(x[:, None] for x in NormedRope.apply(heads, *norms, self._angles, eps))
 
 
+class DeterministicAttention(nn.Module):
+    """The same, with the same bits in every run."""
+
+    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, **kwargs: Any) -> Tensor:
+        out = segment_flash(query[:, 0], key[:, 0], value[:, 0], cu_seqlens, causal=True)
+        return out.flatten(1)[:, None]
+
+
 class ResidualMLP(TEFusedMLP):
     """x + MLP(norm(x)): the kernel of the norm's backward pass adds the gradient that goes past it.
 
@@ -91,7 +104,7 @@ def residual_added(training: bool, fused: bool) -> Join:
     return lambda out, residual, dropout: out[0]
 
 
-def te_layers(config: ModelConfig) -> TransformerBlockSubmodules:
+def te_layers(config: ModelConfig, deterministic: bool) -> TransformerBlockSubmodules:
     """Return the specification of a whole decoder out of Transformer Engine modules; norms are fused into linears."""
     head_norm = TENorm if config.qk_norm else None
     layer = TransformerLayerSubmodules(
@@ -100,7 +113,7 @@ def te_layers(config: ModelConfig) -> TransformerBlockSubmodules:
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=TELayerNormColumnParallelLinear,
-                core_attention=TESegmentAttention,
+                core_attention=DeterministicAttention if deterministic else TESegmentAttention,
                 linear_proj=TERowParallelLinear,
                 q_layernorm=head_norm,
                 k_layernorm=head_norm,

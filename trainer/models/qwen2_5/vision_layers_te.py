@@ -13,6 +13,7 @@ from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
 from transformer_engine.pytorch.ops import BasicLinear, Bias, MakeExtraOutput, Sequential, SwiGLU
 
 from trainer.kernels.rope import Rotary
+from trainer.kernels.segment_flash import segment_flash
 from trainer.kernels.window_attention import LARGEST, window_attention
 from trainer.models.config import VisionConfig
 from trainer.models.qwen2_5.vision_layers import NORM_EPS, ReferenceVisionLayers, VisionLayers
@@ -50,6 +51,8 @@ class TEVisionLayers(VisionLayers):
             return self._reference.attend(qkv, rotary, cu_seqlens, longest)
         if longest <= LARGEST:
             return window_attention(qkv, rotary.cos, rotary.sin, cu_seqlens, longest)
+        if self._config.deterministic_mode:
+            return segment_flash(*rotated(qkv, rotary), cu_seqlens, causal=False)
         segments = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens}
         bounds = {"max_seqlen_q": longest, "max_seqlen_kv": longest}
         out: Tensor = self._cudnn(*rotated(qkv, rotary), **segments, **bounds, attn_mask_type="padding")

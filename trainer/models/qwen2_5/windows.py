@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kanyun.vision import WINDOW
 from trainer.data.patches import ImageLayout, PatchGeometry
 from trainer.data.source import Packs
 
@@ -26,13 +27,8 @@ class WindowGeometry(PatchGeometry):
         return super().padding | {"windows": self.side**2}
 
     def most_segments(self, packs: Packs) -> dict[str, np.ndarray]:
-        """A dataset knows no windows, which are this tower's alone: the most there can be, by patches and images.
-
-        a x b windows cover at least (side (a - 1) + merge) (side (b - 1) + merge) patches. So an image has at most
-        1 + (patches - merge^2) / (side merge) windows, as many as one that is a single row of visual tokens.
-        """
-        images, patches = packs.column("pack_images"), packs.column("pack_patches")
-        windows = images + (patches - images * self.merge**2) // (self.side * self.merge)
+        # The dataset counts the 8 x 8 windows of Qwen's released models: one holds at most this many smaller ones.
+        windows = packs.column("pack_windows") * (-(-WINDOW // self.side)) ** 2
         return super().most_segments(packs) | {"windows": windows}
 
     def layout(self, height: int, width: int) -> ImageLayout:
