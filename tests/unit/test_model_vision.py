@@ -82,7 +82,7 @@ def test_loss_in_a_pack_is_the_loss_alone(trio: tuple[Any, Any, Any], name: str)
     """Also where patches are padded to a static shape, as on a GPU."""
     model, _, processor = trio
     packs = [[example(processor, *sample) for sample in pack] for pack in PACKS[name]]
-    static = StaticShape(16, (3200,), {"windows": 160, "images": 16})
+    static = StaticShape(16, (3456,), {"windows": 170, "images": 16})  # 6 x 16 x lcm(4, 9): patches of 16 tokens
     with torch.no_grad():
         alone = [model(batch_of(model.model_config, [[sample]], LENGTH)).item() for pack in packs for sample in pack]
         assert min(alone) > 1
@@ -139,7 +139,8 @@ def test_trainable_parts(trio: tuple[Any, Any, Any], trainable: str, prefixes: t
     freeze(model, "all")
     for name, gradient in gradients[1].items():
         assert (gradient is not None) is name.startswith(prefixes), name
-        assert gradient is None or torch.equal(gradient, gradients[0][name]), name
+        if gradient is not None:
+            torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_frozen_blocks_have_no_backward_pass(trio: tuple[Any, Any, Any]) -> None:
