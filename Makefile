@@ -7,7 +7,7 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 STAMP := .venv/installed
 # Tests that share a cluster, a Spark session or a module run in one process, the long groups first: tests/conftest.py.
-TWO_PROCESSES := -n 2 --dist loadgroup --no-loadscope-reorder
+PROCESSES := -n 3 --dist loadgroup --no-loadscope-reorder
 # Every script under jobs/ finds the environment through this variable.
 export PYTHON
 
@@ -33,13 +33,13 @@ demo: $(STAMP) ## raw scans and text -> packs -> training -> Hugging Face -> sco
 #example make demo FAMILY=qwen3_vl
 	@jobs/demo.sh $(FAMILY)
 
-test: $(STAMP) ## all tests that need no GPU, in two processes
+test: $(STAMP) ## all tests that need no GPU, in three processes
 #example make test ARGS="-k resumed"
-	@$(PYTHON) -m pytest $(TWO_PROCESSES) tests/unit tests/integration $(ARGS)
+	@$(PYTHON) -m pytest $(PROCESSES) tests/unit tests/integration $(ARGS)
 
 test-unit: $(STAMP) ## those that start no Spark, no HDFS and no torchrun: the inner loop
 #example make test-unit
-	@$(PYTHON) -m pytest $(TWO_PROCESSES) tests/unit $(ARGS)
+	@$(PYTHON) -m pytest $(PROCESSES) tests/unit $(ARGS)
 
 test-readme: $(STAMP) ## README's commands from top to bottom, the demo too, in a copy of the repository
 #example make test-readme

@@ -23,8 +23,6 @@ from tests.support.qwen_assets import tiny_text_folder
 from tests.support.spark_sessions import spark_on, spark_on_cluster
 from tests.support.two_epochs import two_epochs
 
-pytestmark = pytest.mark.usefixtures("cluster")  # all in its process, so that `here` is made once
-
 RATIOS = {"_extra": 0.7, "web/en": 1.4, "web/de": 1}
 ROWS = 50
 SMALL_SPLITS = {"spark__sql__files__maxPartitionBytes": "3000"}
