@@ -81,8 +81,8 @@ def _convert(step: Folder, out: Path, overwrite: bool) -> None:
 def _digests_beside(step: Folder, weights: MegatronWeights) -> Iterator[None]:
     """Compare the digests of the files with weights, one after the other, while the block reads them in this order.
 
-    They come from the disk once. Raises DamagedError at the end, whatever the block met: damage explains it. The
-    optimizer's files, six times as large, are not read.
+    So each file is read from the disk once. Raises DamagedError when the block ends, also in place of an error of the
+    block's own, which the damage explains. The optimizer's files, six times as large, are not read.
     """
 
     def check() -> None:
