@@ -103,7 +103,7 @@ class PreprocessStage(Stage):
         return super().seen(attempt) | {"facts": lines}
 
     def images_of(self, rejected: SparkRow) -> Iterator[bytes]:
-        """Yield a rejected row's images from the raw folder, since no blob has them; none where the row is unreadable."""
+        """Yield a rejected row's images from the raw folder, since no blob has them; none if the row is unreadable."""
         copier = ImageCopier(self._raw.folder, self._raw.folder, "")  # to read, not to copy
         try:
             images = dataset(self.dataset).sample(json.loads(rejected["raw"])).placed().images
