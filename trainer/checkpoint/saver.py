@@ -218,13 +218,13 @@ class Saver:
         publish(self._output, attempt, save.name, self._keep_last)
 
     def _gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks on rank 0, and the outcome-relevant ones everywhere."""
+        """Return the values of all ranks, in their order, on every rank."""
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
 
     def _from_first(self, action: Any) -> str | None:
-        """Let rank 0 do it. Return on every rank what went wrong, or None."""
+        """Call `action` on rank 0. Return its error for people, or None, on every rank."""
         outcome: list[Any] = [_attempted(action)[1] if self._rank == 0 else None]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         error: str | None = outcome[0]
@@ -249,7 +249,7 @@ def _bytes(count: float) -> str:
 
 
 def _attempted(action: Any) -> tuple[Any, str | None]:
-    """Return the result and None, or None and the error for people."""
+    """Call `action`. Return its result and None, or None and its error for people."""
     try:
         return action(), None
     except (UserError, OSError) as error:

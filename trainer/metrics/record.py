@@ -133,7 +133,7 @@ class Metrics:
         self._drawing = time.monotonic() - self._drawn
 
     def _say(self, sentence: str) -> None:
-        """Print it on a separate line, below the live one."""
+        """Print a sentence on a separate line, below the live one."""
         print(("\n" if self._terminal else "") + sentence, flush=True)
 
     def _show(self, metrics: StepMetrics) -> None:
