@@ -74,10 +74,10 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     source = hf_model(tmp_path / "hf", vision=False)
-    edit_config(source, model_type="llama")
+    edit_config(source, model_type="unheard_of")
     refused = {
         "config.json": (tmp_path, tmp_path / "out"),
-        "'llama' model: give one of qwen2 (Qwen2.5), qwen2_5_vl": (source, tmp_path / "out"),
+        "'unheard_of' model: give one of qwen2 (Qwen2.5), qwen2_5_vl": (source, tmp_path / "out"),
     }
     for sentence, (given, out) in refused.items():
         with pytest.raises(UserError) as error:
