@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convert.memory import pieces
 from kanyun.errors import UserError
-from trainer.checkpoint import is_finite
+from trainer.checkpoint.faults import is_finite
 from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of

@@ -17,8 +17,9 @@ from kanyun.storage import Folder
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State
-from trainer.checkpoint.faults import faults, list_steps
-from trainer.checkpoint.metadata import refuse_code
+from trainer.checkpoint.faults import faults
+from trainer.checkpoint.listing import list_steps
+from trainer.checkpoint.metadata import read_metadata, refuse_code
 from trainer.checkpoint.reader import load
 from trainer.checkpoint.saver import save
 from trainer.models.config import ModelConfig
@@ -250,7 +251,7 @@ def test_a_checkpoint_cannot_run_code(output: Folder, model: LanguageModel, hf: 
     evil = io.BytesIO()
     torch.save([Evil(tmp_path / "run by values")], evil)
     metadata.write_bytes(original)
-    plain = checkpoint.read_metadata(written)
+    plain = read_metadata(written)
     (index,) = [index for index in plain.storage_data if index.fqn.startswith("common_state")]
     plain.storage_data[index] = replace(
         plain.storage_data[index], relative_path="evil.distcp", offset=0, length=len(evil.getvalue())

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from trainer.checkpoint.metadata import read_metadata
 from trainer.checkpoint.state import Marker, State
 
 LATEST = "latest"
@@ -125,6 +124,8 @@ def require_whole(step: Folder) -> None:
     if marker.files is not None:
         wanted = {name: file.size for name, file in marker.files.items()}
     else:  # made before sizes were recorded: as far as torch's table of contents says
+        from trainer.checkpoint.metadata import read_metadata  # takes torch, 2 s, which today's checkpoints need not
+
         wanted = {}
         for stored in read_metadata(step).storage_data.values():
             end = stored.offset + stored.length
