@@ -133,6 +133,18 @@ def crash_at(at: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(Folder, at, crash)
 
 
+def test_latest_is_a_hint_that_may_be_a_folder(output: Folder, model: LanguageModel, hf: Path) -> None:
+    """As a copy that follows links makes of a link to the newest step. It may be the only copy: it stays."""
+    save(output, state(model, 1), model, None, Folder(str(hf)))
+    (output / "checkpoints").delete("latest")
+    (output / "checkpoints" / "latest").write("state.json", b"{}")
+    (sentence,) = checkpoint.find(output).sentences
+    assert "latest is no file that can be read; step_00000001 is the newest whole checkpoint" in sentence
+    save(output, state(model, 2), model, None, Folder(str(hf)), keep_last=2)
+    assert checkpoint.resolve(output.path).name == "step_00000002"
+    assert (output / "checkpoints" / "latest").names() == ["state.json"]
+
+
 def test_whole_ones_are_found_by_looking(output: Folder, model: LanguageModel, hf: Path) -> None:
     for step in (1, 2, 3, 4):
         save(output, state(model, step), model, None, Folder(str(hf)), keep_last=4)

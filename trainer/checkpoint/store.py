@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from kanyun.errors import UserError
@@ -73,10 +74,13 @@ def find(output: Folder, damaged: Mapping[str, str] | None = None) -> Search:
 
 
 def _hint(root: Folder, newest: str) -> str:
-    said = root.read(LATEST).decode(errors="replace").strip() if root.exists(LATEST) else None
+    try:
+        said = root.read(LATEST).decode(errors="replace").strip() if root.exists(LATEST) else None
+        problem = "is missing" if said is None else f"names {said!r}"
+    except UserError:  # a folder, say, which a copy makes of a link
+        said, problem = None, "is no file that can be read"
     if said == newest:
         return ""
-    problem = "is missing" if said is None else f"names {said!r}"
     return f"{root.path}/{LATEST} {problem}; {newest} is the newest whole checkpoint and is taken"
 
 
@@ -159,8 +163,9 @@ def publish(output: Folder, attempt: Folder, name: str, keep_last: int) -> Folde
         final.move_to(replaced)
     attempt.move_to(final)
     sync(root, files=False)
-    root.write(LATEST, f"{name}\n".encode())
-    sync(root, files=False)
+    with suppress(UserError):  # a hint: where it cannot be written, the checkpoint is whole all the same
+        root.write(LATEST, f"{name}\n".encode())
+        sync(root, files=False)
     replaced.delete()
     steps = steps_of(output)
     done = steps[: steps.index(name) + 1]
