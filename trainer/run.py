@@ -24,6 +24,7 @@ from trainer.models.language import LanguageModel
 from trainer.optim.optimizer import learning_rate
 from trainer.planning.gpus import find_gpu
 from trainer.planning.planner import Layout, LayoutPlanner
+from trainer.runtime import host_room
 
 RUN = "run.json"  # in the output folder: the config; marks it as a run's
 _SCHEDULE = ("lr", "min_lr", "warmup_steps")
@@ -78,7 +79,9 @@ class Run:
             notes += passed_over
             replace(_state(weights, tokenizer), run={}).require(start, weights.uri)
         gpu = find_gpu(torch.cuda.get_device_name()) if cuda else None
-        planner = LayoutPlanner(model, gpu, world_size, node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        # Half of the memory that is free: saves want room for a copy of their state, and the loader for its images.
+        planner = LayoutPlanner(model, gpu, world_size, node, host_memory=host_room(node) / 2)
         layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume, weights, notes, damaged)
 

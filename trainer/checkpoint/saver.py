@@ -23,7 +23,7 @@ from kanyun.errors import UserError
 from kanyun.fingerprint import copy_tokenizer
 from kanyun.storage import Folder
 from trainer.checkpoint.metadata import FORMAT, METADATA, Record, encode_metadata
-from trainer.checkpoint.parts import HostBuffer, Part, Saved, buffer_size, host_room, parts_of
+from trainer.checkpoint.parts import HostBuffer, Part, Saved, buffer_size, parts_of
 from trainer.checkpoint.state import STATE, FileDigest, Marker, State
 from trainer.checkpoint.store import (
     attempt_folder,
@@ -34,6 +34,7 @@ from trainer.checkpoint.store import (
     step_name,
 )
 from trainer.checkpoint.writer import write_bytes, write_parts
+from trainer.runtime import host_room
 
 MOST_FAILURES = 3  # saves that fail in a row end the run
 _TIMEOUT = timedelta(hours=6)  # of a save: a slow disk is no fault
