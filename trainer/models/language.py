@@ -48,6 +48,7 @@ class LanguageModel(MegatronModule):
             share_embeddings_and_output_weights=model_config.tied,
             scatter_embedding_sequence_parallel=model_config.vision is None,
         )
+        self.offload: ActivationOffload | None = None
         if compute.offloaded_layers:
             self.offload = ActivationOffload(
                 self.language.decoder.layers,
