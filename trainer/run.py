@@ -19,12 +19,12 @@ from trainer.checkpoint import DamagedError, State
 from trainer.checkpoint.reader import load
 from trainer.config import TrainConfig
 from trainer.data.source import PackedData
+from trainer.host_memory import host_room
 from trainer.models.config import ModelConfig
 from trainer.models.language import LanguageModel
 from trainer.optim.optimizer import learning_rate
 from trainer.planning.gpus import find_gpu
 from trainer.planning.planner import Layout, LayoutPlanner
-from trainer.runtime import host_room
 
 RUN = "run.json"  # in the output folder: the config; marks it as a run's
 _SCHEDULE = ("lr", "min_lr", "warmup_steps")

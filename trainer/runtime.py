@@ -11,7 +11,6 @@ from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Self
 
-import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -20,7 +19,6 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_p
 from kanyun.errors import UserError
 from trainer.cpu_emulation import CpuAsCuda
 
-_SPARE = 0.9  # share of the free host memory that copies may take
 _PATIENCE = timedelta(minutes=30)  # at least, of a collective
 
 
@@ -117,24 +115,3 @@ class Runtime:
 
     def __exit__(self, *error: Any) -> None:
         self.shutdown()
-
-
-class PageLocked:
-    """Host memory that a GPU copies to and from while it computes. For a CPU, plain memory."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        # Registered, not allocated, by CUDA: torch's own pinned memory is rounded up to a power of two, 37 GB to 69.
-        self.bytes = torch.empty(size, dtype=torch.uint8)
-        self.locked = device.type == "cuda" and size > 0
-        if self.locked:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0))
-
-    def close(self) -> None:
-        if self.locked:
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
-        self.locked, self.bytes = False, torch.empty(0, dtype=torch.uint8)
-
-
-def host_room(ranks: int) -> int:
-    """Bytes of host memory that each of the node's ranks may take for copies."""
-    return int(psutil.virtual_memory().available * _SPARE / ranks)

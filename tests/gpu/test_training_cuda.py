@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.support.training_job import train, write_job
-from trainer.checkpoint.parts import parts_of
+from trainer.checkpoint.model_parts import parts_of
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.models.config import Compute

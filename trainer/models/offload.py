@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from trainer.runtime import PageLocked
+from trainer.host_memory import PageLocked
 
 
 class _Copied(NamedTuple):
