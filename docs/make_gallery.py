@@ -48,7 +48,7 @@ CHINESE_INTRODUCTION = """\
 # 坏数据图鉴
 
 每一种不参与训练的原因，以及属于它的行。这些坏行由 `docs/make_gallery.py` 埋进去，由流水线找出来；\
-*evidence* 是流水线写进 `quarantine/` 的原文（RAW 是原始数据目录）。\
+*证据*是流水线写进 `quarantine/` 的原文（RAW 是原始数据目录）。\
 有测试会重新生成本页并对照。
 
 在你自己的数据里：每个阶段的 `report.html` 按原因计数，并显示坏行和它们的图片；`quarantine/` 是 parquet：
@@ -300,7 +300,8 @@ def make(docs: Path, here: Path) -> tuple[str, str]:
         for place, plant in placed.items():
             if plant.reason == check.reason:
                 english.append(entry(plant, plant.says, found[place], raw, "gallery"))
-                chinese.append(entry(plant, plant.chinese, found[place], raw, "../gallery"))
+                translated = entry(plant, plant.chinese, found[place], raw, "../gallery")
+                chinese.append(translated.replace("*Evidence:*", "*证据：*"))
     for folder in ("gallery", "zh"):
         (docs / folder).mkdir(parents=True, exist_ok=True)
     for name in sorted({name for plant in placed.values() for name in plant.pictures}):
