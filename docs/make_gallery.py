@@ -1,15 +1,12 @@
 """Write docs/gallery.md, and docs/zh/gallery.md in Chinese: each reason code with the row and the picture that earn it.
 
 The rows are planted here, and the five stages find them: reason and evidence on the page are theirs. It takes a minute.
-
-usage: python -m docs.make_gallery [DOCS]
 """
 
 import io
 import json
 import os
 import re
-import sys
 import tempfile
 import zlib
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.demo.make_model import write_model
+from kanyun.cli.parser import Parser
 from pipeline.checks import CHECKS, MAX_ROW, Reason
 from pipeline.recipe import Recipe, RecipeDataset
 
@@ -313,6 +311,8 @@ def make(docs: Path, here: Path) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
+    parser = Parser(prog="python -m docs.make_gallery", description=__doc__, example="python -m docs.make_gallery")
+    parser.add_argument("docs", nargs="?", type=Path, default=ROOT / "docs", help="where the pages go (docs/)")
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(sys.argv[1] if len(sys.argv) > 1 else "docs"), Path(folder))
+        make(parser.parse_args().docs, Path(folder))
