@@ -194,5 +194,10 @@ def test_wrong_facts_are_said_in_a_sentence(changes: dict[str, Any], sentence: s
         render("volcano-train", facts("train", **changes))
 
 
+def test_facts_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"there is no {tmp_path}/facts.yaml: copy jobs/facts_train.yaml"):
+        render("volcano-train", f"{tmp_path}/facts.yaml")
+
+
 def test_every_target_is_rendered(facts: Callable[..., str]) -> None:
     assert all(render(target, facts(kind_of(target))) for target in TARGETS)
