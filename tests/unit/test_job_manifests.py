@@ -135,6 +135,11 @@ def test_a_batch_script_passes_shellcheck(facts: Callable[..., str], tmp_path: P
     assert "#SBATCH --nodes=8\n" in (tmp_path / "job.sh").read_text()
 
 
+def test_a_batch_script_has_no_config_map(facts: Callable[..., str], conf: str) -> None:
+    """Nodes of Slurm read the folder itself; /opt/hadoop/conf is a pod's."""
+    assert f"\nexport HADOOP_CONF_DIR={conf}\n" in render("slurm-train", facts("train", hadoop_conf=conf))
+
+
 @pytest.mark.parametrize(
     ("codes", "ended", "said"),
     [
