@@ -19,6 +19,7 @@ from trainer.checkpoint import DamagedError, State
 from trainer.checkpoint.reader import load
 from trainer.config import TrainConfig
 from trainer.data.source import PackedData
+from trainer.host_memory import host_room
 from trainer.models.config import ModelConfig
 from trainer.models.language import LanguageModel
 from trainer.optim.optimizer import learning_rate
@@ -78,7 +79,9 @@ class Run:
             notes += passed_over
             replace(_state(weights, tokenizer), run={}).require(start, weights.uri)
         gpu = find_gpu(torch.cuda.get_device_name()) if cuda else None
-        planner = LayoutPlanner(model, gpu, world_size, node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        # Half of the memory that is free: saves want room for a copy of their state, and the loader for its images.
+        planner = LayoutPlanner(model, gpu, world_size, node, host_memory=host_room(node) / 2)
         layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume, weights, notes, damaged)
 

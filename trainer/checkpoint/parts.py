@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-import psutil
 import torch
 from torch import Tensor
 
+from trainer.host_memory import PageLocked
 from trainer.optim.remainders import joined
 
 _ALIGNED = 64  # bytes
-_SPARE = 0.9  # share of the free host memory that copies may take
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,11 @@ class HostBuffer:
     """Host memory for one copy of this rank's parts, kept for the whole run; page-locked where there is a GPU."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        # Registered, not allocated, by CUDA: torch's own pinned memory is rounded up to a power of two, 37 GB to 69.
-        self._memory = torch.empty(size, dtype=torch.uint8)
-        self._locked = device.type == "cuda" and size > 0
-        if self._locked:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0))
+        self._memory = PageLocked(size, device)
 
     @property
     def size(self) -> int:
-        return len(self._memory)
+        return len(self._memory.bytes)
 
     def copy(self, parts: Sequence[Part]) -> list[Part]:
         """Return the parts with their sources copied here. When it returns, the originals may change."""
@@ -63,30 +58,23 @@ class HostBuffer:
         for part in parts:
             sources = []
             for source in part.sources:
-                here = self._memory[begin : begin + source.nbytes].view(source.dtype)
+                here = self._memory.bytes[begin : begin + source.nbytes].view(source.dtype)
                 copied = alone(here).view(source.shape)
-                copied.copy_(source.detach(), non_blocking=self._locked)
+                copied.copy_(source.detach(), non_blocking=self._memory.locked)
                 sources.append(copied)
                 begin += _aligned(source.nbytes)
             copies.append(replace(part, sources=tuple(sources)))
-        if self._locked:
+        if self._memory.locked:
             torch.cuda.current_stream().synchronize()
         return copies
 
     def close(self) -> None:
-        if self._locked:
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
-        self._locked, self._memory = False, torch.empty(0, dtype=torch.uint8)
+        self._memory.close()
 
 
 def buffer_size(parts: Sequence[Part]) -> int:
     """Bytes that HostBuffer needs for a copy of them."""
     return sum(_aligned(source.nbytes) for part in parts for source in part.sources)
-
-
-def host_room(ranks: int) -> int:
-    """Bytes of free host memory for each of the node's ranks."""
-    return int(psutil.virtual_memory().available * _SPARE / ranks)
 
 
 def _aligned(size: int) -> int:

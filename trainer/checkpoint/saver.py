@@ -17,10 +17,11 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from trainer.checkpoint.model_parts import Saved, parts_of
-from trainer.checkpoint.parts import HostBuffer, Part, buffer_size, host_room
+from trainer.checkpoint.parts import HostBuffer, Part, buffer_size
 from trainer.checkpoint.state import State
 from trainer.checkpoint.store import checkpoints_of, step_name
 from trainer.checkpoint.together import JointWriter, Save, amount
+from trainer.host_memory import host_room
 
 MOST_FAILURES = 3  # saves that fail in a row end the run
 _TIMEOUT = timedelta(hours=6)  # of a save: a slow disk is no fault
