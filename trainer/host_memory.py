@@ -3,7 +3,8 @@
 import psutil
 import torch
 
-_SPARE = 0.9  # share of the free host memory that copies may take
+_SPARE = 0.9  # share of the free host memory that a checkpoint's copy may take
+_ACTIVATIONS = 0.25  # share of all host memory that activations may take
 
 
 class PageLocked:
@@ -23,5 +24,12 @@ class PageLocked:
 
 
 def host_room(ranks: int) -> int:
-    """Bytes of host memory that each of the node's ranks may take for copies."""
+    """Bytes of host memory that each of the node's ranks may take for the copy of a checkpoint."""
     return int(psutil.virtual_memory().available * _SPARE / ranks)
+
+
+def activation_room(ranks: int) -> int:
+    """Bytes of host memory that each of the node's ranks may offload activations to. The same in every rank and run,
+    as the layout that is planned with it has to be.
+    """
+    return int(psutil.virtual_memory().total * _ACTIVATIONS / ranks)

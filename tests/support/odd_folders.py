@@ -115,6 +115,11 @@ def linked_to_nothing(folder: Path) -> None:
     (folder / WEIGHTS).symlink_to("../../blobs/0123")
 
 
+def folder_in_place_of(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.mkdir()
+
+
 def pickled(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
 
@@ -193,10 +198,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     ),
     "generation settings are a folder": (
         "tied",
-        lambda folder: (
-            (folder / "generation_config.json").unlink(missing_ok=True),
-            (folder / "generation_config.json").mkdir(),
-        ),
+        lambda folder: folder_in_place_of(folder / "generation_config.json"),
         "generation_config.json is damaged ([Errno 21] Is a directory",
     ),
     "pickle": ("tied", pickled, "is a pickle"),
