@@ -120,7 +120,7 @@ convert-hf: need-IN need-OUT $(STAMP) ## a checkpoint of ours -> a folder that t
 
 docs: $(STAMP) ## the site of docs/ into site/, readable without a network; fails at a link that leads nowhere
 #example make docs
-	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 look: docs ## the site and the pages below demo/ in Chromium, 400 and 1600 pixels wide; needs playwright, .[browser]
 #example make look
