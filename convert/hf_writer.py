@@ -16,7 +16,7 @@ from torch import Tensor
 from convert.checks import Shape, require_finite
 from convert.hf_weights import DTYPES, INDEX, SINGLE
 from convert.memory import pieces
-from trainer.checkpoint import is_finite
+from trainer.checkpoint.faults import is_finite
 
 SHARD_BYTES = 5 * 10**9  # as the Hub recommends; a larger single tensor gets a file for itself
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

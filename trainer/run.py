@@ -19,6 +19,7 @@ from trainer.checkpoint import DamagedError, State
 from trainer.checkpoint.reader import load
 from trainer.config import TrainConfig
 from trainer.data.source import PackedData
+from trainer.host_memory import activation_room
 from trainer.models.config import ModelConfig
 from trainer.models.language import LanguageModel
 from trainer.optim.optimizer import learning_rate
@@ -78,7 +79,8 @@ class Run:
             notes += passed_over
             replace(_state(weights, tokenizer), run={}).require(start, weights.uri)
         gpu = find_gpu(torch.cuda.get_device_name()) if cuda else None
-        planner = LayoutPlanner(model, gpu, world_size, node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        planner = LayoutPlanner(model, gpu, world_size, node, host_memory=activation_room(node))
         layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume, weights, notes, damaged)
 
@@ -100,13 +102,20 @@ class Run:
         return self
 
     def require_agreement(self) -> None:
-        """Raises UserError if ranks found different checkpoints. Every rank calls it."""
-        names = [""] * dist.get_world_size()
-        dist.all_gather_object(names, self.resume.name if self.resume else "no checkpoint")
-        if len(set(names)) > 1:
+        """Raises UserError if ranks found different checkpoints, or planned different layouts. Every rank calls it."""
+        mine = self.resume.name if self.resume else "no checkpoint", self.layout.reason
+        every = [mine] * dist.get_world_size()
+        dist.all_gather_object(every, mine)
+        names, layouts = map(set, zip(*every, strict=True))
+        if len(names) > 1:
             raise UserError(
-                f"ranks found different checkpoints in {self.output.path} ({', '.join(sorted(set(names)))}): give an "
+                f"ranks found different checkpoints in {self.output.path} ({', '.join(sorted(names))}): give an "
                 "output on a disk that all nodes share, or on hdfs://"
+            )
+        if len(layouts) > 1:
+            raise UserError(
+                f"ranks planned different layouts ({'; or '.join(sorted(layouts))}): use nodes with the same GPUs and "
+                "the same host memory"
             )
 
     def schedule(self, steps: int) -> dict[str, Any]:

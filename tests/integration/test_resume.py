@@ -26,6 +26,7 @@ from tests.support.training_job import (
     wait_for,
 )
 from trainer import checkpoint
+from trainer.checkpoint.metadata import read_metadata
 from trainer.config import TrainConfig
 from trainer.trainer import Run
 
@@ -212,7 +213,7 @@ def optimizer_of(values: dict[str, Any]) -> dict[str, float]:
 
     step = checkpoint.resolve(values["output"])
     sums: dict[str, float] = {}
-    for index, stored in checkpoint.read_metadata(step).storage_data.items():
+    for index, stored in read_metadata(step).storage_data.items():
         if index.fqn.startswith("optimizer."):
             data = step.read(stored.relative_path, stored.offset, stored.length)
             value = float(torch.load(io.BytesIO(data), weights_only=True).double().sum())

@@ -24,9 +24,9 @@ def start(folder: Path, step: int) -> str:
 
 
 def test_lines_of_steps_that_are_done_again_and_damaged_ones_move_aside(tmp_path: Path) -> None:
-    damaged = ['{"step": 2, "lo\n', '{"no": 1}\n', "[3]\n", '{"step": "4"}\n', "\x00\x00\n"]
+    damaged = ['{"step": 2, "lo\n', '{"no": 1}\n', "[3]\n", '{"step": "4"}\n', "\x00\x00\n", '{"step": true}\n']
     (tmp_path / METRICS).write_text(line(1) + "".join(damaged) + line(2) + line(3) + line(4) + '{"step": 5, "loss"')
-    assert start(tmp_path, 2) == f"2 line(s) of steps after 2 and 6 damaged line(s) moved from {METRICS} to {ASIDE}"
+    assert start(tmp_path, 2) == f"2 line(s) of steps after 2 and 7 damaged line(s) moved from {METRICS} to {ASIDE}"
     assert (tmp_path / METRICS).read_text() == line(1) + line(2)
     assert (tmp_path / ASIDE).read_text() == "".join(damaged) + line(3) + line(4) + '{"step": 5, "loss"\n'
     assert start(tmp_path, 2) == ""

@@ -8,8 +8,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,22 +60,41 @@ def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """FOLDER/tensorboard; a run that resumes at step `start` hides what was written of later steps."""
+    """FOLDER/tensorboard; a run that resumes at step `start` hides what was written of later steps.
 
-    def __init__(self, folder: Path, start: int) -> None:
+    It is left out from the first time on that its disk refuses, as a full one does.
+    """
+
+    def __init__(self, folder: Path, start: int, say: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: other ranks need not
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._say, self._writer = say, None
+        with self._left_out_if_refused():
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def log(self, scalars: dict[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        with self._left_out_if_refused():
+            for name, value in scalars.items():
+                if self._writer:
+                    self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        self._writer.flush()
+        with self._left_out_if_refused():
+            if self._writer:
+                self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with self._left_out_if_refused():
+            if self._writer:
+                self._writer.close()
+
+    @contextmanager
+    def _left_out_if_refused(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            self._say(_left_out("TensorBoard", error))
 
 
 class Wandb:
@@ -179,10 +198,14 @@ class Background:
             tracker.close()
         except Exception as error:  # a service raises what it likes
             self._failed = True
-            reason = " ".join(str(error).split())[:300]
-            self._say(f"{self.name} is left out from now on ({type(error).__name__}: {reason}); training goes on")
+            self._say(_left_out(self.name, error))
             while self._queue.get():
                 pass
+
+
+def _left_out(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"{name} is left out from now on ({type(error).__name__}: {reason}); training goes on"
 
 
 def services(run: str, config: dict[str, Any], say: Callable[[str], None]) -> list[Background]:
