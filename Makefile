@@ -22,7 +22,7 @@ help: ## this list
 	@awk -F ' ## ' '/^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "  %-17s %s\n", $$1, $$2 } \
 	  /^#example / { printf "  %-17s   %s\n", "", substr($$0, 10) }' Makefile
 
-setup: $(STAMP) ## install .venv (exact versions of constraints.txt) and Java 17; a second call does no work
+setup: $(STAMP) ## install .venv (exact versions of constraints.txt) and Java; a second call does no work
 #example make setup
 
 setup-gpu: $(STAMP) ## add Transformer Engine, which training on a GPU needs; part of it is compiled here
@@ -120,7 +120,7 @@ convert-hf: need-IN need-OUT $(STAMP) ## a checkpoint of ours -> a folder that t
 
 docs: $(STAMP) ## the site of docs/ into site/, readable without a network; fails at a link that leads nowhere
 #example make docs
-	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 look: docs ## the site and the pages below demo/ in Chromium, 400 and 1600 pixels wide; needs playwright, .[browser]
 #example make look

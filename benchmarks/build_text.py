@@ -138,7 +138,7 @@ def measure(kind: str, folder: Path, size: int, tokenizer: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=int, default=200_000, help="of raw rows at 1x")
     args = parser.parse_args()
     pin()

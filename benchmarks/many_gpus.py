@@ -16,7 +16,10 @@ from trainer.planning.speed import SpeedModel
 LENGTH, PATCHES = 8192, 2 * 8192
 MODELS = ("7B", "VL-7B", "72B", "VL-72B")
 COUNTS = (8, 16, 32, 64, 512)
-HEADER = "| | H100s | weights | packs, recomputed | GB | step s | exchange exposed s | tokens/s a GPU | TFLOP/s a GPU |"
+HEADER = (
+    "| | H100s | weights | packs, recomputed, offloaded | GB | step s | exchange exposed s | tokens/s a GPU "
+    "| TFLOP/s a GPU |"
+)
 
 
 def table(packs: int = 16) -> list[str]:

@@ -97,7 +97,7 @@ def peer(peers: str) -> Run | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default="/tmp/peers")
     parser.add_argument("--images", type=int, default=100, help="at 1x")
     args = parser.parse_args()

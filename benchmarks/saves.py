@@ -29,7 +29,8 @@ import torch.distributed as dist
 
 from kanyun.storage import Folder
 from trainer.checkpoint import State
-from trainer.checkpoint.parts import buffer_size, parts_of
+from trainer.checkpoint.model_parts import parts_of
+from trainer.checkpoint.parts import buffer_size
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.writer import FILES
 from trainer.config import TrainConfig

@@ -266,7 +266,7 @@ def _event_log(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000, help="of text")
     parser.add_argument("--images", type=int, default=2_000, help="rows with a picture")
     parser.add_argument("--cores", type=int, default=2, help="of Spark's local mode")

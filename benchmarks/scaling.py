@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
 
-ROWS = ["1.5B:2", "1.5B:8", "3B:2", "3B:8", "7B:4", "7B:8", "7B:8:bf16", "VL-3B:8", "VL-3B:8:6", "1.5B:8:sockets"]
+ROWS = ["1.5B:2", "1.5B:8", "3B:2", "3B:8", "7B:8", "7B:16", "7B:8:bf16", "VL-3B:8", "VL-3B:8:6", "1.5B:8:sockets"]
 BIG = ["VL-7B:4", "14B:4", "32B:4"]  # for four GPUs or more
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
 # Column of the table -> how its value is written.

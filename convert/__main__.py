@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 
 from kanyun.cli.parser import Parser, command_line
 from kanyun.errors import run_cli
@@ -10,6 +11,8 @@ from kanyun.errors import run_cli
 # Before torch starts: conversion copies bits, verification wants float32, and a model may be larger than a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"  # folders only, nothing is downloaded
+# transformers imports scikit-learn where it is installed, for a kind of generation: 1.8 s of CPU time.
+sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
 
 
 def _to_megatron(args: argparse.Namespace) -> int:

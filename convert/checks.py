@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convert.memory import pieces
 from kanyun.errors import UserError
-from trainer.checkpoint import is_finite
+from trainer.checkpoint.faults import is_finite
 from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of
@@ -60,10 +60,38 @@ def _meta_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
         loader: Any = transformers.AutoModelForImageTextToText if config.vision else transformers.AutoModelForCausalLM
         with torch.device("meta"):
             model = loader.from_config(settings)
+        _require_same_meaning(folder, config, settings.get_text_config())
+    except UserError:
+        raise
     except Exception as error:  # any error of its validators is about config.json
         raise UserError(f"transformers refuses {folder}/config.json ({_last_line(error)}): correct it") from error
     canonical = family_of(config).canonical
     return {canonical(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def _require_same_meaning(folder: Path, config: ModelConfig, text: Any) -> None:
+    """Raise UserError if transformers' decoder `text` computes something else than the trainer's, in equal shapes.
+
+    config.json may spell a setting in two places; which one counts has changed over transformers' versions.
+    """
+    rope = text.rope_parameters
+    rope_type = "default" if rope["rope_type"] == "mrope" else rope["rope_type"]
+    other_layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    meanings = {
+        "rope type": (rope_type, "default"),
+        "rope_theta": (rope["rope_theta"], config.rope_theta),
+        "rms_norm_eps": (text.rms_norm_eps, config.norm_eps),
+        "hidden_act": (text.hidden_act, "silu"),
+        "layer_types": (min(other_layers, default="full_attention"), "full_attention"),
+    }
+    if config.vision:
+        meanings["mrope_section"] = (list(rope["mrope_section"]), list(config.mrope_section))
+    for name, (theirs, ours) in meanings.items():
+        if theirs != ours:
+            raise UserError(
+                f"{folder}/config.json means {name} {theirs} to transformers, and {ours} to the trainer: leave the "
+                "spelling that the model was trained with, if the trainer has it"
+            )
 
 
 def _last_line(error: Exception) -> str:
@@ -76,7 +104,7 @@ def check_generation(folder: Path) -> None:
     try:
         if path.exists() and not isinstance(json.loads(path.read_bytes()), dict):
             raise ValueError("it is no object of names and values")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): download it again, or delete it") from error
 
 
@@ -87,6 +115,7 @@ def shape_faults(stored: Mapping[str, tuple[Shape, Any]], expected: Mapping[str,
         for name, (shape, _) in stored.items()
         if name in expected and tuple(shape) != expected[name]
     ]
+    stored = {name or "''": tensor for name, tensor in stored.items()}
     others = {str(dtype) for name, (_, dtype) in stored.items() if name in expected and dtype not in TRAINED}
     for other in sorted(others):
         names = [name for name, (_, dtype) in stored.items() if str(dtype) == other]

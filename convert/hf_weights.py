@@ -19,7 +19,7 @@ from torch import Tensor
 from convert.checks import Shape, refuse, require_finite, shape_faults
 from convert.memory import PIECE, Scratch, pieces, read_into
 from kanyun.errors import UserError
-from trainer.checkpoint import is_finite
+from trainer.checkpoint.faults import is_finite
 from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of

@@ -18,7 +18,7 @@ from convert.checks import Shape, refuse, shape_faults
 from convert.memory import Scratch, read_into
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from trainer.checkpoint import read_metadata
+from trainer.checkpoint.metadata import read_metadata
 
 PARTS = ("language.", "vision.")  # what else is in a checkpoint is the optimizer's
 

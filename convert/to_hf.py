@@ -16,6 +16,7 @@ from convert.output import new_folder
 from kanyun.cli.progress import Progress
 from kanyun.storage import Folder
 from trainer import checkpoint
+from trainer.checkpoint.faults import require_digests
 from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of
@@ -53,7 +54,7 @@ def to_hf(source: str, out: Path, overwrite: bool = False) -> None:
 
 def _convert(step: Folder, out: Path, overwrite: bool) -> None:
     """Raises DamagedError if a file has not its digest: nothing is left of `out` then."""
-    checkpoint.require_digests(step, lambda name: not name.endswith(TENSORS))
+    require_digests(step, lambda name: not name.endswith(TENSORS))
     folder = Path(step.path)
     config = ModelConfig.from_hf(str(folder / "hf"))
     rows, weights = family_of(config).table(config), MegatronWeights(folder)
@@ -87,7 +88,7 @@ def _digests_beside(step: Folder, weights: MegatronWeights) -> Iterator[None]:
 
     def check() -> None:
         for name in weights.files:
-            checkpoint.require_digests(step, name.__eq__)
+            require_digests(step, name.__eq__)
 
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(check)

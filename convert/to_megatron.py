@@ -16,11 +16,10 @@ from kanyun.fingerprint import check_model, fingerprint
 from kanyun.storage import Folder
 from trainer import checkpoint
 from trainer.checkpoint.parts import Part, alone
-from trainer.checkpoint.saver import save_parts
+from trainer.checkpoint.together import write_alone
 from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of
-from trainer.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,7 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
             )
             for row in rows
         ]
-        with Runtime.start():
-            save_parts(Folder(str(attempt)), state, parts, hf)
+        write_alone(Folder(str(attempt)), state, parts, hf)
 
 
 def _check_image_token(config: ModelConfig, source: Path) -> None:

@@ -49,6 +49,8 @@ def load_facts[T: Facts](path: str, kind: type[T]) -> T:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         return kind.model_validate(values)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}: copy jobs/facts_train.yaml or jobs/facts_spark.yaml") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}): correct it") from error
     except ValidationError as error:

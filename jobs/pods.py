@@ -18,11 +18,12 @@ def metadata(facts: Facts, suffix: str = "") -> Manifest:
     return {"name": facts.name + suffix, "namespace": facts.namespace}
 
 
-def train_env(facts: TrainFacts) -> dict[str, str]:
+def train_env(facts: TrainFacts, conf: str = CONF) -> dict[str, str]:
+    """`conf`: where the job finds the files of `hadoop_conf`."""
     # The scheduler starts all nodes again together: one that started its ranks alone would wait for the others.
     restarts = {"RESTARTS": "0"} if facts.nodes > 1 else {}
-    conf = {"HADOOP_CONF_DIR": CONF} if facts.hadoop_conf else {}
-    return {**restarts, **conf, **facts.env}
+    hadoop = {"HADOOP_CONF_DIR": conf} if facts.hadoop_conf else {}
+    return {**restarts, **hadoop, **facts.env}
 
 
 def training_pod(facts: TrainFacts, env: dict[str, str]) -> Manifest:

@@ -8,6 +8,7 @@ or hung; never after 2 (wrong input).
 
 import shlex
 import sys
+from pathlib import Path
 
 import yaml
 
@@ -89,7 +90,7 @@ def kubernetes_spark(facts: SparkFacts) -> list[Manifest]:
 
 def slurm_train(facts: TrainFacts) -> str:
     """A batch script. Its time limit sends USR1 early enough for a save; then the job is queued again."""
-    settings = {"MASTER_PORT": str(MASTER_PORT), **train_env(facts)}
+    settings = {"MASTER_PORT": str(MASTER_PORT), **train_env(facts, str(Path(facts.hadoop_conf).absolute()))}
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items())
     return f"""#!/usr/bin/env bash
 #SBATCH --job-name={facts.name}

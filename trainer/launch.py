@@ -53,7 +53,11 @@ class Launcher:
 
     def _forward(self, number: int, frame: types.FrameType | None) -> None:
         self._told = True
-        for rank in psutil.Process().children():
+        ranks = psutil.Process().children()
+        if not ranks:  # none was started yet: nothing is to be saved
+            print("error: told to stop before the first step: the same command starts", file=sys.stderr, flush=True)
+            sys.exit(PREEMPTED)
+        for rank in ranks:
             rank.send_signal(signal.SIGUSR1)
 
 

@@ -55,8 +55,8 @@ def main() -> int:
     print(table(ranked[: args.top], args.gpus, packs * args.length, flops))
     print(f"""
 Predicted; tokens/s and TFLOP/s of a GPU, in samples of about {SEGMENT} tokens. The parts of a step, in s, add up to it;
-exchange is what no compute hides. Recomputation with several packs a micro-batch, which has not been measured, is
-ranked as if {MARGIN - 1:.0%} slower.""")
+exchange is what no compute hides. Recomputation and offloading with several packs a micro-batch, which have not been
+measured, are ranked as if {MARGIN - 1:.0%} slower.""")
     for number, layout in enumerate(ranked[: args.top], 1):
         print(f"{number}: {layout.reason}; {_why(layout, ranked)}")
     unbuilt = f"the trainer cannot shard weights over {ranked[0].weight_shards} GPUs yet"
@@ -74,7 +74,7 @@ ranked as if {MARGIN - 1:.0%} slower.""")
 
 def table(layouts: list[Layout], gpus: int, tokens: int, flops: float) -> str:
     """Return a line of figures for each layout; `tokens` and `flops`: of a step."""
-    lines = [["", "weights", "packs", "recomputed", "GB", "tokens/s", "TFLOP/s", "step", *PARTS]]
+    lines = [["", "weights", "packs", "recomputed, offloaded", "GB", "tokens/s", "TFLOP/s", "step", *PARTS]]
     for number, layout in enumerate(layouts, 1):
         assert layout.step is not None
         lines.append(
@@ -104,6 +104,7 @@ def values(layout: Layout, gpus: int, tokens: int, flops: float) -> dict[str, An
         "micro_batch": layout.micro_batch,
         "recomputed_layers": layout.compute.recomputed_layers,
         "recomputed_blocks": layout.compute.recomputed_blocks,
+        "offloaded_layers": layout.compute.offloaded_layers,
         "memory": layout.memory,  # bytes
         "tokens_per_second": tokens / gpus / seconds,
         "flops": flops / gpus / seconds,
@@ -120,8 +121,11 @@ def sharding(layout: Layout) -> str:
 
 
 def recomputed(layout: Layout) -> str:
-    blocks, layers = layout.compute.recomputed_blocks, layout.compute.recomputed_layers
-    return ", ".join(f"{n} {what}" for n, what in ((blocks, "blocks"), (layers, "layers")) if n) or "-"
+    """Vision blocks and layers that are recomputed, and layers whose SwiGLU inputs are offloaded."""
+    compute = layout.compute
+    counts = {"blocks": compute.recomputed_blocks, "layers": compute.recomputed_layers}
+    counts["offloaded"] = compute.offloaded_layers
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "-"
 
 
 def _why(layout: Layout, ranked: list[Layout]) -> str:

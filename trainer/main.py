@@ -1,4 +1,5 @@
 """Train: torchrun trainer/main.py CONFIG.yaml [key=value ...]
+example: torchrun --nproc-per-node gpu trainer/main.py jobs/recipes/qwen2_5_7b.yaml data=packed output=runs/7b
 
 A run that has a checkpoint in its output folder resumes from there. Without torchrun, one process is the whole job.
 Exit codes: 0 finished; 2 wrong input; 85 told to stop (SIGTERM, SIGUSR1) and saved: the same command goes on; 86 a rank
@@ -18,6 +19,9 @@ from kanyun.errors import UserError, run_cli
 
 def main() -> int:
     """Raises UserError."""
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        print(__doc__.strip())
+        return 0
     if len(sys.argv) < 2:
         raise UserError("no config given: torchrun trainer/main.py CONFIG.yaml [key=value ...]")
     from trainer.config import load_config

@@ -19,6 +19,7 @@ from trainer.checkpoint import DamagedError, State
 from trainer.checkpoint.reader import load
 from trainer.config import TrainConfig
 from trainer.data.source import PackedData
+from trainer.host_memory import activation_room
 from trainer.models.config import ModelConfig
 from trainer.models.language import LanguageModel
 from trainer.optim.optimizer import learning_rate
@@ -78,7 +79,8 @@ class Run:
             notes += passed_over
             replace(_state(weights, tokenizer), run={}).require(start, weights.uri)
         gpu = find_gpu(torch.cuda.get_device_name()) if cuda else None
-        planner = LayoutPlanner(model, gpu, world_size, node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        planner = LayoutPlanner(model, gpu, world_size, node, host_memory=activation_room(node))
         layout = planner.plan(length=config.length, global_batch=config.global_batch, patches=data.vision_budget)
         return cls(config, output, model, data, validation, layout, start, resume, weights, notes, damaged)
 
@@ -100,13 +102,20 @@ class Run:
         return self
 
     def require_agreement(self) -> None:
-        """Raises UserError if ranks found different checkpoints. Every rank calls it."""
-        names = [""] * dist.get_world_size()
-        dist.all_gather_object(names, self.resume.name if self.resume else "no checkpoint")
-        if len(set(names)) > 1:
+        """Raises UserError if ranks found different checkpoints, or planned different layouts. Every rank calls it."""
+        mine = self.resume.name if self.resume else "no checkpoint", self.layout.reason
+        every = [mine] * dist.get_world_size()
+        dist.all_gather_object(every, mine)
+        names, layouts = map(set, zip(*every, strict=True))
+        if len(names) > 1:
             raise UserError(
-                f"ranks found different checkpoints in {self.output.path} ({', '.join(sorted(set(names)))}): give an "
+                f"ranks found different checkpoints in {self.output.path} ({', '.join(sorted(names))}): give an "
                 "output on a disk that all nodes share, or on hdfs://"
+            )
+        if len(layouts) > 1:
+            raise UserError(
+                f"ranks planned different layouts ({'; or '.join(sorted(layouts))}): use nodes with the same GPUs and "
+                "the same host memory"
             )
 
     def schedule(self, steps: int) -> dict[str, Any]:
@@ -159,10 +168,13 @@ def claimed(path: str) -> Iterator[Claim]:
 
 
 def open_output(path: str) -> Folder:
-    """Return the output folder: a new or empty one, or a run's. Raises UserError if it holds something else."""
+    """Return the output folder: a new or empty one, or a run's, which a copy may have made of its checkpoints alone.
+
+    Raises UserError if it holds something else.
+    """
     output = Folder(path)
     names = [name for name in output.names() if not name.startswith((".", "_writer-"))]
-    if names and RUN not in names:
+    if names and RUN not in names and not checkpoint.steps_of(output)[-1:] > [checkpoint.step_name(0)]:
         raise UserError(f"{output.path} holds something else ({names[0]}): choose an empty or new output folder")
     return output
 

@@ -76,6 +76,8 @@ class Trainer:
         self.steps = config.steps or self.stream.steps(config.epochs or 0)
 
         self.model = build_model(run.model, runtime, trainable=config.trainable, compute=layout.compute)
+        if self.model.offload:
+            self._open.callback(self.model.offload.close)
         if run.weights is not None and not config.continue_from:
             run = run.load(self.model)
         self.ddp = OverlappedDataParallel(

@@ -91,7 +91,7 @@ def table(demo: Path, result: dict[str, Any]) -> str:
         "model": str(demo / "hf"),
         "packs drawn": str(demo / "preview.html"),
         "stage reports": str(demo / "pipeline/*/*/report.html"),
-        "training curves": f"tensorboard --logdir {demo / 'train/tensorboard'}",
+        "training curves": str(demo / "train/report.html"),
         "this table": str(demo / "result.json"),
     }
     return "\n".join(f"  {name:22} {value}" for name, value in lines.items())

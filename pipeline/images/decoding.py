@@ -6,6 +6,7 @@ and not its parent. It imports Pillow and the checks alone, and so starts in 0.2
 
 import io
 import json
+import re
 import resource
 import signal
 import struct
@@ -44,7 +45,9 @@ def probe(data: bytes) -> dict[str, Any]:
             run_checks(On.IMAGE, *image.size)
             image.load()
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise RowError(Reason.IMAGE_TOO_LARGE, str(error)) from error
+            # Pillow names twice the limit where an image is over that.
+            evidence = re.sub(r"limit of .*", f"limit of {MAX_PIXELS} pixels", str(error))
+            raise RowError(Reason.IMAGE_TOO_LARGE, evidence) from error
         except RowError:
             raise
         except UnidentifiedImageError as error:  # whose text has an address of memory, another one in each run

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.support.training_job import train, write_job
-from trainer.checkpoint.parts import parts_of
+from trainer.checkpoint.model_parts import parts_of
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.models.config import Compute
@@ -114,7 +114,8 @@ def test_a_step_in_fp8_computes_with_the_weights_of_the_last_one(
     images: bool, transposed: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are cast once a step. A trainer that starts from a checkpoint has cast all of them as they are there."""
-    monkeypatch.setattr(planner.LayoutPlanner, "_computes", lambda *_, **__: [Compute(True, 0, 0, transposed)])
+    compute = Compute(fp8=True, transposed_weights=transposed)
+    monkeypatch.setattr(planner.LayoutPlanner, "_computes", lambda *_, **__: [compute])
     values = write_job(tmp_path, images=images)
     with training(values) as trainer:
         steps = [list(step) for step in islice(trainer.stream.batches(0), 4)]

@@ -103,13 +103,13 @@ def test_one_graph_serves_other_images(model: Any, packs: dict[str, Any], runtim
     assert len({round(loss) for loss in losses}) == len(losses)
 
 
-def test_recomputed_layers_and_blocks_change_nothing(
+def test_recomputed_and_offloaded_layers_and_blocks_change_nothing(
     folder: Any, references: list[Any], packs: dict[str, Any], runtime: Runtime
 ) -> None:
     results = []
     for fp8 in (False, True):
-        for recomputed in ((0, 0), (1, 3)):
-            made = build_model(ModelConfig.from_hf(str(folder)), runtime, compute=Compute(fp8, *recomputed))
+        for compute in (Compute(fp8), Compute(fp8, recomputed_layers=1, recomputed_blocks=3, offloaded_layers=1)):
+            made = build_model(ModelConfig.from_hf(str(folder)), runtime, compute=compute)
             load(made, references[0])
             ddp = in_ddp(made)
             loss = ddp(static_batch(made, packs["odd sizes"]).to(runtime.device))

@@ -29,6 +29,7 @@ from tests.support.processes import run_ranks
 from tests.support.qwen_assets import save_random
 from tests.support.training_job import train, write_job
 from trainer import checkpoint
+from trainer.checkpoint.metadata import read_metadata
 from trainer.checkpoint.reader import load
 from trainer.checkpoint.saver import save
 from trainer.models.config import ModelConfig
@@ -130,7 +131,7 @@ def test_a_converted_model_starts_training_and_a_run_of_many_processes_converts(
     same(load_file(source / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS))
 
     # A table of contents that lacks one rank's pieces, in a checkpoint made before digests were.
-    metadata = checkpoint.read_metadata(Folder(str(step)))
+    metadata = read_metadata(Folder(str(step)))
     metadata.storage_data = {
         index: place for index, place in metadata.storage_data.items() if not place.relative_path.startswith("__1_")
     }

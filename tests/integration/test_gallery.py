@@ -1,4 +1,4 @@
-"""docs/gallery.md is what the pipeline says today about its planted rows."""
+"""docs/gallery.md, and docs/zh/gallery.md in Chinese, are what the pipeline says today about its planted rows."""
 
 import re
 from pathlib import Path
@@ -12,10 +12,12 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_made_again_the_gallery_is_the_same(spark: SparkSession, tmp_path: Path) -> None:
-    text = make(tmp_path / "docs", tmp_path / "here")
+    text, chinese = make(tmp_path / "docs", tmp_path / "here")
     assert text == (DOCS / "gallery.md").read_text()
+    assert chinese == (DOCS / "zh/gallery.md").read_text()
     assert re.findall("^## (.*)$", text, re.MULTILINE) == list(Reason)
     shown = set(re.findall('src="gallery/(.*?)"', text))
+    assert shown == set(re.findall('src="../gallery/(.*?)"', chinese))
     pictures = {path.name: path.stat().st_size for path in (DOCS / "gallery").iterdir()}
     assert shown == pictures.keys() == {path.name for path in (tmp_path / "docs/gallery").iterdir()}
     assert sum(pictures.values()) < 100_000

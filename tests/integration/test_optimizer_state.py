@@ -15,7 +15,8 @@ from tests.support.processes import run_ranks
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State, saver
-from trainer.checkpoint.parts import Part, parts_of
+from trainer.checkpoint.model_parts import parts_of
+from trainer.checkpoint.parts import Part
 from trainer.checkpoint.reader import load
 from trainer.checkpoint.saver import save
 from trainer.config import TrainConfig

@@ -26,6 +26,7 @@ from tests.support.training_job import (
     wait_for,
 )
 from trainer import checkpoint
+from trainer.checkpoint.metadata import read_metadata
 from trainer.config import TrainConfig
 from trainer.trainer import Run
 
@@ -38,6 +39,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_nothing_is_lost(
     root = copy_of(text_run, job)
     assert steps_of(job) == [f"step_{step:08d}" for step in (2, 4, 6, 8)]
     (root / "latest").unlink()
+    (root.parent / "run.json").unlink()
     (root / "step_00000008" / "state.json").unlink()
     tensors = root / "step_00000006" / "__0_1.distcp"
     tensors.write_bytes(tensors.read_bytes()[:-1])
@@ -212,7 +214,7 @@ def optimizer_of(values: dict[str, Any]) -> dict[str, float]:
 
     step = checkpoint.resolve(values["output"])
     sums: dict[str, float] = {}
-    for index, stored in checkpoint.read_metadata(step).storage_data.items():
+    for index, stored in read_metadata(step).storage_data.items():
         if index.fqn.startswith("optimizer."):
             data = step.read(stored.relative_path, stored.offset, stored.length)
             value = float(torch.load(io.BytesIO(data), weights_only=True).double().sum())

@@ -46,6 +46,17 @@ def config(*absent: str, **changes: Any) -> Edit:
     return edit
 
 
+def vision_config(**changes: Any) -> Edit:
+    """Return an edit of the tower's part of config.json."""
+
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        values["vision_config"] |= changes
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return edit
+
+
 def sharded(then: Callable[[Path, dict[str, Any]], None]) -> Edit:
     """Return an edit that splits the weights over two files with an index, then edits folder and index."""
 
@@ -102,6 +113,11 @@ def forget_digests(step: Path) -> None:
 def linked_to_nothing(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).symlink_to("../../blobs/0123")
+
+
+def folder_in_place_of(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.mkdir()
 
 
 def pickled(folder: Path) -> None:
@@ -180,11 +196,27 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         lambda folder: (folder / "generation_config.json").write_text("[]"),
         "generation_config.json is damaged (it is no object of names and values)",
     ),
+    "generation settings are a folder": (
+        "tied",
+        lambda folder: folder_in_place_of(folder / "generation_config.json"),
+        "generation_config.json is damaged ([Errno 21] Is a directory",
+    ),
     "pickle": ("tied", pickled, "is a pickle"),
     "yarn": ("tied", config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "has rope scaling 'yarn'"),
+    "rope twice": (
+        "tied",
+        config(rope_scaling={"type": "linear", "factor": 2.0}),
+        "means rope type linear to transformers, and default to the trainer",
+    ),
+    "layers of another kind": (
+        "tied",
+        config(layer_types=["linear_attention"] * 2),
+        "means layer_types linear_attention to transformers",
+    ),
     "window": ("tied", config("layer_types", **WINDOW, max_window_layers=1), "has sliding-window attention"),
     "layer_types": ("tied", config(layer_types=["sliding_attention"] * 2), "has sliding-window attention"),
     "head_dim": ("tied", config(head_dim=32), "has head_dim 32, not hidden_size / num_attention_heads = 16"),
+    "tower's activation": ("vision", vision_config(hidden_act="gelu"), "has vision hidden_act 'gelu'"),
     "quantized": ("tied", config(quantization_config={"quant_method": "awq"}), "has weights quantized by 'awq'"),
     "fewer layers": ("tied", config(num_hidden_layers=1), "transformers refuses"),
     "layers as text": ("tied", config(num_hidden_layers="2"), "num_layers is '2', not a whole number above 0"),

@@ -17,8 +17,9 @@ from kanyun.storage import Folder
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State
-from trainer.checkpoint.faults import faults, list_steps
-from trainer.checkpoint.metadata import refuse_code
+from trainer.checkpoint.faults import faults
+from trainer.checkpoint.listing import list_steps
+from trainer.checkpoint.metadata import read_metadata, refuse_code
 from trainer.checkpoint.reader import load
 from trainer.checkpoint.saver import save
 from trainer.models.config import ModelConfig
@@ -130,6 +131,40 @@ def crash_at(at: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Folder, "write", lambda folder, name, data: crash() if name == at else write(folder, name, data))
     if at == "move_to":
         patch.setattr(Folder, at, crash)
+
+
+@pytest.mark.parametrize("change", [{"step": "2"}, {"consumed": -1}, {"skipped": True}, {"model": []}, {"run": None}])
+def test_a_state_of_other_values_is_damaged(change: Any, output: Folder, model: LanguageModel, hf: Path) -> None:
+    """As where it was made before it had a digest of itself."""
+    written = save(output, state(model, 2), model, None, Folder(str(hf)))
+    values = json.loads(written.read("state.json"))
+    del values["digest"]
+    written.write("state.json", json.dumps(values | change).encode())
+    with pytest.raises(UserError, match=rf"state.json is damaged \({next(iter(change))} is "):
+        checkpoint.require_whole(written)
+
+
+def test_a_step_under_another_name_is_passed_over(output: Folder, model: LanguageModel, hf: Path) -> None:
+    for step in (1, 2):
+        save(output, state(model, step), model, None, Folder(str(hf)), keep_last=2)
+    root = output / "checkpoints"
+    (root / "step_00000002").move_to(root / "step_00000009")
+    search = checkpoint.find(output)
+    assert search.newest is not None
+    assert search.newest.name == "step_00000001"
+    assert "step_00000009 holds step 2, by its state.json: give it its name again" in search.passed_over[0]
+
+
+def test_latest_is_a_hint_that_may_be_a_folder(output: Folder, model: LanguageModel, hf: Path) -> None:
+    """As a copy that follows links makes of a link to the newest step. It may be the only copy: it stays."""
+    save(output, state(model, 1), model, None, Folder(str(hf)))
+    (output / "checkpoints").delete("latest")
+    (output / "checkpoints" / "latest").write("state.json", b"{}")
+    (sentence,) = checkpoint.find(output).sentences
+    assert "latest is no file that can be read; step_00000001 is the newest whole checkpoint" in sentence
+    save(output, state(model, 2), model, None, Folder(str(hf)), keep_last=2)
+    assert checkpoint.resolve(output.path).name == "step_00000002"
+    assert (output / "checkpoints" / "latest").names() == ["state.json"]
 
 
 def test_whole_ones_are_found_by_looking(output: Folder, model: LanguageModel, hf: Path) -> None:
@@ -250,7 +285,7 @@ def test_a_checkpoint_cannot_run_code(output: Folder, model: LanguageModel, hf: 
     evil = io.BytesIO()
     torch.save([Evil(tmp_path / "run by values")], evil)
     metadata.write_bytes(original)
-    plain = checkpoint.read_metadata(written)
+    plain = read_metadata(written)
     (index,) = [index for index in plain.storage_data if index.fqn.startswith("common_state")]
     plain.storage_data[index] = replace(
         plain.storage_data[index], relative_path="evil.distcp", offset=0, length=len(evil.getvalue())

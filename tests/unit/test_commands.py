@@ -21,6 +21,7 @@ from kanyun.cli.parser import Parser
 from kanyun.cli.progress import Progress, track
 from kanyun.errors import UserError, run_cli
 from tests.support.packed_data import random_packs, write_packed
+from trainer.config import load_config
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -58,6 +59,18 @@ def test_every_help_ends_with_an_example_that_is_accepted(module: str) -> None:
             assert program == module
             if "STAGE" not in arguments:
                 assert top.parse_args(shlex.split(arguments))
+
+
+def test_the_script_that_torchrun_starts_has_a_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainer.main import main
+
+    monkeypatch.setattr(sys, "argv", ["trainer/main.py", "--help"])
+    assert main() == 0
+    example = re.findall("^example: torchrun .* trainer/main.py (.*)$", capsys.readouterr().out, re.MULTILINE)
+    config, *changes = example[0].split()
+    assert load_config(str(ROOT / config), changes).output == "runs/7b"
 
 
 def test_a_layout_is_told_to_a_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +241,7 @@ def test_java_is_looked_for_where_spark_looks(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("JAVA_HOME")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor.java().sentence == (
-        "there is no java in PATH: install Java 17 or 21 (Debian: apt-get install openjdk-17-jre-headless)"
+        "there is no java in PATH: install Java 17 or 21 (Debian: apt-get install default-jre-headless)"
     )
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,13 +179,34 @@ def test_error_sentences_are_those_of_the_code(page: str) -> None:
     assert [part for part in quoted if part not in text and part != "ModuleNotFoundError"] == []
 
 
-def test_the_site_is_built_and_asks_nobody(tmp_path: Path) -> None:
-    """Strictly, as `make docs` does: a link or an anchor that leads nowhere fails. Nothing is fetched from outside."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+def build_site(sources: Path, site: Path) -> tuple[int, str]:
+    """As `make docs` does. Without --quiet: it keeps warnings from --strict, which then fails at nothing."""
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=sources,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
+    return done.returncode, done.stderr
+
+
+def test_a_link_that_leads_nowhere_fails_the_site(tmp_path: Path) -> None:
+    assert "mkdocs build --strict\n" in (ROOT / "Makefile").read_text()
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with (tmp_path / "docs/scale.md").open("a") as page:
+        page.write("\n[x](nowhere.md) [y](design.md#nowhere)\n")
+    code, said = build_site(tmp_path, tmp_path / "site")
+    assert code == 1
+    assert re.findall("WARNING.*'(nowhere.md|#nowhere)'", said) == ["nowhere.md", "#nowhere"], said
+
+
+def test_the_site_is_built_and_asks_nobody(tmp_path: Path) -> None:
+    """A link or an anchor that leads nowhere fails. Nothing is fetched from outside."""
+    code, said = build_site(ROOT, tmp_path)
+    assert code == 0, said
     pages = list(tmp_path.rglob("*.html"))
     assert {path.relative_to(tmp_path).as_posix() for path in pages} >= {
         "index.html",

@@ -135,6 +135,11 @@ def test_a_batch_script_passes_shellcheck(facts: Callable[..., str], tmp_path: P
     assert "#SBATCH --nodes=8\n" in (tmp_path / "job.sh").read_text()
 
 
+def test_a_batch_script_has_no_config_map(facts: Callable[..., str], conf: str) -> None:
+    """Nodes of Slurm read the folder itself; /opt/hadoop/conf is a pod's."""
+    assert f"\nexport HADOOP_CONF_DIR={conf}\n" in render("slurm-train", facts("train", hadoop_conf=conf))
+
+
 @pytest.mark.parametrize(
     ("codes", "ended", "said"),
     [
@@ -192,6 +197,11 @@ def test_a_batch_script_hands_the_signal_on_and_queues_again(facts: Callable[...
 def test_wrong_facts_are_said_in_a_sentence(changes: dict[str, Any], sentence: str, facts: Callable[..., str]) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
         render("volcano-train", facts("train", **changes))
+
+
+def test_facts_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"there is no {tmp_path}/facts.yaml: copy jobs/facts_train.yaml"):
+        render("volcano-train", f"{tmp_path}/facts.yaml")
 
 
 def test_every_target_is_rendered(facts: Callable[..., str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from trainer.metrics import ASIDE, METRICS, Metrics, RankTimes, StepMetrics
+from trainer.metrics.lines import Lines
 from trainer.stopping import BAD_STEPS, FiniteGuard
 
 
@@ -23,10 +25,22 @@ def start(folder: Path, step: int) -> str:
         return metrics.notes
 
 
+def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
+    lines = Lines(Path("/dev/full"))
+    assert lines.write(line(1)) == lines.write(line(2)) == "[Errno 28] No space left on device"
+    os.dup2(os.open(tmp_path / METRICS, os.O_WRONLY | os.O_CREAT), lines._file.fileno())  # room again
+    assert lines.write(line(3)) == ""
+    assert (tmp_path / METRICS).read_text() == line(1) + line(2) + line(3)
+    assert lines.close() == ""
+    lost = Lines(Path("/dev/full"))
+    lost.write(line(1))
+    assert lost.close().startswith("1 line(s) of /dev/full could not be written ([Errno 28] No space left")
+
+
 def test_lines_of_steps_that_are_done_again_and_damaged_ones_move_aside(tmp_path: Path) -> None:
-    damaged = ['{"step": 2, "lo\n', '{"no": 1}\n', "[3]\n", '{"step": "4"}\n', "\x00\x00\n"]
+    damaged = ['{"step": 2, "lo\n', '{"no": 1}\n', "[3]\n", '{"step": "4"}\n', "\x00\x00\n", '{"step": true}\n']
     (tmp_path / METRICS).write_text(line(1) + "".join(damaged) + line(2) + line(3) + line(4) + '{"step": 5, "loss"')
-    assert start(tmp_path, 2) == f"2 line(s) of steps after 2 and 6 damaged line(s) moved from {METRICS} to {ASIDE}"
+    assert start(tmp_path, 2) == f"2 line(s) of steps after 2 and 7 damaged line(s) moved from {METRICS} to {ASIDE}"
     assert (tmp_path / METRICS).read_text() == line(1) + line(2)
     assert (tmp_path / ASIDE).read_text() == "".join(damaged) + line(3) + line(4) + '{"step": 5, "loss"\n'
     assert start(tmp_path, 2) == ""

@@ -160,11 +160,11 @@ def test_unknown_part(trio: tuple[Any, Any, Any]) -> None:
         freeze(trio[0], "language+viison")
 
 
-def test_recomputed_blocks_change_nothing(trio: tuple[Any, Any, Any], runtime: Runtime) -> None:
+def test_recomputed_layers_and_blocks_change_nothing(trio: tuple[Any, Any, Any], runtime: Runtime) -> None:
     model, _, processor = trio
     freeze(model, "all")
     batch = batch_of(model.model_config, [[example(processor, *sample) for sample in PACKS["odd sizes"][0]]], LENGTH)
-    again = build_model(model.model_config, runtime, compute=Compute(recomputed_blocks=3))
+    again = build_model(model.model_config, runtime, compute=Compute(recomputed_layers=1, recomputed_blocks=3))
     again.load_state_dict(model.state_dict())
     runs = []
     for each in (model, again):

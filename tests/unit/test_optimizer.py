@@ -2,7 +2,8 @@
 
 import torch
 
-from trainer.optim.state import cut, joined, split
+from trainer.optim.remainders import joined, split
+from trainer.optim.state import cut
 
 
 def test_every_bit_of_a_master_weight_is_kept() -> None:

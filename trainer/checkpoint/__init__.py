@@ -1,10 +1,9 @@
 """Checkpoints: megatron.core's distributed format, asynchronous, digested, whole or not there at all.
 
-What looks for checkpoints and checks them needs no megatron.core and is here; `reader` loads one, `saver` writes them.
+What looks for checkpoints needs no torch and is here. `faults` checks their content, `reader` loads one, `saver`
+writes them.
 """
 
-from trainer.checkpoint.faults import is_finite, require_digests
-from trainer.checkpoint.metadata import read_metadata
 from trainer.checkpoint.state import State
 from trainer.checkpoint.store import (
     DamagedError,
@@ -18,6 +17,7 @@ from trainer.checkpoint.store import (
     resolve,
     set_aside,
     step_name,
+    steps_of,
     sync_file,
 )
 
@@ -26,16 +26,14 @@ __all__ = [
     "State",
     "checkpoints_of",
     "find",
-    "is_finite",
     "latest",
     "look_up",
-    "read_metadata",
     "read_state",
     "remove_leftovers",
-    "require_digests",
     "require_whole",
     "resolve",
     "set_aside",
     "step_name",
+    "steps_of",
     "sync_file",
 ]

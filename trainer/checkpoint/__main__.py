@@ -10,7 +10,7 @@ from kanyun.errors import run_cli
 
 
 def _list(args: argparse.Namespace) -> int:
-    from trainer.checkpoint.faults import list_steps
+    from trainer.checkpoint.listing import list_steps
 
     listed = list_steps(args.run)
     if args.json:
@@ -22,7 +22,8 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from trainer.checkpoint.faults import faults, steps_below
+    from trainer.checkpoint.faults import faults
+    from trainer.checkpoint.listing import steps_below
 
     by_step = {}
     for step in steps_below(args.run):

@@ -1,8 +1,7 @@
-"""What a run's checkpoints hold: their list, and a check of every byte without a model or a process group."""
+"""A check of a checkpoint's every byte and value, without a model or a process group."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from io import BytesIO
 
 import torch
@@ -13,50 +12,9 @@ from kanyun.errors import UserError
 from kanyun.storage import Folder
 from trainer.checkpoint.metadata import read_metadata, refuse_code
 from trainer.checkpoint.state import Marker
-from trainer.checkpoint.store import DamagedError, checkpoints_of, require_whole, steps_of
+from trainer.checkpoint.store import DamagedError, require_whole
 
 _THREADS = 4  # files digested at a time
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A step folder, whole or not."""
-
-    name: str
-    size: int  # bytes
-    fault: str  # "" = whole
-    digests: bool
-
-    def line(self) -> str:
-        digests = "digests" if self.digests else "no digest recorded"
-        return f"{self.name}  {self.size / 1e9:9.3f} GB  " + (self.fault or f"whole, {digests}")
-
-
-def list_steps(run: str) -> Iterator[Listed]:
-    """Yield the checkpoints of a run folder, oldest first. Sizes are checked, digests are not."""
-    for step in steps_below(run):
-        fault, digests = "", False
-        try:
-            require_whole(step)
-            digests = Marker.read(step).files is not None
-        except UserError as error:
-            fault = str(error)
-        yield Listed(step.name, sum(size for _, size in step.files()), fault, digests)
-
-
-def steps_below(path: str) -> list[Folder]:
-    """Return the step folders of a run folder or a checkpoints folder, or the step itself.
-
-    Raises UserError if there is none.
-    """
-    folder = Folder(path)
-    run = folder.parent if folder.name == "checkpoints" else folder
-    steps = [checkpoints_of(run) / name for name in steps_of(run)]
-    if not steps and folder.name.startswith("step_") and folder.exists():
-        steps = [folder]
-    if not steps:
-        raise UserError(f"{path} has no checkpoints: give a run's output folder, or one step_... folder of it")
-    return steps
 
 
 def require_digests(step: Folder, wanted: Callable[[str], bool] = lambda name: True, where: str = "") -> bool:

@@ -20,7 +20,7 @@ from kanyun.storage import Folder
 from kanyun.transfer import copy_folder
 from trainer.checkpoint.faults import is_finite, require_digests
 from trainer.checkpoint.metadata import refuse_code
-from trainer.checkpoint.parts import weights_of
+from trainer.checkpoint.model_parts import weights_of
 from trainer.checkpoint.state import Marker
 from trainer.checkpoint.store import DamagedError
 from trainer.models.language import LanguageModel

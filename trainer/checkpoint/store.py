@@ -14,11 +14,11 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from trainer.checkpoint.metadata import read_metadata
 from trainer.checkpoint.state import Marker, State
 
 LATEST = "latest"
@@ -74,10 +74,13 @@ def find(output: Folder, damaged: Mapping[str, str] | None = None) -> Search:
 
 
 def _hint(root: Folder, newest: str) -> str:
-    said = root.read(LATEST).decode(errors="replace").strip() if root.exists(LATEST) else None
+    try:
+        said = root.read(LATEST).decode(errors="replace").strip() if root.exists(LATEST) else None
+        problem = "is missing" if said is None else f"names {said!r}"
+    except UserError:  # a folder, say, which a copy makes of a link
+        said, problem = None, "is no file that can be read"
     if said == newest:
         return ""
-    problem = "is missing" if said is None else f"names {said!r}"
     return f"{root.path}/{LATEST} {problem}; {newest} is the newest whole checkpoint and is taken"
 
 
@@ -119,12 +122,19 @@ def read_state(step: Folder) -> State:
 
 
 def require_whole(step: Folder) -> None:
-    """Raises UserError unless state.json is sound and every file has its recorded size. Digests: see `verify`."""
+    """Raises UserError unless state.json is sound and of this step, and every file has its recorded size.
+
+    Digests: see `verify`.
+    """
     marker = Marker.read(step)
+    if _STEP.fullmatch(step.name) and step.name != step_name(marker.state.step):
+        raise UserError(f"{step.uri} holds step {marker.state.step}, by its state.json: give it its name again")
     sizes = dict(step.files())
     if marker.files is not None:
         wanted = {name: file.size for name, file in marker.files.items()}
     else:  # made before sizes were recorded: as far as torch's table of contents says
+        from trainer.checkpoint.metadata import read_metadata  # takes torch, 2 s, which today's checkpoints need not
+
         wanted = {}
         for stored in read_metadata(step).storage_data.values():
             end = stored.offset + stored.length
@@ -158,8 +168,9 @@ def publish(output: Folder, attempt: Folder, name: str, keep_last: int) -> Folde
         final.move_to(replaced)
     attempt.move_to(final)
     sync(root, files=False)
-    root.write(LATEST, f"{name}\n".encode())
-    sync(root, files=False)
+    with suppress(UserError):  # a hint: where it cannot be written, the checkpoint is whole all the same
+        root.write(LATEST, f"{name}\n".encode())
+        sync(root, files=False)
     replaced.delete()
     steps = steps_of(output)
     done = steps[: steps.index(name) + 1]

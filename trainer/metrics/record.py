@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any, Self
 
 import torch
 
+from kanyun.errors import UserError
 from kanyun.storage import Folder
+from trainer.metrics.lines import Lines
 from trainer.metrics.trackers import TensorBoard, Tracker, scalars_of, services
 from trainer.report.history import METRICS, History
 from trainer.report.page import PAGE, page
@@ -59,8 +61,9 @@ class Metrics:
     """Writes what rank 0 reports. A context manager.
 
     A run that resumes at step `start` appends to its metrics.jsonl. Lines of later steps, which are done again, and
-    damaged lines are moved to metrics.aside.jsonl; `notes` says so. For an output that is no local disk, files are
-    written to a temporary folder and copied by `publish`, which also draws report.html.
+    damaged lines are moved to metrics.aside.jsonl; `notes` says so. A full disk ends no run here: saves decide that.
+    For an output that is no local disk, files are written to a temporary folder and copied by `publish`, which also
+    draws report.html.
     """
 
     def __init__(
@@ -74,9 +77,11 @@ class Metrics:
         if not output.is_local:
             self._local = Path(self._open.enter_context(TemporaryDirectory(prefix="kanyun-metrics-")))
             self._local.joinpath(METRICS).write_bytes(output.read(METRICS) if output.exists(METRICS) else b"")
-        self._file = self._open.enter_context(self._local.joinpath(METRICS).open("a", encoding="utf-8"))
+        self._lines = Lines(self._local / METRICS)
+        self._refused = ""  # why the disk takes no lines, as last said
+        self._unpublished = ""  # why the output took no files, as last said
         self._terminal = sys.stdout.isatty()
-        self._board = TensorBoard(self._local, start)
+        self._board = TensorBoard(self._local, start, self._say)
         self._trackers: list[Tracker] = [self._board, *services(output.uri, self._config, self._say)]
         for tracker in self._trackers:
             self._open.callback(tracker.close)
@@ -87,8 +92,10 @@ class Metrics:
 
     def report(self, metrics: StepMetrics) -> None:
         line = _finite(asdict(metrics))
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        refused = self._lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if refused and refused != self._refused:
+            self._say(f"{self._local / METRICS} cannot be written ({refused}): its lines wait in memory until it can")
+        self._refused = refused
         for tracker in self._trackers:
             tracker.log(scalars_of(line), metrics.step)
         self._show(metrics)
@@ -100,17 +107,30 @@ class Metrics:
             self._say(failed)
 
     def publish(self) -> None:
-        """Draw the run, if that takes a thousandth of the time or less; copy all to an output that is no local disk."""
-        if time.monotonic() - self._drawn > 1000 * self._drawing:
-            self._draw()
-        if not self._output.is_local:
-            self._board.flush()
-            for file in self._local.rglob("*"):
-                if file.is_file():
-                    self._output.write(str(file.relative_to(self._local)), file.read_bytes())
+        """Draw the run, if that takes a thousandth of the time or less; copy all to an output that is no local disk.
+
+        A storage that refuses them ends no run: it is said, and tried again at the next save.
+        """
+        refused = ""
+        try:
+            if time.monotonic() - self._drawn > 1000 * self._drawing:
+                self._draw()
+            if not self._output.is_local:
+                self._board.flush()
+                for file in self._local.rglob("*"):
+                    if file.is_file():
+                        self._output.write(str(file.relative_to(self._local)), file.read_bytes())
+        except (UserError, OSError) as error:
+            refused = f"{'report.html' if self._output.is_local else 'metrics'} not written ({error})"
+        if refused and refused != self._unpublished:
+            self._say(f"{refused}; the next save tries again")
+        self._unpublished = refused
 
     def close(self) -> None:
         self._drawing = 0.0  # so that the last drawing is not skipped for its cost
+        lost = self._lines.close()
+        if lost:
+            self._say(lost)
         self.publish()
         self._open.close()
 
@@ -133,8 +153,12 @@ class Metrics:
         self._drawing = time.monotonic() - self._drawn
 
     def _say(self, sentence: str) -> None:
-        """Print a sentence on a separate line, below the live one."""
-        print(("\n" if self._terminal else "") + sentence, flush=True)
+        """Print it on a separate line, below the live one."""
+        self._print(("\n" if self._terminal else "") + sentence)
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        with suppress(OSError):  # a log may be on the disk that is full
+            print(text, end=end, flush=True)
 
     def _show(self, metrics: StepMetrics) -> None:
         self._seconds = 0.9 * self._seconds + 0.1 * metrics.seconds if self._seconds else metrics.seconds
@@ -142,9 +166,9 @@ class Metrics:
         lasting = last or metrics.validation_loss is not None or not math.isfinite(metrics.grad_norm)
         now = time.monotonic()
         if self._terminal:
-            print(f"\r\033[K{self._line(metrics)}", end="\n" if lasting else "", flush=True)
+            self._print(f"\r\033[K{self._line(metrics)}", end="\n" if lasting else "")
         elif lasting or now - self._shown > _LINE_EVERY:
-            print(self._line(metrics), flush=True)
+            self._print(self._line(metrics))
             self._shown = now
 
     def _line(self, metrics: StepMetrics) -> str:
@@ -217,4 +241,4 @@ def _step(line: bytes) -> int | None:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError):
         return None
-    return step if isinstance(step, int) else None
+    return step if type(step) is int else None  # True is an int, too

@@ -6,10 +6,12 @@ configured here. Each has a thread: training never waits for a service, and none
 
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from errno import ENOSPC
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +41,7 @@ BY_DATASET = {
     "tokens_by_dataset": "trained tokens by dataset",
 }
 WAITING = 1000  # steps that wait for a slow service; further ones are left out
+_ROOM = 1 << 20  # bytes: TensorBoard keeps some 100 kB before it writes them
 CLOSE_SECONDS = 60  # that the end of a run waits for them
 
 
@@ -60,22 +63,42 @@ def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """FOLDER/tensorboard; a run that resumes at step `start` hides what was written of later steps."""
+    """FOLDER/tensorboard; a run that resumes at step `start` hides what was written of later steps.
 
-    def __init__(self, folder: Path, start: int) -> None:
+    It is left out from the first time on that its disk refuses, as a full one does.
+    """
+
+    def __init__(self, folder: Path, start: int, say: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: other ranks need not
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._say, self._folder = say, folder
+        self._writer: Any = None
+        self._attempt(lambda: self._start(SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)))
+
+    def _start(self, writer: Any) -> None:
+        self._writer = writer
 
     def log(self, scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            if self._writer:
+                self._attempt(partial(self._writer.add_scalar, name, value, step))
 
     def flush(self) -> None:
-        self._writer.flush()
+        if self._writer:
+            self._attempt(self._writer.flush)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer:
+            self._attempt(self._writer.close)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            if shutil.disk_usage(self._folder).free < _ROOM:  # its own thread writes, and would print a traceback
+                raise OSError(ENOSPC, os.strerror(ENOSPC))
+            action()
+        except OSError as error:
+            self._writer = None
+            self._say(_left_out("TensorBoard", error))
 
 
 class Wandb:
@@ -179,10 +202,14 @@ class Background:
             tracker.close()
         except Exception as error:  # a service raises what it likes
             self._failed = True
-            reason = " ".join(str(error).split())[:300]
-            self._say(f"{self.name} is left out from now on ({type(error).__name__}: {reason}); training goes on")
+            self._say(_left_out(self.name, error))
             while self._queue.get():
                 pass
+
+
+def _left_out(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"{name} is left out from now on ({type(error).__name__}: {reason}); training goes on"
 
 
 def services(run: str, config: dict[str, Any], say: Callable[[str], None]) -> list[Background]:

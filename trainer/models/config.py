@@ -196,12 +196,15 @@ def _slides(text: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model computes: precision and activation checkpointing. The planner chooses it."""
+    """How a model computes: precision, activation checkpointing and offloading. The planner chooses it."""
 
     fp8: bool = False  # matrix products of the layers in 8 bits, with one scale a tensor
-    # Activation checkpointing: the first N layers or blocks are recomputed in the backward pass.
-    recomputed_layers: int = 0  # of the decoder
-    recomputed_blocks: int = 0  # of the vision tower
+    # Activation checkpointing: N layers of the decoder, behind those that are offloaded, and N blocks of the vision
+    # tower are recomputed in the backward pass.
+    recomputed_layers: int = 0
+    recomputed_blocks: int = 0
+    # Activation offloading: SwiGLU's inputs of the decoder's first N layers wait in host memory (models/offload.py).
+    offloaded_layers: int = 0
     # Weights in fp8 are also kept transposed, for the backward pass, and not transposed in each one: see Fp8Weights.
     transposed_weights: bool = False
 

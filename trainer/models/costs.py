@@ -101,6 +101,11 @@ class Costs:
         # where attention's output is kept once more.
         return kept + ((2 * h + q + f) if compute.fp8 else 2 * (2 * h + f))
 
+    @property
+    def swiglu_bytes(self) -> int:
+        """Of these bytes, gate and up in bfloat16: what activation offloading moves to the host."""
+        return 2 * 2 * self.model.intermediate_size
+
     def patch_bytes(self, compute: Compute) -> int:
         """Bytes that the vision tower keeps of a patch for its backward pass."""
         return 0

@@ -24,6 +24,7 @@ from trainer.kernels.constants import IGNORED
 from trainer.kernels.embedding import LookUp
 from trainer.kernels.loss import LinearCrossEntropy
 from trainer.models.config import BFLOAT16, Compute, ModelConfig
+from trainer.models.offload import ActivationOffload
 from trainer.optim.fp8_weights import Fp8Weights
 from trainer.optim.sharded_layers import ShardedLayers
 from trainer.runtime import Runtime
@@ -39,7 +40,7 @@ class LanguageModel(MegatronModule):
         self.model_config = model_config
         self.language = GPTModel(
             self.config,
-            _layers(model_config, runtime),
+            _layers(model_config, runtime, compute),
             vocab_size=model_config.vocab_size,
             max_sequence_length=model_config.max_positions,
             position_embedding_type="mrope",
@@ -47,6 +48,13 @@ class LanguageModel(MegatronModule):
             share_embeddings_and_output_weights=model_config.tied,
             scatter_embedding_sequence_parallel=model_config.vision is None,
         )
+        self.offload: ActivationOffload | None = None
+        if compute.offloaded_layers:
+            self.offload = ActivationOffload(
+                self.language.decoder.layers,
+                count=compute.offloaded_layers,
+                width=2 * model_config.intermediate_size // runtime.tensor_parallel,
+            )
         # Under tensor parallelism each rank has a part of the vocabulary, which megatron.core's own modules add up.
         self._fused = runtime.cuda and runtime.tensor_parallel == 1
         # Set by who wraps the model for training.
@@ -193,10 +201,6 @@ def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT
         # Weights are cast in every micro-batch. megatron.core would do so in a step's first one, by a flag of the host
         # that a graph does not see: it replays the cast weights of the capture for ever.
         disable_parameter_transpose_cache=True,
-        # The first layers: they wait longest for their backward pass.
-        recompute_granularity="full" if compute.recomputed_layers else None,
-        recompute_method="block" if compute.recomputed_layers else None,
-        recompute_num_layers=compute.recomputed_layers or None,
         tensor_model_parallel_size=runtime.tensor_parallel,
         sequence_parallel=runtime.tensor_parallel > 1,
         gradient_accumulation_fusion=False,
@@ -213,11 +217,11 @@ def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT
     )
 
 
-def _layers(config: ModelConfig, runtime: Runtime) -> TransformerBlockSubmodules:
+def _layers(config: ModelConfig, runtime: Runtime, compute: Compute) -> TransformerBlockSubmodules:
     if runtime.cuda:
         from trainer.models.layers_te import te_layers
 
-        return te_layers(config, runtime.deterministic)
+        return te_layers(config, compute, runtime.deterministic)
     from trainer.models.layers import reference_layers
 
-    return reference_layers(config)
+    return reference_layers(config, compute)

@@ -6,6 +6,7 @@ Checkpoints of both have the same names: those of the fused Transformer Engine l
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -16,9 +17,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trainer.kernels.attention import segment_attention
-from trainer.models.config import ModelConfig
+from trainer.models.config import Compute, ModelConfig
 
 
 class SegmentAttention(nn.Module):
@@ -47,7 +49,39 @@ class RMSNorm(nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def reference_layers(config: ModelConfig) -> TransformerBlockSubmodules:
+class RecomputedLayer(TransformerLayer):
+    """Keeps only its input, and is run again in the backward pass.
+
+    Not megatron.core's recompute_num_layers: that takes the first layers, whose inputs of SwiGLU are offloaded.
+    """
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        forward = super().forward
+        if not hidden_states.requires_grad:  # which the checkpoint needs
+            out: tuple[Tensor, Any] = forward(hidden_states, **kwargs)
+            return out
+
+        def run(x: Tensor) -> Tensor:
+            with get_fp8_context(self.config, self.layer_number - 1):  # the backward pass is outside of the block's
+                out: Tensor = forward(x, **kwargs)[0]
+            return out
+
+        # Reentrant: the first pass runs without gradients, so it casts nothing for a backward pass that casts anew.
+        # preserve_rng_state: nothing is random, and a CUDA graph cannot read the generator's state.
+        recomputed: Tensor = checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False)
+        return recomputed, kwargs.get("context")
+
+
+def decoder_layers(
+    config: ModelConfig, compute: Compute, layer: TransformerLayerSubmodules, norm: Any
+) -> TransformerBlockSubmodules:
+    """Return the specification of a decoder out of such layers: the offloaded ones, then those that are recomputed."""
+    kinds = [TransformerLayer] * compute.offloaded_layers + [RecomputedLayer] * compute.recomputed_layers
+    kinds += [TransformerLayer] * (config.num_layers - len(kinds))
+    return TransformerBlockSubmodules([ModuleSpec(module=kind, submodules=layer) for kind in kinds], layer_norm=norm)
+
+
+def reference_layers(config: ModelConfig, compute: Compute) -> TransformerBlockSubmodules:
     """Return the specification of a whole decoder out of torch and megatron.core modules."""
     head_norm = RMSNorm if config.qk_norm else None
     layer = TransformerLayerSubmodules(
@@ -74,5 +108,4 @@ def reference_layers(config: ModelConfig) -> TransformerBlockSubmodules:
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         },
     )
-    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm)
+    return decoder_layers(config, compute, layer, RMSNorm)

@@ -18,6 +18,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from trainer.optim.remainders import split
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 type Place = ShardedTensor | ShardedTensorFactory  # a parameter's, in a checkpoint
@@ -107,21 +109,6 @@ class OptimizerState:
         for state in self._adam.state.values():
             if "step" in state:
                 state["step"].fill_(steps)
-
-
-def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Split float32 into the nearest bfloat16 weight and the int16 remainder: added as integers, they are the master.
-
-    Transformer Engine's FusedAdam stores them so (store_param_remainders).
-    """
-    bits = master.view(torch.int32)
-    upper = (bits + 0x8000) >> 16
-    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
-
-
-def joined(weight: Tensor, remainder: Tensor) -> Tensor:
-    """Join what `split` split."""
-    return ((weight.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
 
 
 def _shards(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, int, Tensor]]:

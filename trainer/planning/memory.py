@@ -73,8 +73,9 @@ class MemoryModel:
     def _activations(self, tensor_parallel: int, tokens: int, compute: Compute) -> float:
         h, layers, recomputed = self._model.hidden_size, self._model.num_layers, compute.recomputed_layers
         layer = self._costs.layer_bytes(compute) / tensor_parallel
-        # A recomputed layer keeps its input; while one is recomputed, it holds as much as any other.
-        kept = (layers - recomputed + (recomputed > 0)) * layer + recomputed * 2 * h / tensor_parallel
+        # A recomputed layer keeps its input. While one is recomputed, those behind it have freed what they held.
+        kept = max(layers - recomputed, 1) * layer + recomputed * 2 * h / tensor_parallel
+        kept -= compute.offloaded_layers * self._costs.swiglu_bytes / tensor_parallel
         return tokens * (kept + 8 * h)
 
     def _vision(self, patches: int, compute: Compute) -> float:

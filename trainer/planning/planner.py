@@ -4,11 +4,13 @@ The user states what to train on what; there is nothing to tune. Of the layouts 
 predicted step time is taken. Imports neither torch nor megatron.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from kanyun.errors import UserError
 from trainer.models.config import BFLOAT16, Compute, ModelConfig
+from trainer.models.registry import costs_of
 from trainer.planning.gpus import GPU, NODE
 from trainer.planning.memory import MemoryModel
 from trainer.planning.speed import SpeedModel, StepTime
@@ -23,8 +25,8 @@ MOST_TOKENS = 65_536
 MICRO_BATCHES = (8, 4, 2, 1)
 TENSOR_PARALLEL = (1, 2, 4, 8)  # within a node
 MOST_GPUS = 512
-# Recomputation with several packs a micro-batch has not been measured: it is taken where it is predicted to be faster
-# by more than this, a third of what predictions are off by.
+# Recomputation and offloading with several packs a micro-batch have not been measured: they are taken where they are
+# predicted to be faster by more than this, a third of what predictions are off by.
 MARGIN = 1.02
 
 
@@ -41,10 +43,15 @@ class Layout:
 
 
 class LayoutPlanner:
-    """Plans one model on `gpus` processes with one device each. `gpu`: None for CPUs. `node`: devices of a node."""
+    """Plans one model on `gpus` processes with one device each. `gpu`: None for CPUs. `node`: devices of a node.
 
-    def __init__(self, model: ModelConfig, gpu: GPU | None, gpus: int, node: int = NODE) -> None:
-        self._model, self._gpu, self._gpus, self._node = model, gpu, gpus, node
+    `host_memory`: bytes for each device that activations may be offloaded to.
+    """
+
+    def __init__(
+        self, model: ModelConfig, gpu: GPU | None, gpus: int, node: int = NODE, host_memory: float = math.inf
+    ) -> None:
+        self._model, self._gpu, self._gpus, self._node, self._host = model, gpu, gpus, node, host_memory
         self._memory = MemoryModel(model)
 
     def plan(self, *, length: int, global_batch: int, patches: int = 0) -> Layout:
@@ -105,7 +112,9 @@ class LayoutPlanner:
         share = max(global_batch * tensor_parallel // self._gpus, 1)
         if share % micro_batch or (micro_batch > 1 and micro_batch * length > MOST_TOKENS):
             return None
-        for compute in self._computes(self._gpu, whole=tensor_parallel == weight_shards == 1):
+        swiglu = costs_of(self._model).swiglu_bytes * micro_batch * length / tensor_parallel
+        most_offloaded = int(min(self._host / swiglu, self._model.num_layers))
+        for compute in self._computes(self._gpu, most_offloaded, whole=tensor_parallel == weight_shards == 1):
             memory = self._peak(tensor_parallel, weight_shards, micro_batch * length, micro_batch * patches, compute)
             if memory <= self._gpu.usable:
                 break
@@ -123,14 +132,25 @@ class LayoutPlanner:
         layout = Layout(tensor_parallel, micro_batch, "", compute, memory, weight_shards, step)
         return replace(layout, reason=self._reason(self._gpu, layout, length, memory))
 
-    def _computes(self, gpu: GPU, *, whole: bool) -> Iterator[Compute]:
-        """Yield ways to compute, from no recomputation to all of it; `whole`: weights are on each GPU."""
-        fp8, depth = self._fp8(gpu), self._vision_depth
+    def _computes(self, gpu: GPU, most_offloaded: int, *, whole: bool) -> Iterator[Compute]:
+        """Yield ways to compute, from the fastest to the one of least memory; `whole`: weights are on each GPU."""
+        fp8, depth, layers = self._fp8(gpu), self._vision_depth, self._model.num_layers
+        speed = SpeedModel(self._model, gpu, self._node)
+
+        def offloaded(compute: Compute) -> int:
+            return min(speed.offloadable(compute), most_offloaded)
+
         if fp8 and whole:  # saves 0.7 % of a step, for a byte a parameter
             yield Compute(fp8, transposed_weights=True)
-        # To save 0.7 GB a recomputed vision block costs 1.4 ms (18,816 patches), a layer of 3B 2 ms (8192 tokens).
-        yield from (Compute(fp8, 0, blocks) for blocks in range(depth + 1))
-        yield from (Compute(fp8, layers, depth) for layers in range(1, self._model.num_layers + 1))
+        # What saving a GB costs in a micro-batch: offloading 0.7 ms, a recomputed vision block 2 (18,816 patches), a
+        # recomputed layer of 3B 3 (8192 tokens).
+        plain = Compute(fp8)
+        yield from (replace(plain, offloaded_layers=count) for count in range(offloaded(plain) + 1))
+        for blocks in range(1, depth + 1):
+            yield replace(plain, recomputed_blocks=blocks, offloaded_layers=offloaded(plain))
+        for recomputed in range(1, layers + 1):
+            compute = replace(plain, recomputed_layers=recomputed, recomputed_blocks=depth)
+            yield replace(compute, offloaded_layers=offloaded(compute))
 
     def _peak(
         self, tensor_parallel: int, weight_shards: int, tokens: int, patches: int, compute: Compute, gpus: int = 0
@@ -159,6 +179,8 @@ class LayoutPlanner:
             split = layout.tensor_parallel
             whole = "the whole model on each GPU" if split == 1 else f"tensor parallel over {split} GPUs"
             parts[:0] = [whole, f"optimizer state over {ranks} data-parallel rank(s)"]
+        if compute.offloaded_layers:
+            parts.append(f"SwiGLU's inputs of {compute.offloaded_layers} layers offloaded to the host")
         if compute.recomputed_blocks:
             parts.append(f"recompute {compute.recomputed_blocks} of {self._vision_depth} vision blocks")
         if compute.recomputed_layers:
@@ -201,6 +223,7 @@ class LayoutPlanner:
 def _order(layout: Layout) -> tuple[float, int, int]:
     """Return what layouts are sorted by: predicted seconds, then the least exchange and the fewest micro-batches."""
     assert layout.step is not None
-    recomputed = layout.compute.recomputed_layers + layout.compute.recomputed_blocks > 0
-    margin = MARGIN if recomputed and layout.micro_batch > 1 else 1.0
+    compute = layout.compute
+    saves_memory = compute.recomputed_layers + compute.recomputed_blocks + compute.offloaded_layers > 0
+    margin = MARGIN if saves_memory and layout.micro_batch > 1 else 1.0
     return margin * layout.step.seconds, layout.weight_shards, -layout.micro_batch

@@ -97,7 +97,10 @@ class Axis:
         self.log = log and low > 0 and high / low >= _LOG
         if high == low:
             low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-        elif not self.log and isinstance(low, float):
+        elif self.log:  # a twentieth on either side: a peak on the border looks cut off
+            margin = (high / low) ** 0.05
+            low, high = low / margin, high * margin
+        elif isinstance(low, float):
             low = low if low == 0 else low - (high - low) / 20
             high += (high - low) / 20
         self.low, self.high = low, high

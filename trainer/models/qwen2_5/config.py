@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kanyun.storage import Folder
-from trainer.models.config import ModelConfig, VisionConfig, read_decoder, vision_fields
+from trainer.models.config import ModelConfig, VisionConfig, read_decoder, refuse_options, vision_fields
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ def read_config(values: dict[str, Any], folder: Folder) -> ModelConfig:
         options["mrope_section"] = (time, height, width)
         options["image_token_id"] = values["image_token_id"]
         vision = values["vision_config"]
+        act = vision.get("hidden_act", "silu")
+        refuse_options(folder, {f"vision hidden_act {act!r}": act != "silu"})
         options["vision"] = WindowedVisionConfig(
             **vision_fields(vision, folder),
             window_size=vision["window_size"],

@@ -42,7 +42,7 @@ class Qwen3VL(LanguageModel):
         images, deepstack = self.vision(batch.vision)
         inputs: dict[str, Any] = {"decoder_input": with_visual_tokens(text, images[:, None], index, self.config)}
         if deepstack:
-            # GPTModel hands `context`, meant for cross attention, to every layer, also to those that are recomputed.
+            # GPTModel hands `context`, meant for cross attention, to every layer.
             nothing = text.new_zeros(len(text), len(deepstack), text.shape[-1])
             context = with_visual_tokens(nothing, torch.stack(deepstack, dim=1), index, self.config)
             inputs["extra_block_kwargs"] = {"context": context}
