@@ -73,6 +73,7 @@ class Encoder:
             return "", Rejected(Reason.PROCESSOR_FAILED, evidence)
         try:
             rendered = self._template.render(row["messages"], row.get("tools"))
+            rendered.text.encode()  # raises for half of a surrogate pair, an escape in arguments that came as text
         except Exception as error:  # a template is a program: whatever it raises is about this row
             return "", Rejected(Reason.PROCESSOR_FAILED, f"chat template: {error}")
         if not all(rendered.text[start:end].strip() for start, end in rendered.answers):

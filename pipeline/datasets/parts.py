@@ -92,33 +92,34 @@ def _part(part: Any) -> Part:
     if kind in _TEXT and isinstance(fields.get("text"), str):
         return _text(fields["text"])
     if kind in _IMAGE:
-        named = [fields[name] for name in ("image", "image_url", "url", "path", "bytes") if name in fields]
+        named = [fields[name] for name in ("image", "image_url", "url", "path", "bytes", "source") if name in fields]
         return {"type": "image", "text": None, "image": _image(named[0])} if named else {"type": "image", "text": None}
     raise malformed(f"{what} is {part!r:.200}, known types are 'text' (with its text), 'image' and 'image_url'")
 
 
 def _image(value: Any) -> Image:
     match value:
-        case str() if value[:5].lower() == "data:":
-            return _data_uri(value)
+        case str() if value.lstrip()[:5].lower() == "data:":
+            return _data_uri(value.strip())
         case str() if _BARE_BASE64.fullmatch(value):
             return _base64(value, value)
         case str() | bytes() if value:
             return value
-        case {"bytes": bytes(data)}:
+        case {"bytes": bytes(data)} if data:
             return data
-        case {"bytes": str(text)} if text:  # JSON has no bytes
+        case {"bytes": str(text)} | {"data": str(text)} if text:  # JSON has no bytes; Anthropic's API has `data`
             return _base64(text, text)
-        case {"path": str(named)} | {"url": str(named)}:
+        case {"path": str(named)} | {"url": str(named)} | {"image": named} | {"image_url": named}:
             return _image(named)
     raise malformed(f"an image is {value!r:.200}, a path or bytes are needed")
 
 
 def _data_uri(uri: str) -> bytes:
-    """The bytes in data:[TYPE][;base64],DATA (RFC 2397)."""
+    """The bytes in data:[TYPE][;base64],DATA (RFC 2397), where people also write `; base64` and put it first."""
     header, _, data = uri.partition(",")
     quoted = unquote_to_bytes(data.encode(errors="backslashreplace"))
-    return _base64(quoted, uri) if header.lower().endswith(";base64") else quoted
+    is_base64 = "base64" in [parameter.strip() for parameter in header.lower().split(";")[1:]]
+    return _base64(quoted, uri) if is_base64 else quoted
 
 
 def _base64(text: str | bytes, shown: str) -> bytes:

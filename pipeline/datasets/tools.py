@@ -32,6 +32,8 @@ def extra_fields(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return the raw message's fields that chat templates read, as they came. Raises RowError."""
     calls = calls_in(message.get("tool_calls")) + openai_calls(message.get("function_call"))
     extra = {name: message[name] for name in _EXTRA if message.get(name) is not None}
+    if "reasoning_content" in extra:  # templates drop what is no text, and the answer would be trained without it
+        need(extra["reasoning_content"], "a message's reasoning_content", str)
     return extra | ({"tool_calls": calls} if calls else {})
 
 

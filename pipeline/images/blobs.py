@@ -18,7 +18,7 @@ from pipeline.checks import MAX_IMAGE_BYTES, Reason, RowError
 from pipeline.images.guard import decoder
 
 BLOB_BYTES = 1 << 30  # a task starts another blob after this many
-_FILE_URI = re.compile(r"file:(//(localhost)?(?=/))?(?P<path>[^/].*|/[^/].*)", re.DOTALL)
+_FILE_URI = re.compile(r"file:(//(localhost)?(?=/))?(?P<path>[^/].*|/[^/].*)", re.DOTALL | re.IGNORECASE)
 _REMEMBERED = 4096  # images of a task, about 500 B each: rows that share an image often follow each other
 
 

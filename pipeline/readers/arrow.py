@@ -1,5 +1,6 @@
 """Arrow IPC, as `datasets.save_to_disk` writes it (streams) and as `pyarrow.feather` does (files)."""
 
+import io
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -31,9 +32,11 @@ class ArrowTable(Reader):
 
 def _batches(data: Bytes) -> Iterator[pa.RecordBatch]:
     is_file = data.read(len(_FILE_MAGIC)) == _FILE_MAGIC
+    end = data.seek(0, io.SEEK_END)
     data.seek(0)
     if not is_file:
-        yield from pa.ipc.open_stream(data)
+        while data.tell() < end:  # `cat` joins streams
+            yield from pa.ipc.open_stream(data)
         return
     file = pa.ipc.open_file(data)
     for number in range(file.num_record_batches):

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ from pipeline.checks import RowError, malformed
 
 STEP = 4 << 20  # bytes a read
 BEGINNING = 1000  # characters kept of a row that is over MAX_ROW
+BOM = b"\xef\xbb\xbf"
 ROWS = 64  # of a table as Python objects at a time: they may have images in them
 
 
@@ -32,6 +33,7 @@ class RawRow:
     position: int  # see each format: together with the file's name it makes the sample_id
     raw: str  # the row as it came, as text; binary values and base64 replaced by their length
     fields: dict[str, Any] | RowError
+    members: dict[str, bytes] = field(default_factory=dict)  # files that came with the row: an image may name one
 
 
 class Reader:
@@ -82,7 +84,7 @@ class Bytes(io.RawIOBase):
 def parse(line: bytes) -> dict[str, Any] | RowError:
     """Return the JSON object in `line`, or what is wrong with it."""
     try:
-        return as_row(json.loads(line.decode()))
+        return as_row(json.loads(line.removeprefix(BOM).decode()))
     except UnicodeDecodeError as error:
         return malformed(f"invalid UTF-8 at byte {error.start} of the row: {line[error.start : error.start + 8]!r}")
     except (ValueError, RecursionError) as error:
@@ -95,7 +97,10 @@ def as_row(value: Any) -> dict[str, Any] | RowError:
 
 def row_text(fields: dict[str, Any]) -> str:
     """Return a row as text, with binary values replaced by their length."""
-    return json.dumps(fields, ensure_ascii=False, default=_text_of)
+    try:
+        return json.dumps(fields, ensure_ascii=False, default=_text_of)
+    except TypeError:  # keys of a table's map may be bytes, dates ...
+        return json.dumps(_with_text_keys(fields), ensure_ascii=False, default=_text_of)
 
 
 class Unreadable:
@@ -112,7 +117,7 @@ def table_rows(batch: pa.RecordBatch, position: int) -> Iterator[RawRow]:
     """Rows of a batch, of which the first is at `position`.
 
     All objects of a column have the same fields, with null where the row had none: the arguments of a tool call have
-    those of all calls. Such a field is left out.
+    those of all calls. Such a field is left out. A map, as Spark writes it, is an object.
     """
     columns = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns)}
     for number in range(len(batch)):
@@ -129,9 +134,18 @@ def _filled(value: Any) -> Any:
     return value
 
 
+def _with_text_keys(value: Any) -> Any:
+    match value:
+        case list():
+            return [_with_text_keys(one) for one in value]
+        case dict():
+            return {str(name): _with_text_keys(one) for name, one in value.items()}
+    return value
+
+
 def _values(column: pa.Array) -> list[Any]:
     try:
-        return list(column.to_pylist())
+        return list(column.to_pylist(maps_as_pydicts="strict"))
     except Exception as error:  # whatever is in a file may not end a job
         if len(column) == 1:
             return [Unreadable(error)]

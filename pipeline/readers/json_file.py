@@ -1,4 +1,4 @@
-"""`.json` files: an array of rows, a row a line (C4, dolma), or one row alone; plain or compressed."""
+"""`.json` files: an array of rows, a row a line (C4, dolma), or rows over several lines (jq); plain or compressed."""
 
 import io
 import json
@@ -7,16 +7,16 @@ from typing import IO
 
 from kanyun.storage import Folder
 from pipeline.checks import MAX_ROW, malformed, too_large
-from pipeline.readers.base import BEGINNING, STEP, RawRow, Reader, Split, as_row, parse
+from pipeline.readers.base import BEGINNING, BOM, STEP, RawRow, Reader, Split, as_row, parse
 from pipeline.readers.compressed import COMPRESSED, open_raw
-from pipeline.readers.lines import BOM, damage, line_rows
+from pipeline.readers.lines import damage, line_rows
 
 _SPACE = " \t\r\n"
 _SNIFFED = 20  # lines
 
 
 class JsonFile(Reader):
-    """A row of an array is at its number in it, a line at its byte offset. One task streams the file."""
+    """A row is at its number in the file, a line at its byte offset. One task streams the file."""
 
     suffixes = (".json", *(f".json{compressed}" for compressed in COMPRESSED))
     splittable = False
@@ -28,8 +28,7 @@ class JsonFile(Reader):
         else:
             first = list(_first_lines(stream))
             whole = io.BufferedReader(_Chained(b"".join(first), stream), STEP)
-            lines = any(isinstance(parse(line.strip().removeprefix(BOM)), dict) for line in first)
-            yield from line_rows(whole, 0, None) if lines else _single_row(whole)
+            yield from line_rows(whole, 0, None) if any(map(_is_row, first)) else _object_rows(whole)
         yield from damage(decompressed)
 
 
@@ -41,6 +40,11 @@ def _first_lines(stream: IO[bytes]) -> Iterator[bytes]:
             return
         size += len(line)
         yield line
+
+
+def _is_row(line: bytes) -> bool:
+    """Whether a line is a row. One that is indented is a part of a row over several lines."""
+    return line.removeprefix(BOM).startswith(b"{") and isinstance(parse(line), dict)
 
 
 class _Chained(io.RawIOBase):
@@ -58,13 +62,16 @@ class _Chained(io.RawIOBase):
         return len(data)
 
 
-def _single_row(stream: IO[bytes]) -> Iterator[RawRow]:
-    data = stream.read(MAX_ROW + 1).removeprefix(BOM).strip()
-    text = data.decode(errors="backslashreplace")
-    if len(data) > MAX_ROW:
-        yield RawRow(0, text[:BEGINNING], too_large(len(data)))
-    elif data:
-        yield RawRow(0, text, parse(data))
+def _object_rows(stream: IO[bytes]) -> Iterator[RawRow]:
+    """Rows one after another, as jq prints them, or one alone. Damage costs what is behind it."""
+    text = _Text(stream)
+    number = 0
+    while text.skip(_SPACE + "\ufeff"):
+        row, sound = text.row(number, "the file")
+        yield row
+        if not sound:
+            return
+        number += 1
 
 
 def _array_rows(stream: IO[bytes]) -> Iterator[RawRow]:
@@ -87,13 +94,10 @@ def _array_rows(stream: IO[bytes]) -> Iterator[RawRow]:
             elif number > first or not following:
                 yield RawRow(number, text.beginning(), malformed(f"the array is not closed after {number} rows"))
                 return
-            try:
-                raw, value = text.value()
-                row = as_row(value)
-            except (ValueError, RecursionError) as error:
-                yield RawRow(number, text.beginning(), malformed(f"no JSON from row {number} of the array on: {error}"))
+            row, sound = text.row(number, "the array")
+            yield row
+            if not sound:
                 return
-            yield RawRow(number, raw, row)
             number += 1
         text.skip("]", once=True)
 
@@ -116,7 +120,17 @@ class _Text:
                 break
         return ""
 
-    def value(self) -> tuple[str, object]:
+    def row(self, number: int, where: str) -> tuple[RawRow, bool]:
+        """Return the next value as a row, and whether it is sound: else nothing behind it can be read."""
+        try:
+            raw, value = self._value()
+        except (ValueError, RecursionError) as error:
+            size = len(self._buffer) - self._at
+            wrong = malformed(f"no JSON from row {number} of {where} on: {error}")
+            return RawRow(number, self.beginning(), too_large(size) if size > MAX_ROW else wrong), False
+        return RawRow(number, raw, as_row(value)), True
+
+    def _value(self) -> tuple[str, object]:
         """Return the next value, as text and as Python's. Raises ValueError, RecursionError."""
         while True:
             error: ValueError | None = None

@@ -6,10 +6,9 @@ from typing import IO
 
 from kanyun.storage import Folder
 from pipeline.checks import MAX_ROW, malformed, too_large
-from pipeline.readers.base import BEGINNING, STEP, Bytes, RawRow, Reader, Split, parse
+from pipeline.readers.base import BEGINNING, BOM, STEP, Bytes, RawRow, Reader, Split, parse
 from pipeline.readers.compressed import COMPRESSED, Decompressed, open_raw
 
-BOM = b"\xef\xbb\xbf"
 _SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 
 

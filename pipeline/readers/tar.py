@@ -1,26 +1,24 @@
 """Tars as webdataset writes them: consecutive members of one name up to its first dot are one sample."""
 
-import io
 import posixpath
 import tarfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from lzma import LZMAError
 from typing import Any
 
 from kanyun.storage import Folder
 from pipeline.checks import MAX_IMAGE_BYTES, MAX_ROW, RowError, malformed
-from pipeline.readers.base import STEP, Bytes, RawRow, Reader, Split, parse, row_text
+from pipeline.readers.base import BOM, STEP, RawRow, Reader, Split, parse, row_text
+from pipeline.readers.compressed import COMPRESSED, open_raw
+from pipeline.readers.lines import damage
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+IMAGES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "heic")
 TEXTS = (".json", ".txt")
 _BLOCK = 512  # bytes: what a tar is made of
-_MODES = {".tar": "r:", ".tar.gz": "r:gz", ".tgz": "r:gz", ".tar.bz2": "r:bz2", ".tar.xz": "r:xz"}
-_DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)  # errors of the storage are UserErrors
+_DAMAGE = (tarfile.TarError, EOFError, OSError)  # errors of the storage are UserErrors
 _LINKS = 16  # followed from one member
 
 
@@ -29,32 +27,30 @@ class WebDataset(Reader):
 
     - the fields of the member `KEY.json`,
     - every other member under what follows its first dot (`jpg`, `txt` ...): as text if it is `txt`, else as bytes,
-    - in `image` and `images` the bytes of a member in the place of its name (`KEY.jpg`); where `KEY.json` has no
-      `images`, they are all members with the suffix of an image, in the order of the tar.
+    - in `images`, where `KEY.json` names no images, all members with the suffix of an image, in the order of the tar.
 
-    A link has the bytes of the member that it leads to.
+    An image may be named as a member is (`KEY.jpg`). A link has the bytes of the member that it leads to.
     """
 
-    suffixes = tuple(_MODES)
+    suffixes = (".tar", ".tgz", *(f".tar{compressed}" for compressed in COMPRESSED))
     splittable = False
 
     def rows(self, root: Folder, split: Split) -> Iterator[RawRow]:
-        mode = next(mode for suffix, mode in _MODES.items() if split.file.lower().endswith(suffix))
-
-        def open_tar() -> tarfile.TarFile:
-            return tarfile.open(fileobj=io.BufferedReader(Bytes(root, split), STEP), mode=mode)  # type: ignore[call-overload]
-
+        stream, decompressed = open_raw(root, split)
+        links = _Links(lambda: tarfile.open(fileobj=open_raw(root, split)[0], mode="r:"))  # noqa: SIM115
         after = 0  # the last row
         try:
-            with open_tar() as tar:
-                for key, members in groupby(_members(tar, _Links(open_tar)), lambda member: _key(member.name)):
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                for key, members in groupby(_members(tar, links), lambda member: _key(member.name)):
                     row = _row(key, list(members))
                     yield row
                     after = row.position + 1
                 end, rest = tar.offset, _after_zeros(tar) is not None
         except _DAMAGE as error:
-            yield RawRow(after, "", malformed(f"{split.file} is damaged after its byte {after}: {error}"))
+            cause = (decompressed and decompressed.error) or error
+            yield RawRow(after, "", malformed(f"{split.file} is damaged after its byte {after}: {cause}"))
             return
+        yield from damage(decompressed)
         if rest:  # tarfile takes a header that it cannot read for the end
             yield RawRow(end, "", malformed(f"{split.file} is no tar from its byte {end} on"))
 
@@ -158,7 +154,8 @@ def _row(key: str, members: list[_Member]) -> RawRow:
     try:
         _refuse_odd(members)
         fields = _fields(key, named)
-        return RawRow(members[0].offset, row_text(fields), fields)
+        in_full = {posixpath.normpath(member.name): member.data or b"" for member in members}
+        return RawRow(members[0].offset, row_text(fields), fields, named | in_full)
     except (RowError, RecursionError) as error:
         texts = {name: data.decode(errors="backslashreplace") for name, data in named.items() if name.endswith(TEXTS)}
         wrong = error if isinstance(error, RowError) else malformed(f"{key}.json is nested too deeply: {error}")
@@ -191,21 +188,30 @@ def _fields(key: str, named: dict[str, bytes]) -> dict[str, Any]:
     if isinstance(fields, RowError):
         raise fields
     try:
-        text = {"txt": by_suffix["txt"].decode()} if "txt" in by_suffix else {}
+        text = {"txt": by_suffix["txt"].removeprefix(BOM).decode()} if "txt" in by_suffix else {}
     except UnicodeDecodeError as error:
         raise malformed(f"{key}.txt has invalid UTF-8 at byte {error.start}") from error
+    if _names_images(fields, named):
+        return by_suffix | text | fields
     images = [data for name, data in named.items() if name.lower().endswith(IMAGES)]
-    return by_suffix | text | {"images": images} | _with_bytes(fields, named)
+    return by_suffix | text | fields | {"images": images}
 
 
-def _with_bytes(fields: dict[str, Any], named: dict[str, bytes]) -> dict[str, Any]:
-    """`fields`, where `image` and `images` have the bytes of the members that they name."""
+def _names_images(fields: Mapping[str, Any], named: Mapping[str, bytes]) -> bool:
+    """Whether KEY.json says which images its row has: in `images`, in `image`, or within its messages."""
+    if fields.get("images") is not None or fields.get("image"):
+        return True
+    lists = [value for value in fields.values() if isinstance(value, list)]
+    return any(posixpath.basename(text) in named for text in _texts(lists))
 
-    def member(value: Any) -> Any:
-        return named.get(value, value) if isinstance(value, str) else value
 
-    return fields | {
-        name: [member(one) for one in value] if isinstance(value, list) else member(value)
-        for name, value in fields.items()
-        if name in ("image", "images")
-    }
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case list():
+            for one in value:
+                yield from _texts(one)
+        case dict():
+            for one in value.values():
+                yield from _texts(one)

@@ -1,6 +1,7 @@
 """preprocess RAW OUT --dataset NAME: raw rows to samples, each checked, its images copied to blobs."""
 
 import json
+import posixpath
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ class SampleMaker:
                 raise raw.fields
             sample = self._sample(raw.fields)
             hashed = _hash(sample)
-            images = [self._copier.copy(image, file) for image in sample.images]
+            images = [self._copier.copy(found(image, raw), file) for image in sample.images]
         except RowError as rejected:
             return row | {"reason": str(rejected.reason), "evidence": rejected.evidence}
         for image in images:
@@ -198,6 +199,11 @@ class SampleMaker:
         candidate = Candidate(sample.messages, sample.text, images, sample.image_field, self._dataset.min_text)
         run_checks(On.CANDIDATE, candidate)
         return sample
+
+
+def found(image: str | bytes, raw: RawRow) -> str | bytes:
+    """Return the bytes of a file that came with the row, if `image` is its name, else `image`."""
+    return raw.members.get(posixpath.normpath(image), image) if isinstance(image, str) else image
 
 
 def _hash(sample: RawSample) -> Any:

@@ -46,8 +46,16 @@ def test_a_marker_in_a_list_of_parts_is_text() -> None:
 
 
 def test_images_come_as_paths_or_bytes() -> None:
-    row = {"messages": [], "images": [{"bytes": b"1", "path": "p"}, {"bytes": None, "path": "q"}, b"2", "r"]}
-    assert dataset("messages").sample(row).images == (b"1", "q", b"2", "r")
+    given: list[Any] = [
+        {"bytes": b"1", "path": "p"},
+        {"bytes": None, "path": "q"},
+        b"2",
+        "r",
+        {"bytes": b"", "path": "s"},
+    ]
+    given += [{"image": "t"}, {"type": "image_url", "image_url": {"url": "u"}}, {"image": {"bytes": b"3"}}]
+    images = dataset("messages").sample({"messages": [], "images": given}).images
+    assert images == (b"1", "q", b"2", "r", "s", "t", "u", b"3")
     assert dataset("messages").sample({"messages": [], "images": None}).images == ()
 
 
@@ -62,12 +70,13 @@ def test_images_in_the_content_itself() -> None:
         {"type": "image", "url": "5"},
         {"type": "image", "image": {"bytes": b"6", "path": None}},
         {"type": "image", "image": "data:image/png;base64,aGVs%62G8="},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGVsbG8="}},
         {"text": "What?", "type": None, "image": None},
     ]
     row = {"messages": [{"role": "user", "content": parts}], "images": ["own"]}
     sample = dataset("messages").sample(row).placed()
-    assert sample.images == ("1", "2", "3", "4", "own", "5", b"6", b"hello")
-    assert sample.messages == [{"role": "user", "content": [IMAGE] * 8 + [text("What?")]}]
+    assert sample.images == ("1", "2", "3", "4", "own", "5", b"6", b"hello", b"hello")
+    assert sample.messages == [{"role": "user", "content": [IMAGE] * 9 + [text("What?")]}]
 
 
 def test_a_marker_beside_inline_images_alone_is_text() -> None:
@@ -89,6 +98,8 @@ def test_a_marker_beside_inline_images_alone_is_text() -> None:
         ("data:image/svg+xml,%3Csvg%20a%3E", b"<svg a>"),
         ("data:image/png;charset=utf-8;base64,aGVs\nbG8", b"hello"),
         ("data:image/png;base64,_-8=", b"\xff\xef"),
+        ("data:image/png;base64;charset=utf-8,aGVsbG8=", b"hello"),
+        ("\n data:image/png; BASE64 , aGVs\r\nbG8=\n", b"hello"),
         ("_-8" + "A" * 129, b"\xff\xef" + bytes(97)),
         (f"{'/+8A' * 33}\n", b"\xff\xef\x00" * 33),
     ],
@@ -208,6 +219,11 @@ def test_a_document_is_taken_as_it_is() -> None:
         ),
         ("messages", {"messages": [{"role": "tool_call", "content": "f(1)"}]}, "tool calls: a text that is no JSON"),
         ("messages", {"messages": [{"role": "tool_call", "content": ""}]}, "a turn of tool calls has none"),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": "x", "reasoning_content": ["why"]}]},
+            "reasoning_content is a list, a string is needed",
+        ),
         (
             "llava",
             {

@@ -213,6 +213,7 @@ def test_uris_into_the_raw_folder(raw: Path) -> None:
     (raw / "50%20.png").symlink_to("a.png")
     named = (raw / "a b.png").resolve().parent
     uris = [f"file://{named}/a b.png", f"file://localhost{named}/a%20b.png", f"file:{named}/a b.png", "file:a%20b.png"]
+    uris.append(f"FILE://{named}/a b.png")
     with copier(raw) as copy:
         for uri in [(named / "a b.png").as_uri(), *uris, f"file://{named}/50%20.png", "file:50%2520.png"]:
             assert copy.copy(uri, "x.jsonl").width == 64

@@ -98,7 +98,7 @@ def test_what_is_left_out_is_counted_by_suffix(raw: Path) -> None:
         "deep/more.TXT",
         "LICENSE",
         "v1.0",
-        "x.tar.zst",
+        "x.zip",
         "state.json",
         "e.parquet.crc",
         ".hidden",
@@ -115,7 +115,7 @@ def test_what_is_left_out_is_counted_by_suffix(raw: Path) -> None:
         ".crc": "1 (5 bytes)",
         ".json": "1 (5 bytes)",
         ".txt": "2 (10 bytes)",
-        ".zst": "1 (5 bytes)",
+        ".zip": "1 (5 bytes)",
         "no suffix": "2 (10 bytes)",
     }
     for number in range(200):

@@ -35,6 +35,9 @@ PLACES = [0, 17, 36]  # of the three rows in TEXT
         ("a.jsonl.bz2", bz2.compress(TEXT[:20]) + bz2.compress(TEXT[20:])),  # as pbzip2 makes it
         ("a.jsonl.xz", lzma.compress(TEXT)),
         ("a.jsonl.xz", lzma.compress(TEXT[:20]) + lzma.compress(TEXT[20:])),
+        ("a.jsonl.xz", lzma.compress(TEXT[:20]) + bytes(8) + lzma.compress(TEXT[20:]) + bytes(4)),  # as tools pad it
+        ("a.jsonl.gz", gzip.compress(TEXT[:20]) + bytes(512) + gzip.compress(b"") + gzip.compress(TEXT[20:])),
+        ("a.jsonl.bz2", bz2.compress(TEXT[:20]) + bytes(1) + bz2.compress(TEXT[20:])),
         ("a.json", TEXT),
         ("a.json.gz", gzip.compress(TEXT)),
         ("a.json.zst", zstd(TEXT)),
@@ -63,6 +66,19 @@ def test_a_damaged_end_costs_the_rows_behind_it(suffix: str, tmp_path: Path) -> 
     assert "cannot be decompressed" in last.fields.evidence
     assert last.position > good[-1].position
     assert len({row.position for row in [*rows, last]}) == len(rows) + 1
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("behind", [b"garbage", bytes(4) + b"garbage", b""])
+def test_what_cannot_be_read_behind_the_first_member_is_told(suffix: str, behind: bytes, tmp_path: Path) -> None:
+    """Python's own readers take it for the end of the file."""
+    compress = COMPRESS[suffix]
+    behind = behind or compress(b'{"text": "cut"}\n')[:-5]
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(compress(b'{"text": "good"}\n') + behind)
+    first, *_, last = rows_of(tmp_path / f"a.jsonl.{suffix}")
+    assert first.fields == {"text": "good"}
+    assert isinstance(last.fields, RowError)
+    assert "cannot be decompressed from here on" in last.fields.evidence
 
 
 @pytest.mark.parametrize("ending", [b"\n", b""])

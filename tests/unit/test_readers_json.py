@@ -68,5 +68,20 @@ def test_one_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
     first, *rest = json_rows(tmp_path, broken_first)
     assert isinstance(first.fields, RowError)
     assert [r.fields for r in rest] == [{"a": 1}, {"a": 2}]
+    one_a_line = b'{\n "messages": [\n  {"role": "user"},\n  {"role": "assistant"}\n ]\n}\n'
+    assert [r.fields for r in json_rows(tmp_path, one_a_line)] == [
+        {"messages": [{"role": r} for r in ("user", "assistant")]}
+    ]
     (cut,) = json_rows(tmp_path, b'{\n "a": 1,\n "b"')
     assert isinstance(cut.fields, RowError)
+
+
+def test_objects_one_after_another(tmp_path: Path) -> None:
+    """As jq prints them, with a byte order mark and without a line break between them."""
+    text = '{\n  "a": 1\n}\n\ufeff{\n  "a": "é"\n}{"a": [{}]}\n'
+    rows = json_rows(tmp_path, text.encode())
+    assert [(row.position, row.fields) for row in rows] == [(0, {"a": 1}), (1, {"a": "é"}), (2, {"a": [{}]})]
+    *rows, last = json_rows(tmp_path, (text + '{\n "a": nope\n}').encode())
+    assert len(rows) == 3
+    assert isinstance(last.fields, RowError)
+    assert (last.position, "no JSON from row 3 of the file on" in last.fields.evidence) == (3, True)

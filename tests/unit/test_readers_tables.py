@@ -120,3 +120,36 @@ def test_objects_of_a_table_have_the_fields_of_their_own_row_alone(name: str, tm
         with pa.ipc.new_stream(tmp_path / name, table.schema) as writer:
             writer.write_table(table)
     assert [fields(row) for row in rows_of(tmp_path / name)] == [{"calls": [call], "note": None} for call in calls]
+
+
+def test_streams_joined_by_cat_are_read_to_the_end(tmp_path: Path) -> None:
+    streams = []
+    for number in range(2):
+        table = pa.table({"text": [f"row {number} {n}" for n in range(3)]})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        streams.append(sink.getvalue().to_pybytes())
+    (tmp_path / "a.arrow").write_bytes(b"".join(streams))
+    rows = rows_of(tmp_path / "a.arrow")
+    assert [(row.position, fields(row)["text"]) for row in rows] == [
+        (number, f"row {number // 3} {number % 3}") for number in range(6)
+    ]
+    (tmp_path / "a.arrow").write_bytes(streams[0] + b"garbage")
+    *rows, last = rows_of(tmp_path / "a.arrow")
+    assert len(rows) == 3
+    assert isinstance(last.fields, RowError)
+
+
+def test_maps_are_objects(tmp_path: Path) -> None:
+    """As Spark and DuckDB write them; keys that JSON does not have cost nothing."""
+    turns = pa.list_(pa.map_(pa.string(), pa.string()))
+    table = {
+        "messages": pa.array([[[("role", "user"), ("content", "x")]], [[("role", "a"), ("role", "b")]]], turns),
+        "made": pa.array([[(b"\xff", 1)], None], pa.map_(pa.binary(), pa.int32())),
+    }
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    first, twice = rows_of(tmp_path / "a.parquet")
+    assert fields(first)["messages"] == [{"role": "user", "content": "x"}]
+    assert json.loads(first.raw)["made"] == {"b'\\xff'": 1}
+    assert "a value that cannot be read" in repr(fields(twice)["messages"])

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ import pytest
 
 from pipeline.checks import RowError
 from pipeline.datasets import dataset
-from tests.support.raw_rows import fields, rows_of, tar
+from pipeline.readers import RawRow
+from pipeline.stages.preprocess import found
+from tests.support.raw_rows import COMPRESS, fields, rows_of, tar
 
 
 def test_webdataset(tmp_path: Path) -> None:
@@ -35,8 +36,8 @@ def test_webdataset(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar(members))
     first, second, third, bad, worse, long = rows_of(tmp_path / "a.tar", step=10)
     assert fields(first) == {"jpg": b"JPEG", "txt": "eine Kätze", "cls": b"3", "images": [b"JPEG"]}
-    assert dataset("messages").sample(fields(second)).images == (b"RIGHT", "b.jpg")
-    assert dataset("llava").sample(fields(third)).images == (b"PNG",)
+    assert images_of("messages", second) == [b"RIGHT", "b.jpg"]
+    assert images_of("llava", third) == [b"PNG"]
     assert isinstance(bad.fields, RowError)
     assert json.loads(bad.raw) == {"003.json": "[1]", "003.png": "<3 bytes>"}
     assert isinstance(worse.fields, RowError)
@@ -44,6 +45,31 @@ def test_webdataset(tmp_path: Path) -> None:
     assert fields(long)["txt"] == "name"
     assert [row.position % 512 for row in (first, second, third, bad, worse, long)] == [0] * 6
     assert (first.position, second.position) == (0, 8 * 512)
+
+
+def images_of(name: str, row: RawRow) -> list[str | bytes]:
+    """The images of a row, with the bytes of the members that they name."""
+    return [found(image, row) for image in dataset(name).sample(fields(row)).placed().images]
+
+
+@pytest.mark.parametrize(
+    ("row", "images"),
+    [
+        ({"image": "s/a.jpg"}, [b"JPEG"]),
+        ({"images": ["a.mask.png", {"path": "./s/a.jpg", "bytes": None}]}, [b"MASK", b"JPEG"]),
+        ({"images": None, "file": "a.jpg"}, [b"JPEG", b"MASK"]),
+        ({"images": []}, []),
+        ({"image": "b.jpg"}, ["b.jpg"]),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.mask.png"}]}]}, [b"MASK"]),
+        ({"messages": [{"role": "user", "content": "the file a.jpg"}]}, [b"JPEG", b"MASK"]),
+    ],
+)
+def test_images_are_those_that_the_row_names_or_all_members(row: Any, images: list[Any], tmp_path: Path) -> None:
+    data = b"\xef\xbb\xbf" + json.dumps({"messages": []} | row).encode()  # with a byte order mark
+    members = [("./s/a.jpg", b"JPEG"), ("./s/a.mask.png", b"MASK"), ("./s/a.json", data)]
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    (only,) = rows_of(tmp_path / "a.tar")
+    assert images_of("messages", only) == images
 
 
 def test_a_damaged_tar_keeps_what_is_before(tmp_path: Path) -> None:
@@ -98,12 +124,18 @@ def test_equal_names_and_names_that_differ_in_case(tmp_path: Path) -> None:
     assert "c.json and c.JSON" in row.fields.evidence
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_tars_joined_by_cat_are_read_to_the_end(pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
+def test_tars_joined_by_cat_are_read_to_the_end(suffix: str, tmp_path: Path) -> None:
+    """Joined before they were compressed, or afterwards, with the zeros between them that xz allows."""
+    pack: Any = COMPRESS[suffix[1:]] if suffix else bytes
     first, second = (tar([(f"{n}.txt", f"{n}".encode())]) for n in (1, 2))
-    name = "a.tar" if pack is bytes else "a.tar.gz"
-    (tmp_path / name).write_bytes(pack(first + second))
-    assert [(row.position, fields(row)["txt"]) for row in rows_of(tmp_path / name)] == [(0, "1"), (len(first), "2")]
+    name = f"a.tar{suffix}"
+    padding = b"" if suffix == ".zst" else bytes(512)
+    for joined in (pack(first + second), pack(first) + padding + pack(second)):
+        (tmp_path / name).write_bytes(joined)
+        places = [0, len(first) + (0 if suffix or joined != pack(first) + padding + pack(second) else len(padding))]
+        rows = rows_of(tmp_path / name)
+        assert [(row.position, fields(row)["txt"]) for row in rows] == list(zip(places, "12"))
     (tmp_path / name).write_bytes(pack(first + b"no tar" * 200))
     one, damage = rows_of(tmp_path / name)
     assert fields(one)["txt"] == "1"
@@ -134,6 +166,15 @@ def test_links_have_the_bytes_of_their_members(name: str, tmp_path: Path) -> Non
     assert [fields(row)["images"] for row in [*rows, last]] == [[zero], [zero], [nine], [nine], [nine]]
     assert isinstance(loop.fields, RowError)
     assert loop.fields.evidence == "s/4.jpg is a link that leads to no file in the tar"
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+def test_what_is_behind_a_compressed_tar_is_told(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.tar.{suffix}").write_bytes(COMPRESS[suffix](tar([("1.txt", b"1")])) + b"garbage")
+    row, last = rows_of(tmp_path / f"a.tar.{suffix}")
+    assert fields(row)["txt"] == "1"
+    assert isinstance(last.fields, RowError)
+    assert "cannot be decompressed from here on" in last.fields.evidence
 
 
 def test_a_damaged_compressed_tar_keeps_what_is_before(tmp_path: Path) -> None:

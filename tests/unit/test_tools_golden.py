@@ -288,6 +288,8 @@ DROPS_RESULTS = IGNORES_ALL.replace("{% for m in messages %}", "{% for m in mess
         (QWEN3, {"messages": [u("hi"), a("<think>x</think>"), u("hi"), a("y")]}, "text_too_short", "empty as the chat"),
         (QWEN2_5, {"messages": [u("hi"), a("", {"function": {"name": "f", "arguments": "{"}})]}, "processor_failed",
          "the arguments of f are no JSON"),
+        (QWEN2_5, {"messages": [u("hi"), a("", {"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}})]},
+         "processor_failed", "surrogates not allowed"),
         (QWEN2_5.replace("message.content", "(message.content | replace('<|im_end|>', ''))"),
          {"messages": [u("hi <|im_end|>"), a("ho")]}, "processor_failed", "changes texts with <|im_"),
     ],
