@@ -255,7 +255,8 @@ def test_going_on_as_another_training_is_refused(model: LanguageModel) -> None:
 
 def test_another_model_does_not_load(output: Folder, model: LanguageModel, hf: Path, runtime: Runtime) -> None:
     written = save(output, state(model), model, None, Folder(str(hf)))
-    for other in ({"num_layers": 3}, {"intermediate_size": 256}):
+    others: list[dict[str, Any]] = [{"num_layers": 3}, {"intermediate_size": 256}]
+    for other in others:
         with pytest.raises(UserError, match="does not hold this model"):
             load(written, build_model(replace(model.model_config, **other), runtime))
     Path(written.path, "__0_0.distcp").unlink()
