@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "rope twice": (
         "tied",
         config(rope_scaling={"type": "linear", "factor": 2.0}),
-        "means rope type linear to transformers, and default to the trainer",
+        "has rope scaling 'linear'",
     ),
     "layers of another kind": (
         "tied",

@@ -108,7 +108,7 @@ def read_decoder(
     config.json has none. Raises UserError for an option that the trainer does not have.
     """
     text = {**values, **values.get("text_config", {})}
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}  # transformers' order
     scaling = rope.get("rope_type", rope.get("type", "default"))
     usual_head_dim = text["hidden_size"] // text["num_attention_heads"]
     other_head_dim = head_dim is None and text.get("head_dim") not in (None, usual_head_dim)

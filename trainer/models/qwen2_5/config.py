@@ -35,7 +35,7 @@ def read_config(values: dict[str, Any], folder: Folder) -> ModelConfig:
     if values["model_type"] == "qwen2_5_vl":
         options["default_theta"] = 1e6
         text = {**values, **values.get("text_config", {})}
-        time, height, width = (text.get("rope_parameters") or text["rope_scaling"])["mrope_section"]
+        time, height, width = (text.get("rope_scaling") or text["rope_parameters"])["mrope_section"]
         options["mrope_section"] = (time, height, width)
         options["image_token_id"] = values["image_token_id"]
         vision = values["vision_config"]

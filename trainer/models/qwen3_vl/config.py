@@ -24,7 +24,7 @@ class DeepstackVisionConfig(VisionConfig):
 def read_config(values: dict[str, Any], folder: Folder) -> ModelConfig:
     """Return the configuration; see Family.read_config."""
     text, vision = values["text_config"], values["vision_config"]
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}  # transformers' order
     vision_rope = vision.get("rope_parameters") or {}
     refuse_options(
         folder,
