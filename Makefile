@@ -22,7 +22,7 @@ help: ## this list
 	@awk -F ' ## ' '/^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "  %-17s %s\n", $$1, $$2 } \
 	  /^#example / { printf "  %-17s   %s\n", "", substr($$0, 10) }' Makefile
 
-setup: $(STAMP) ## install .venv (exact versions of constraints.txt) and Java 17; a second call does no work
+setup: $(STAMP) ## install .venv (exact versions of constraints.txt) and Java; a second call does no work
 #example make setup
 
 setup-gpu: $(STAMP) ## add Transformer Engine, which training on a GPU needs; part of it is compiled here

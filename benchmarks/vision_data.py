@@ -44,7 +44,7 @@ TURNS = (  # of the chat template
 
 
 def pictures() -> list[Image.Image]:
-    """Every one of at least 300 x 300 pixels."""
+    """Return every picture of at least 300 x 300 pixels."""
     found = []
     for package, below in PICTURES.items():
         spec = importlib.util.find_spec(package)
@@ -58,7 +58,7 @@ def pictures() -> list[Image.Image]:
 
 
 def crop(sources: list[Image.Image], rng: np.random.Generator, width: int, height: int, kind: str) -> bytes:
-    """A random part of a random picture, of this form, at this size."""
+    """Return a random part of a random picture, of this aspect ratio, resized to width x height."""
     source = sources[int(rng.integers(len(sources)))]
     scale = min(source.width / width, source.height / height) * rng.uniform(0.5, 1)
     w, h = max(1, int(width * scale)), max(1, int(height * scale))
@@ -78,7 +78,7 @@ class Text:
         self._at = 0
 
     def take(self, count: int) -> str:
-        """Of `count` tokens, or a few less: what is cut apart need not be put together alike."""
+        """Return text of `count` tokens, or a few less: a text cut at a token may be tokenized in another way."""
         if self._at + count > len(self._ids):
             self._at = 0
         text: str = self._tokenizer.decode(self._ids[self._at : self._at + count])

@@ -17,6 +17,7 @@ from convert.checks import Shape, require_finite
 from convert.hf_weights import DTYPES, INDEX, SINGLE
 from convert.memory import pieces
 from trainer.checkpoint.faults import is_finite
+from trainer.checkpoint.together import require_room
 
 SHARD_BYTES = 5 * 10**9  # as the Hub recommends; a larger single tensor gets a file for itself
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -76,6 +77,8 @@ class HFWriter:
                 data, offset = data[written:], offset + written
 
     def __enter__(self) -> Self:
+        """Raises UserError if the disk has no room for the tensors."""
+        require_room(str(self._folder), sum(tensor.bytes for shard in self._shards for tensor in shard))
         for name, shard in zip(self._names, self._shards):
             file = self._open.enter_context((self._folder / name).open("wb"))
             self._places |= _begin(file, shard)

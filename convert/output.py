@@ -27,12 +27,16 @@ def new_folder(out: Path, source: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a folder beside `out`, renamed to `out` if the block succeeds, deleted if not.
 
     What killed conversions to `out` left is deleted first. Raises UserError if `out` is not empty and `overwrite` is
-    false, if it holds `source`, or if it cannot be written.
+    false, if it holds `source` or what a run has trained, or if it cannot be written.
     """
     if out.exists() and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
         raise UserError(f"{out} exists: choose another output, or give --overwrite to replace the folder")
     if source.resolve().is_relative_to(out.resolve()):
         raise UserError(f"the output {out} holds the input {source}: choose another output")
+    if _is_trained(out):
+        raise UserError(
+            f"{out} holds checkpoints of a training run, which no conversion replaces: choose another output"
+        )
     _remove_dead(out)
     attempt = out.parent / f"_attempt-{out.name}-{uuid.uuid4().hex[:8]}"
     try:
@@ -57,6 +61,12 @@ def new_folder(out: Path, source: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
         os.close(lock)
+
+
+def _is_trained(out: Path) -> bool:
+    """Return whether a folder is a run, its checkpoints folder, or one of its steps. A converted model has step 0."""
+    trained = [step for step in (*out.glob("checkpoints/step_*"), *out.glob("step_*")) if step.name != "step_00000000"]
+    return bool(trained) or any((out / name).exists() for name in ("run.json", "state.json"))
 
 
 def _remove_dead(out: Path) -> None:

@@ -55,7 +55,7 @@ def hadoop_command(conf: Path, tmp: Path, main: str, *args: str) -> list[str]:
     `tmp` (a NameNode's web pages, for one, which stay there)."""
     java = shutil.which("java", path=f"{os.environ['JAVA_HOME']}/bin" if "JAVA_HOME" in os.environ else None)
     if java is None:
-        raise UserError("Java is missing: install Java 17 (apt-get install openjdk-17-jre-headless)")
+        raise UserError("Java is missing: install Java 17 or 21 (Debian: apt-get install default-jre-headless)")
     jars = [str(path) for pattern in _JARS for path in (SPARK_HOME / "jars").glob(f"{pattern}.jar")]
     classes = ":".join([f"{conf}/", str(minicluster_jar()), *jars])
     return [

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv with the exact versions of constraints.txt, and see that Java 17 is there. `make setup` calls this once.
+# Make .venv with the exact versions of constraints.txt, and see that Java 17 or 21 is there. `make setup` calls this once.
 # usage: jobs/setup.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -32,7 +32,7 @@ may_install=0
 [[ $(id -u) != 0 || -n ${JAVA_HOME:-} ]] || ! command -v apt-get >/dev/null || may_install=1
 if ((java < 17)) && ((missing || !may_install)); then
   found=$([[ $java == 0 ]] && echo "there is none" || echo "found is $java")
-  echo "Java 17 or 21 is missing, which Spark needs; $found: install it (Debian: apt-get install openjdk-17-jre-headless)" >&2
+  echo "Java 17 or 21 is missing, which Spark needs; $found: install it (Debian: apt-get install default-jre-headless)" >&2
   missing=1
 fi
 ((missing == 0)) || exit 2

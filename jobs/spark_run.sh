@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The five stages in a row, from the raw folders of a recipe to packs. What is done already is skipped.
+# All stages in a row, from the raw folders of a recipe to packs. What is done already is skipped.
 # usage: jobs/spark_run.sh RECIPE.yaml [--overwrite]
 # example: SPARK_MASTER=yarn SPARK_ENV=env.tar.gz SPARK_SUBMIT_OPTIONS="--num-executors 40" jobs/spark_run.sh my_recipe.yaml
 set -euo pipefail

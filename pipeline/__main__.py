@@ -1,4 +1,4 @@
-"""python -m pipeline STAGE IN OUT, or the five stages in a row: python -m pipeline run RECIPE.yaml. See --help."""
+"""python -m pipeline STAGE IN OUT, or all stages in a row: python -m pipeline run RECIPE.yaml. See --help."""
 
 import argparse
 from functools import partial
@@ -33,7 +33,7 @@ def parser() -> Parser:
     top = command_line(
         "pipeline",
         "kanyun-pipeline",
-        "Raw samples to packs, in five Spark stages.",
+        "Raw samples to packs, in Spark stages.",
         "{prog} doctor\n{prog} run my_recipe.yaml\n{prog} STAGE --help",
     )
     commands = top.add_subparsers(required=True, metavar="STAGE")
@@ -45,7 +45,7 @@ def parser() -> Parser:
         command.add_argument("output", metavar="OUT", help="folder or URI")
         for name, arguments in stage.options.items():
             command.add_argument(f"--{name.replace('_', '-')}", **arguments)
-    text = "the five stages in a row"
+    text = "all stages in a row"
     command = commands.add_parser("run", help=text, description=text, example=f"{top.prog} run my_recipe.yaml")
     command.set_defaults(do=run_recipe)
     command.add_argument("recipe", metavar="RECIPE.yaml", help="pipeline/recipe.py shows one")

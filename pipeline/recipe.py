@@ -1,4 +1,4 @@
-"""A recipe: the five stages in a row, from several raw folders to one packed dataset.
+"""A recipe: all stages in a row, from several raw folders to one packed dataset.
 
 output: /data/run1                    # stages go to OUTPUT/preprocess/NAME, filter/NAME, sample, build, packed/
 tokenizer: /models/Qwen2.5-VL-7B      # Hugging Face folder

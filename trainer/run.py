@@ -168,10 +168,13 @@ def claimed(path: str) -> Iterator[Claim]:
 
 
 def open_output(path: str) -> Folder:
-    """Return the output folder: a new or empty one, or a run's. Raises UserError if it holds something else."""
+    """Return the output folder: a new or empty one, or a run's, which a copy may have made of its checkpoints alone.
+
+    Raises UserError if it holds something else.
+    """
     output = Folder(path)
     names = [name for name in output.names() if not name.startswith((".", "_writer-"))]
-    if names and RUN not in names:
+    if names and RUN not in names and not checkpoint.steps_of(output)[-1:] > [checkpoint.step_name(0)]:
         raise UserError(f"{output.path} holds something else ({names[0]}): choose an empty or new output folder")
     return output
 

@@ -77,7 +77,7 @@ def java() -> Finding:
     """The java that Spark would start: that of JAVA_HOME, else of PATH."""
     home = os.environ.get("JAVA_HOME")
     command = shutil.which("java", path=f"{home}/bin" if home else None)
-    install = "install Java 17 or 21 (Debian: apt-get install openjdk-17-jre-headless)"
+    install = "install Java 17 or 21 (Debian: apt-get install default-jre-headless)"
     if command is None:
         return missing("Java", f"there is no java in {f'{home}/bin, JAVA_HOME' if home else 'PATH'}: {install}")
     text = subprocess.run([command, "-version"], capture_output=True, text=True).stderr

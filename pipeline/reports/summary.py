@@ -1,4 +1,7 @@
-"""Summaries of written rows for a report: examples of each reason, and distributions. The driver collects little."""
+"""Summaries of written rows for a report: examples of each reason, and distributions.
+
+The driver collects a few rows a reason or a bin, and sorts them: Spark would sample, shuffle and compile for that.
+"""
 
 import base64
 import posixpath
@@ -23,7 +26,7 @@ RAW_READ = 100_000  # to find its images in; longer rows are shown without
 def reasons(rows: DataFrame) -> dict[str, int]:
     """Count the rows by reason."""
     counted = rows.where("reason is not null").groupBy("reason").count()
-    return {row["reason"]: row["count"] for row in counted.orderBy("reason").toLocalIterator()}
+    return {row["reason"]: row["count"] for row in sorted(counted.collect())}
 
 
 def examples(
@@ -40,7 +43,8 @@ def examples(
         for example in shown
     }
     result: dict[str, list[Example]] = {}
-    for row in rows.withColumn("rank", rank).where(F.col("rank") <= EXAMPLES).orderBy("reason", "rank").collect():
+    ranked = rows.withColumn("rank", rank).where(F.col("rank") <= EXAMPLES)
+    for row in sorted(ranked.collect(), key=lambda row: (row["reason"], row["rank"])):
         where = f"{row['file']} @ {row['position']}"
         images = pictures.get((row["reason"], where)) or _thumbnails(images_of(row))
         example = Example(where, row["evidence"], row["raw"][:RAW_SHOWN], images)
@@ -76,7 +80,7 @@ def histograms(data: DataFrame, expressions: dict[str, str]) -> list[Histogram]:
     counted = values.selectExpr("part", f"{Histogram.BIN_SQL} as number", "x").groupBy("part", "number")
     summed = counted.agg(F.count("*").alias("rows"), F.min("x").alias("least"), F.max("x").alias("most"), F.sum("x"))
     bins: dict[int, list[Row]] = {}
-    for row in summed.orderBy("part", "number").collect():
+    for row in sorted(summed.collect(), key=lambda row: (row["part"], row["number"])):
         bins.setdefault(row["part"], []).append(row)
     titles = list(expressions)
     return [

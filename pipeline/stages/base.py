@@ -1,4 +1,4 @@
-"""Base class of the five stages: read -> transform -> write -> report, in an attempt that is renamed into place.
+"""Base class of all stages: read -> transform -> write -> report, in an attempt that is renamed into place.
 
 A stage is a frozen dataclass; its fields are its settings. A complete stage:
 
@@ -157,18 +157,20 @@ class Stage:
             since_raw=counts.after([report.since_raw for report in attempt.inputs.values()]),
             seconds=round(seconds, 1),
             phases=attempt.phases,
-            **summary_of_rows,
+            **({"reasons": counts.quarantined} | summary_of_rows),
         )
 
     def seen(self, attempt: Attempt) -> dict[str, Any]:
-        """Return the report's summary of the written rows: reasons with examples, and distributions."""
+        """Return the report's summary of the written rows: distributions, examples of each reason, and the reasons of
+        rows that stay among the others (those of quarantine/ are counted when it is written)."""
         data = self._written(attempt.folder / "data")
         marked = self._written(attempt.folder / "quarantine", QUARANTINE) if self.quarantines else data
-        shown = {"distributions": summary.histograms(data, self.distributions)}
+        shown: dict[str, Any] = {"distributions": summary.histograms(data, self.distributions)}
         if "reason" not in marked.columns:
             return shown
-        examples = summary.examples(marked, self.images_of, attempt.inputs.values())
-        return {**shown, "reasons": summary.reasons(marked), "examples": examples}
+        if not self.quarantines:
+            shown["reasons"] = summary.reasons(marked)
+        return shown | {"examples": summary.examples(marked, self.images_of, attempt.inputs.values())}
 
     def images_of(self, rejected: Row) -> Iterable[bytes]:
         """Yield the encoded images of a rejected row, for the report."""

@@ -1,4 +1,4 @@
-"""The five stages in their order: the command line, the recipe and the page of the row flow are made from this table.
+"""The stages in their order: the command line, the recipe and the page of the row flow are made from this table.
 
 Classes are named, not imported: `--help` and a mistyped option answer at once, without Spark.
 """

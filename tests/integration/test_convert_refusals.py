@@ -54,6 +54,18 @@ def test_an_output_is_replaced_only_when_told_to(tmp_path: Path) -> None:
         to_megatron(source, tmp_path, overwrite=True)
 
 
+@pytest.mark.parametrize("out", ["run", "run/checkpoints", "run/checkpoints/step_00000004", "copy"])
+def test_what_a_run_has_trained_is_not_replaced(tmp_path: Path, out: str) -> None:
+    source = hf_model(tmp_path / "hf", vision=False)
+    for run in ("run", "copy"):  # the copy is one of the checkpoints alone
+        (tmp_path / run / "checkpoints/step_00000004").mkdir(parents=True)
+        (tmp_path / run / "checkpoints/step_00000004/state.json").write_text("{}")
+    (tmp_path / "run/run.json").write_text("{}")
+    with pytest.raises(UserError, match=f"/{out} holds checkpoints of a training run, which no conversion replaces"):
+        to_megatron(source, tmp_path / out, overwrite=True)
+    assert (tmp_path / "run/checkpoints/step_00000004/state.json").exists()
+
+
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     to_megatron(hf_model(tmp_path / "hf", vision=False), tmp_path / "megatron")
     step = tmp_path / "megatron/checkpoints/step_00000000"
@@ -74,10 +86,10 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     source = hf_model(tmp_path / "hf", vision=False)
-    edit_config(source, model_type="llama")
+    edit_config(source, model_type="unheard_of")
     refused = {
         "config.json": (tmp_path, tmp_path / "out"),
-        "'llama' model: give one of qwen2 (Qwen2.5), qwen2_5_vl": (source, tmp_path / "out"),
+        "'unheard_of' model: give one of qwen2 (Qwen2.5), qwen2_5_vl": (source, tmp_path / "out"),
     }
     for sentence, (given, out) in refused.items():
         with pytest.raises(UserError) as error:

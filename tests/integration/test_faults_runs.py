@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from jobs.cluster import Cluster
 from kanyun.storage import Folder
 from kanyun.storage.claim import only_writer
-from tests.support.processes import Python
+from tests.support.processes import ROOT, Python
 from tests.support.training_job import (
     WHOLE_STEPS,
     command,
@@ -70,6 +71,13 @@ def test_the_launcher_hands_a_signal_to_its_ranks_and_starts_a_killed_one_again(
     assert process.returncode == 0, err
     assert "starting again" in err
     assert curve(job) == pytest.approx(curve(text_run), rel=1e-3)
+
+
+def test_the_launcher_ends_when_it_is_told_to_before_it_has_ranks() -> None:
+    told = "import os; from trainer.launch import Launcher; Launcher([], []); os.kill(os.getpid(), 15)"
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == PREEMPTED
+    assert done.stderr == "error: told to stop before the first step: the same command starts\n"
 
 
 def test_a_rank_that_hangs_is_named(job: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_nothing_is_lost(
     root = copy_of(text_run, job)
     assert steps_of(job) == [f"step_{step:08d}" for step in (2, 4, 6, 8)]
     (root / "latest").unlink()
+    (root.parent / "run.json").unlink()
     (root / "step_00000008" / "state.json").unlink()
     tensors = root / "step_00000006" / "__0_1.distcp"
     tensors.write_bytes(tensors.read_bytes()[:-1])

@@ -133,6 +133,28 @@ def crash_at(at: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(Folder, at, crash)
 
 
+@pytest.mark.parametrize("change", [{"step": "2"}, {"consumed": -1}, {"skipped": True}, {"model": []}, {"run": None}])
+def test_a_state_of_other_values_is_damaged(change: Any, output: Folder, model: LanguageModel, hf: Path) -> None:
+    """As where it was made before it had a digest of itself."""
+    written = save(output, state(model, 2), model, None, Folder(str(hf)))
+    values = json.loads(written.read("state.json"))
+    del values["digest"]
+    written.write("state.json", json.dumps(values | change).encode())
+    with pytest.raises(UserError, match=rf"state.json is damaged \({next(iter(change))} is "):
+        checkpoint.require_whole(written)
+
+
+def test_a_step_under_another_name_is_passed_over(output: Folder, model: LanguageModel, hf: Path) -> None:
+    for step in (1, 2):
+        save(output, state(model, step), model, None, Folder(str(hf)), keep_last=2)
+    root = output / "checkpoints"
+    (root / "step_00000002").move_to(root / "step_00000009")
+    search = checkpoint.find(output)
+    assert search.newest is not None
+    assert search.newest.name == "step_00000001"
+    assert "step_00000009 holds step 2, by its state.json: give it its name again" in search.passed_over[0]
+
+
 def test_latest_is_a_hint_that_may_be_a_folder(output: Folder, model: LanguageModel, hf: Path) -> None:
     """As a copy that follows links makes of a link to the newest step. It may be the only copy: it stays."""
     save(output, state(model, 1), model, None, Folder(str(hf)))
@@ -233,7 +255,8 @@ def test_going_on_as_another_training_is_refused(model: LanguageModel) -> None:
 
 def test_another_model_does_not_load(output: Folder, model: LanguageModel, hf: Path, runtime: Runtime) -> None:
     written = save(output, state(model), model, None, Folder(str(hf)))
-    for other in ({"num_layers": 3}, {"intermediate_size": 256}):
+    others: list[dict[str, Any]] = [{"num_layers": 3}, {"intermediate_size": 256}]
+    for other in others:
         with pytest.raises(UserError, match="does not hold this model"):
             load(written, build_model(replace(model.model_config, **other), runtime))
     Path(written.path, "__0_0.distcp").unlink()

@@ -241,7 +241,7 @@ def test_java_is_looked_for_where_spark_looks(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("JAVA_HOME")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor.java().sentence == (
-        "there is no java in PATH: install Java 17 or 21 (Debian: apt-get install openjdk-17-jre-headless)"
+        "there is no java in PATH: install Java 17 or 21 (Debian: apt-get install default-jre-headless)"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from trainer.metrics import ASIDE, METRICS, Metrics, RankTimes, StepMetrics
+from trainer.metrics.lines import Lines
 from trainer.stopping import BAD_STEPS, FiniteGuard
 
 
@@ -21,6 +23,18 @@ def line(step: int) -> str:
 def start(folder: Path, step: int) -> str:
     with Metrics(Folder(str(folder)), step, 10) as metrics:
         return metrics.notes
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
+    lines = Lines(Path("/dev/full"))
+    assert lines.write(line(1)) == lines.write(line(2)) == "[Errno 28] No space left on device"
+    os.dup2(os.open(tmp_path / METRICS, os.O_WRONLY | os.O_CREAT), lines._file.fileno())  # room again
+    assert lines.write(line(3)) == ""
+    assert (tmp_path / METRICS).read_text() == line(1) + line(2) + line(3)
+    assert lines.close() == ""
+    lost = Lines(Path("/dev/full"))
+    lost.write(line(1))
+    assert lost.close().startswith("1 line(s) of /dev/full could not be written ([Errno 28] No space left")
 
 
 def test_lines_of_steps_that_are_done_again_and_damaged_ones_move_aside(tmp_path: Path) -> None:

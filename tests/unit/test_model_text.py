@@ -192,8 +192,8 @@ def test_config_is_read_in_both_layouts(tmp_path: Path, make: Any, tied: bool) -
     ("change", "message"),
     [
         (
-            {"model_type": "llama"},
-            r"is a 'llama' model: give one of qwen2 \(Qwen2\.5\), .*qwen3_vl \(Qwen3-VL\)$",
+            {"model_type": "unheard_of"},
+            r"is a 'unheard_of' model: give one of qwen2 \(Qwen2\.5\), .*, qwen3 \(Qwen3\).* or \w+ \([\w.-]+\)$",
         ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "has sliding-window attention"),
         (

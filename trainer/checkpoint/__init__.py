@@ -17,6 +17,7 @@ from trainer.checkpoint.store import (
     resolve,
     set_aside,
     step_name,
+    steps_of,
     sync_file,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "resolve",
     "set_aside",
     "step_name",
+    "steps_of",
     "sync_file",
 ]

@@ -73,7 +73,7 @@ class HostBuffer:
 
 
 def buffer_size(parts: Sequence[Part]) -> int:
-    """Bytes that HostBuffer needs for a copy of them."""
+    """Return the bytes that HostBuffer needs for a copy of `parts`."""
     return sum(_aligned(source.nbytes) for part in parts for source in part.sources)
 
 

@@ -1,7 +1,7 @@
 """state.json: where training was, on what, and the digest of every file beside it."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 import xxhash
@@ -25,6 +25,14 @@ class State:
     updates_before: int = 0  # Adam's steps in the run that this one continues
     schedule: dict[str, Any] = field(default_factory=dict)  # steps, lr, min_lr, warmup_steps; free to change
     resume: str = ""  # the config's `resume` under which it was made
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value of another kind than state.json has."""
+        for field_ in fields(self):
+            value = getattr(self, field_.name)
+            kind = field_.type if isinstance(field_.type, type) else dict
+            if type(value) is not kind or (isinstance(value, int) and value < 0):
+                raise ValueError(f"{field_.name} is {value!r}")
 
     @property
     def updates(self) -> int:

@@ -122,8 +122,13 @@ def read_state(step: Folder) -> State:
 
 
 def require_whole(step: Folder) -> None:
-    """Raises UserError unless state.json is sound and every file has its recorded size. Digests: see `verify`."""
+    """Raises UserError unless state.json is sound and of this step, and every file has its recorded size.
+
+    Digests: see `verify`.
+    """
     marker = Marker.read(step)
+    if _STEP.fullmatch(step.name) and step.name != step_name(marker.state.step):
+        raise UserError(f"{step.uri} holds step {marker.state.step}, by its state.json: give it its name again")
     sizes = dict(step.files())
     if marker.files is not None:
         wanted = {name: file.size for name, file in marker.files.items()}

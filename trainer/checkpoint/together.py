@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from typing import Any
 
 import torch.distributed as dist
@@ -62,7 +63,7 @@ class JointWriter:
         sizes = self._gather(sum(part.size for part in save.parts))
         error = self._from_first(lambda: self._begin(save, sum(sizes)))
         if error is None:
-            written, failed = _attempted(lambda: write_parts(attempt, self.rank, save.parts))
+            written, failed = _attempted(lambda: self._write_parts(attempt, save, sum(sizes)))
             outcomes = self._gather((written, failed))
             errors = [failed for _, failed in outcomes if failed is not None]
             ranks = [written for written, _ in outcomes if written is not None]
@@ -74,8 +75,18 @@ class JointWriter:
 
     def _begin(self, save: Save, size: int) -> None:
         begin_attempt(self.output, save.name)
-        if self.output.is_local and (free := shutil.disk_usage(self.output.path).free) < size:
-            raise UserError(f"{self.output.path} has {amount(free)} free, {amount(size)} are needed: make room there")
+        if self.output.is_local:
+            require_room(self.output.path, size)
+
+    def _write_parts(self, attempt: Folder, save: Save, size: int) -> tuple[list[Record], dict[str, FileDigest]]:
+        """Raises UserError with the bytes that are free and needed, too, if the disk became full meanwhile."""
+        try:
+            return write_parts(attempt, self.rank, save.parts)
+        except (UserError, OSError) as error:
+            cause = error.__cause__ or error
+            if self.output.is_local and isinstance(cause, OSError) and cause.errno in (ENOSPC, EDQUOT):
+                raise UserError(_no_room(self.output.path, size)) from error
+            raise
 
     def _publish(
         self, attempt: Folder, save: Save, ranks: Sequence[tuple[list[Record], dict[str, FileDigest]]]
@@ -134,6 +145,16 @@ def write_alone(output: Folder, state: State, parts: Sequence[Part], hf: Folder)
     """
     if error := JointWriter(output, hf).write(Save(state, parts)):
         raise UserError(error)
+
+
+def require_room(path: str, size: int) -> None:
+    """Raises UserError if the disk of a local path has less than `size` bytes free."""
+    if shutil.disk_usage(path).free < size:
+        raise UserError(_no_room(path, size))
+
+
+def _no_room(path: str, size: int) -> str:
+    return f"{path} has {amount(shutil.disk_usage(path).free)} free, {amount(size)} are needed: make room there"
 
 
 def amount(count: float) -> str:

@@ -44,7 +44,7 @@ class PatchGeometry:
 
     @property
     def multiple(self) -> int:
-        """Numbers of patches are padded to multiples of this, 16 visual tokens: fp8 wants that of rows."""
+        """A number of patches is padded to a multiple of this, 16 visual tokens: fp8 needs such a number of rows."""
         return 16 * self.merge**2
 
     @property

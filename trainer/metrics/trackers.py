@@ -6,10 +6,12 @@ configured here. Each has a thread: training never waits for a service, and none
 
 import os
 import re
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from errno import ENOSPC
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +41,7 @@ BY_DATASET = {
     "tokens_by_dataset": "trained tokens by dataset",
 }
 WAITING = 1000  # steps that wait for a slow service; further ones are left out
+_ROOM = 1 << 20  # bytes: TensorBoard keeps some 100 kB before it writes them
 CLOSE_SECONDS = 60  # that the end of a run waits for them
 
 
@@ -68,30 +71,31 @@ class TensorBoard:
     def __init__(self, folder: Path, start: int, say: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: other ranks need not
 
-        self._say, self._writer = say, None
-        with self._left_out_if_refused():
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._say, self._folder = say, folder
+        self._writer: Any = None
+        self._attempt(lambda: self._start(SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)))
+
+    def _start(self, writer: Any) -> None:
+        self._writer = writer
 
     def log(self, scalars: dict[str, float], step: int) -> None:
-        with self._left_out_if_refused():
-            for name, value in scalars.items():
-                if self._writer:
-                    self._writer.add_scalar(name, value, step)
+        for name, value in scalars.items():
+            if self._writer:
+                self._attempt(partial(self._writer.add_scalar, name, value, step))
 
     def flush(self) -> None:
-        with self._left_out_if_refused():
-            if self._writer:
-                self._writer.flush()
+        if self._writer:
+            self._attempt(self._writer.flush)
 
     def close(self) -> None:
-        with self._left_out_if_refused():
-            if self._writer:
-                self._writer.close()
+        if self._writer:
+            self._attempt(self._writer.close)
 
-    @contextmanager
-    def _left_out_if_refused(self) -> Iterator[None]:
+    def _attempt(self, action: Callable[[], object]) -> None:
         try:
-            yield
+            if shutil.disk_usage(self._folder).free < _ROOM:  # its own thread writes, and would print a traceback
+                raise OSError(ENOSPC, os.strerror(ENOSPC))
+            action()
         except OSError as error:
             self._writer = None
             self._say(_left_out("TensorBoard", error))

@@ -105,7 +105,7 @@ def add_residual(training: bool, fused: bool) -> Join:
 
 
 def residual_added(training: bool, fused: bool) -> Join:
-    """After ResidualMLP."""
+    """Stand in for `add_residual` after ResidualMLP, which has added the residual."""
     return lambda out, residual, dropout: out[0]
 
 

@@ -70,7 +70,7 @@ class Fp8Weights:
 
     @contextmanager
     def masters(self) -> Iterator[None]:
-        """Put the masters in their places for the block."""
+        """Put the masters back into the layers for the `with` block."""
         set_matrices(self._owners, self._masters)
         try:
             yield

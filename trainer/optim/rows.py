@@ -48,13 +48,13 @@ def matrices_of(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def set_matrices(owners: Sequence[tuple[nn.Module, str]], parameters: Sequence[nn.Parameter]) -> None:
-    """Put these in the places that `matrices_of` yields."""
+    """Set `parameters` in the modules, under the names, that `matrices_of` yields."""
     for (module, name), parameter in zip(owners, parameters, strict=True):
         setattr(module, name, parameter)
 
 
 def scales_of(matrices: Sequence[Tensor]) -> Tensor:
-    """Return what each of them is multiplied by before a cast to e4m3, by its largest value: float32."""
+    """Return the factor of each matrix before its cast to e4m3, float32: its largest value decides it."""
     return e4m3_scales(torch.stack(torch._foreach_norm(list(matrices), float("inf"))).float())
 
 
