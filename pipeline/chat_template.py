@@ -92,10 +92,9 @@ class ChatTemplate:
 
     def _without_markers_of_texts(self, conversation: list[dict[str, Any]], tools: Any, text: str) -> str:
         """`text`, in which only the template's own turn markers are markers: those in the row's texts are hidden."""
-        hidden_conversation, hidden_tools = _hide(conversation), _hide(tools)
-        if (hidden_conversation, hidden_tools) == (conversation, tools):
+        if not _has_marker([conversation, tools]):
             return text
-        marked = self._apply(hidden_conversation, hidden_tools)
+        marked = self._apply(_hide(conversation), _hide(tools))
         if marked.replace(_HIDDEN, _MARKER) != text:
             raise ValueError(f"it changes texts with {_MARKER}...|> in them, so the trained tokens are not known")
         return marked
@@ -155,6 +154,14 @@ def _refuse_dropped(conversation: list[dict[str, Any]], answers: list[str], text
         content = message["content"]
         if message["role"] == "tool" and isinstance(content, str) and content.strip() not in text:
             raise ValueError(f"it does not print message {number}, a tool's result")
+
+
+def _has_marker(value: Any) -> bool:
+    if isinstance(value, str):
+        return _MARKER in value
+    if isinstance(value, dict):
+        return any(map(_has_marker, value)) or any(map(_has_marker, value.values()))
+    return isinstance(value, list) and any(map(_has_marker, value))
 
 
 def _hide(value: Any) -> Any:

@@ -87,7 +87,8 @@ class Encoder:
             ids = np.array([*encoding.ids, self._end_of_document], np.int32)
             mask = np.ones(len(ids), np.bool_)
         else:
-            ids = np.array(encoding.ids, np.int32)
+            tokens = encoding.ids
+            ids = np.fromiter(tokens, np.int32, len(tokens))  # np.array takes a third longer
             mask = np.zeros(len(ids), np.bool_)
             for start, end in plan:
                 mask[_token_at(encoding, start) : _token_at(encoding, end) + 1] = True
