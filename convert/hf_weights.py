@@ -146,9 +146,9 @@ class HFWeights:
 def _contents(path: Path) -> list[Stored]:
     """Return the tensors of a safetensors file. Raises UserError if it is missing or damaged."""
     try:
-        with safe_open(path, framework="pt"):
-            pass  # it has checked that the header is sound, and describes every byte of the file once
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # first: safetensors calls a file that may not be read a missing one
+            with safe_open(path, framework="pt"):
+                pass  # it has checked that the header is sound, and describes every byte of the file once
             length = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(length))
     except Exception as error:  # safetensors raises its own errors, OSError and FileNotFoundError alike

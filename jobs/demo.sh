@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on one laptop, in a few minutes, all of it below demo/: raw scans and text -> five Spark stages -> packs
+# The whole way on one laptop, in a quarter of an hour, all of it below demo/: raw scans and text -> five Spark stages -> packs
 # -> training -> Hugging Face -> held-out scans, answered by transformers alone. `make demo` calls it.
 # usage: jobs/demo.sh [FAMILY]    the tiny model that is trained: qwen2_5_vl (unless told otherwise) or qwen3_vl
 set -euo pipefail
