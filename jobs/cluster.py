@@ -68,7 +68,7 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """What clients should have in their environment."""
+        """Return what clients should have in their environment."""
         conf = str(self.state / "conf")
         return {"SPARK_MASTER": self.spark, "HADOOP_CONF_DIR": conf, "SPARK_LOCAL_IP": HOST}
 
@@ -118,7 +118,7 @@ class Cluster:
         return found
 
     def status(self) -> dict[str, str]:
-        """Daemon or service -> how it is, for people."""
+        """Return, for people, how each daemon and service is, by its name."""
         running = self.running()
         lines = {name: f"running, pid {running[name].pid}" if name in running else "down" for name in DAEMONS}
         hdfs, spark = self._hdfs_state(), self._spark_state()

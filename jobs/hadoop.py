@@ -80,7 +80,7 @@ def write_conf(folder: Path, core: dict[str, Any], hdfs: dict[str, Any]) -> None
 
 
 def run(command: list[str], failure: str) -> str:
-    """stdout of a command. UserError, with the end of its output, if it fails."""
+    """Run a command; return its stdout. Raises UserError, with the end of its output, if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         raise UserError(f"{failure}: {(done.stdout + done.stderr).strip()[-2000:]}")

@@ -40,7 +40,7 @@ def planted(raw: Path) -> dict[Place, str]:
 
 
 def faults(result: dict[str, Any], found: dict[Place, str], expected: dict[Place, str]) -> list[str]:
-    """What is wrong, one sentence each."""
+    """Return a sentence for each thing that is wrong."""
     wrong = [
         f"{place}: planted as {expected.get(place, 'a good row')}, found as {found.get(place, 'a good row')}"
         for place in sorted(found.keys() | expected.keys())

@@ -35,7 +35,7 @@ def training(values: dict[str, Any]) -> Iterator[Trainer]:
 
 
 def train_on_cpu(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """In a process that sees no GPU."""
+    """Train in a process that sees no GPU."""
     script = (
         "import json, sys, tests.support.training_job as job; print(json.dumps(job.train(json.loads(sys.argv[1]))))"
     )
@@ -48,7 +48,7 @@ def train_on_cpu(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def optimizer_state(trainer: Trainer) -> dict[str, Tensor]:
-    """As it is saved."""
+    """Return the optimizer's state as a checkpoint has it."""
     parts = parts_of(trainer.model, trainer.optimizer, check=False)
     return {f"{part.key} {part.at}": part.values().clone() for part in parts if part.key.startswith("optimizer.")}
 

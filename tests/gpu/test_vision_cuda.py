@@ -42,7 +42,7 @@ def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def references(folder: Any) -> list[Any]:
-    """transformers in float32 and in bfloat16."""
+    """Return transformers' model in float32 and in bfloat16."""
     auto = transformers.AutoModelForImageTextToText
     return [auto.from_pretrained(folder, dtype=t).to("cuda") for t in (torch.float32, torch.bfloat16)]
 

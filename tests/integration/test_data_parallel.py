@@ -96,7 +96,7 @@ def different(found: dict[str, float], expected: dict[str, float]) -> list[str]:
 
 
 def report(values: dict[str, Any], world: int, weight_shards: int = 1) -> dict[str, Any]:
-    """What this rank has: sums of squares of the first step's gradients and of the last weights, and all losses."""
+    """Return of this rank the sums of squares of the first step's gradients and of the last weights, and all losses."""
     run = Run.prepare(TrainConfig(**values), world, cuda=False)
     run = replace(run, layout=replace(run.layout, weight_shards=weight_shards))
     with Runtime.start(seed=run.config.seed) as runtime, Trainer(run, runtime) as trainer:
@@ -126,7 +126,7 @@ def report(values: dict[str, Any], world: int, weight_shards: int = 1) -> dict[s
 
 
 def gradients(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, float]:
-    """Sums of squares of one step's, each gradient whole: a rank has its part of every bucket."""
+    """Return the sum of squares of each gradient of one step, put together from every rank's part of its bucket."""
     trainer.ddp.zero_grad_buffer()
     trainer.sums.clear()
     for pack in packs:
@@ -140,7 +140,7 @@ def gradients(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, float]:
 
 
 def whole_tensors(trainer: Trainer, what: str) -> Iterator[tuple[str, Tensor]]:
-    """Weights or gradients by name; of sharded layers, the ranks' parts put together."""
+    """Return weights or gradients by name; of sharded layers, the ranks' parts put together."""
     sharded, in_layers = trainer.ddp.sharded, {}
     if sharded:
         parts = torch.stack([weight.detach() for weight in sharded.weights]) if what == "weights" else sharded.gradients
@@ -161,7 +161,7 @@ def squares(tensors: dict[str, Tensor]) -> dict[str, float]:
 
 
 def weights_agree(trainer: Trainer) -> bool:
-    """Whether all ranks have the same: a gather that was forgotten leaves an old half."""
+    """Return whether all ranks have the same weights: a gather that was forgotten leaves an old half."""
     agree = True
     for _, weight in whole_tensors(trainer, "weights"):
         others = weight.clone()

@@ -29,7 +29,7 @@ def test_from_five_rows_to_answers(
     out = tmp_path / "out"
 
     def run(name: str, argument: Path) -> str:
-        """In this process: the stages find its Spark session."""
+        """Run an example in this process: the stages find its Spark session."""
         monkeypatch.setattr(sys, "argv", [name, str(argument)])
         capsys.readouterr()
         runpy.run_module(f"examples.{name}", run_name="__main__")

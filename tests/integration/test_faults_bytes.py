@@ -42,7 +42,7 @@ def flipped(folder: Folder, name: str, position: int) -> Iterator[None]:
 
 
 def rows_of(folder: Folder) -> list[dict[str, Any]]:
-    """Of a folder of parquet files."""
+    """Return the rows of a folder of parquet files."""
     names = (name for name in folder.names() if name.startswith("part-"))
     return [row for name in names for row in pq.read_table(pa.BufferReader(folder.read(name))).to_pylist()]
 

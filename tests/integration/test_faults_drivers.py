@@ -30,7 +30,7 @@ def make(root: Folder, content: bytes) -> None:
 
 
 def dead_attempt(root: Folder) -> Folder:
-    """What kill -9 leaves."""
+    """Write what kill -9 leaves of an attempt."""
     folder = root / f"_attempt-out-{'0' * 32}"
     folder.write("half", b"half")
     folder.write(DRIVER, json.dumps({"host": "far", "pid": 7, "since": "2026-01-01 10:00:00"}).encode())

@@ -69,7 +69,7 @@ def test_drivers_killed_in_preprocess_and_in_pack_run_again_and_a_second_one_ref
 
 
 def wait_for_end_of_executors(cluster: Cluster) -> None:
-    """They end by themselves when their driver is gone, and their Python workers with them."""
+    """Wait until executors, and their Python workers, have ended by themselves, as their driver is gone."""
     deadline = time.monotonic() + 60
     while cluster.executors() or any("pyspark" in " ".join(child.cmdline()) for child in below(cluster)):
         assert time.monotonic() < deadline

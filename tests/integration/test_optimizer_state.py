@@ -72,7 +72,7 @@ def test_a_cpu_takes_the_master_weights_of_a_gpu_not_its_rounded_ones(
 
 
 def rounded(part: Part) -> Part:
-    """As a GPU writes a weight."""
+    """Round as a GPU writes a weight."""
     return replace(part, dtype=torch.bfloat16, sources=(part.sources[0].detach().bfloat16(),))
 
 

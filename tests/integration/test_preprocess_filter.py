@@ -48,7 +48,7 @@ def picture(width: int, height: int, seed: int, **options: Any) -> bytes:
 
 
 def write_pictures(folder: Path) -> None:
-    """0.png to 9.png are good; 10.png has the bytes of 0.png."""
+    """Write pictures, of which 0.png to 9.png are good; 10.png has the bytes of 0.png."""
     folder.mkdir(parents=True)
     for number in range(11):
         (folder / f"{number}.png").write_bytes(picture(40 + number % 10, 50, seed=number % 10))
@@ -93,7 +93,7 @@ def read(folder: Path) -> Rows:
 
 
 def content(rows: Rows) -> Rows:
-    """Rows without the names and offsets of blobs, which each attempt chooses."""
+    """Return rows without the names and offsets of blobs, which each attempt chooses."""
     for row in rows:
         for image in row["images"] or []:
             del image["blob"], image["offset"]

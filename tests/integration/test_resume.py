@@ -207,7 +207,7 @@ def test_a_run_continues_with_another_batch_and_schedule_and_keeps_its_optimizer
 
 
 def optimizer_of(values: dict[str, Any]) -> dict[str, float]:
-    """Sums of the optimizer's tensors in the newest checkpoint, by name."""
+    """Return the sums of the optimizer's tensors in the newest checkpoint, by name."""
     import io
 
     import torch

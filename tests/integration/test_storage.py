@@ -31,7 +31,7 @@ def hdfs(cluster: Cluster, tmp_path: Path) -> Folder:
 
 
 def as_user(name: str, cluster: Cluster, code: str) -> str:
-    """stdout of Python code run as another HDFS user; `Folder` is there."""
+    """Return the stdout of Python code run as another HDFS user; `Folder` is there."""
     command = [sys.executable, "-c", f"from kanyun.storage import Folder\n{code}"]
     env = os.environ | cluster.env | {"HADOOP_USER_NAME": name}
     return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout

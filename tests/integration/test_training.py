@@ -46,7 +46,7 @@ def whole(vl: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def weights(values: dict[str, Any]) -> Weights:
-    """Of the latest checkpoint."""
+    """Return the weights of the latest checkpoint."""
     run = Run.prepare(TrainConfig(**values), world_size=1, cuda=False)
     assert run.resume is not None
     with Runtime.start() as runtime:
@@ -292,6 +292,6 @@ def test_metrics_are_there_for_people_and_programs(whole: dict[str, Any]) -> Non
 
 
 def useful_tokens(values: dict[str, Any]) -> float:
-    """Of a pack, on average."""
+    """Return the useful tokens of a pack, on average."""
     manifest = json.loads(Path(values["data"], dataset_name(LENGTH, 0, 0), "manifest.json").read_text())
     return float(manifest["tokens"] / manifest["packs"])

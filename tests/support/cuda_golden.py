@@ -41,7 +41,7 @@ def losses_of_graphs(model: LanguageModel, batches: list[Batch], runtime: Runtim
 
 
 def in_ddp(model: LanguageModel) -> DistributedDataParallel:
-    """As Trainer makes it: gradients are added up in main_grad, by the matrix products themselves."""
+    """Wrap the model as Trainer does: gradients are added up in main_grad, by the matrix products themselves."""
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     ddp = DistributedDataParallel(model.config, config, model)
     from trainer.models.layers_te import accumulate_in_place

@@ -9,7 +9,7 @@ PYTHON = "/venv/bin/python"
 
 
 def dry(command: str, environment: dict[str, str] | None = None, code: int = 0) -> str:
-    """What a script prints with DRY_RUN=1, in an environment of these variables alone."""
+    """Return what a script prints with DRY_RUN=1, in an environment of these variables alone."""
     fixed = {"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "PYTHON": PYTHON, "LC_ALL": "C.UTF-8"}
     done = subprocess.run(
         shlex.split(command), env=fixed | (environment or {}), cwd=ROOT, capture_output=True, text=True, check=False

@@ -107,7 +107,7 @@ class FaultRun:
         return replace(self, here=here)
 
     def run(self, *faults: str, conf: str = "", **environment: str) -> str:
-        """To its end, which must be a good one; stdout."""
+        """Run it to its end, which must be a good one; return stdout."""
         with self.started(*faults, conf=conf, **environment) as driver:
             return self.ended(driver)
 
@@ -147,7 +147,7 @@ class FaultRun:
         return {path.name for path in self.here.iterdir() if re.fullmatch(r"\w+-\d+-\w+-\d+", path.name)}
 
     def digest(self) -> str:
-        """Of the packs, which must be sound, with no file beside that does not belong to the run."""
+        """Return the digest of the packs, which must be sound, with no file beside that does not belong to the run."""
         assert list(verify(self.out / PACKED)) == []
         found = {name for name, _ in self.out.files()}
         assert [name for name in found if not _FILES.fullmatch(name)] == []
@@ -172,7 +172,7 @@ def recipe_for(root: Folder, model: Path) -> Recipe:
 
 @contextmanager
 def namenode_away(cluster: Cluster, seconds: float) -> Iterator[None]:
-    """Stopped before the block, and up again some time after it."""
+    """Stop the NameNode before the block, and start it `seconds` after the block."""
     cluster.stop("namenode")
     yield
     time.sleep(seconds)

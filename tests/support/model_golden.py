@@ -38,7 +38,7 @@ def examples(vocabulary: int, *lengths: int) -> list[Example]:
 def batch_of(
     config: ModelConfig, packs: Sequence[Sequence[Example]], length: int, static: StaticShape | None = None
 ) -> Batch:
-    """Packs as the loader would hand them to the model."""
+    """Return the packs as the loader would hand them to the model."""
     return make_batch([_pack(examples, length) for examples in packs], BatchFormat.of(config, static))
 
 
@@ -59,7 +59,7 @@ def _pack(examples: Sequence[Example], length: int) -> Pack:
 
 
 def transformers_answer(reference: Any, example: Example) -> tuple[Tensor, Tensor]:
-    """Logits [n, vocabulary] of the sample alone, and the summed loss of its trained tokens."""
+    """Return the logits [n, vocabulary] of the sample alone, and the summed loss of its trained tokens."""
     labels = torch.where(example.trained, example.input_ids, -100)
     out = reference(input_ids=example.input_ids[None], labels=labels[None], **example.processed)
     return out.logits[0], out.loss * example.trained[1:].sum() if example.trained[1:].any() else out.logits.sum() * 0

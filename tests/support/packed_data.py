@@ -29,7 +29,7 @@ def encoded_image(rng: np.random.Generator, width: int, height: int) -> bytes:
 
 
 def random_sample(rng: np.random.Generator, sample_id: int, text: int, grids: Sequence[tuple[int, int]] = ()) -> Sample:
-    """About `text` text tokens with images in between; grids in patches (rows, columns)."""
+    """Return a sample of about `text` text tokens with images in between; grids in patches (rows, columns)."""
     ids: list[int] = rng.integers(0, 900, max(text - len(grids), 1)).tolist()
     for rows, columns in grids:
         ids += [IMAGE] * (rows * columns // 4) + [int(rng.integers(0, 900))]
@@ -82,7 +82,7 @@ def write_packed(
 
 
 def random_packs(seed: int, count: int, length: int, images: bool = True) -> list[list[Sample]]:
-    """`count` packs, each of a few samples: some without images, some with several, some full to the last slot."""
+    """Return `count` packs of a few samples: some without images, some with several, some full to the last slot."""
     rng = np.random.default_rng(seed)
     packs: list[list[Sample]] = []
     for number in range(count):
@@ -114,7 +114,7 @@ def many_sizes(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def useful_patches(packs: np.ndarray) -> float:
-    """Share of the patches that packs [n] are padded to in training, one at a time."""
+    """Return the useful share of the patches that packs [n] are padded to in training, one at a time."""
     padded = -(-packs.clip(1) // 64).astype(np.int64) * 64
     sizes = np.array(shape_buckets(padded, PATCH_BUCKETS))
     return float(packs.sum() / sizes[np.searchsorted(sizes, padded)].sum())

@@ -38,7 +38,7 @@ def read(folder: Folder) -> Rows:
 
 
 def run(raw: Folder, dataset: str = "messages", near_duplicates: str = "keep") -> tuple[Rows, Rows, Report]:
-    """Rows of data/ and of quarantine/, and the report of filter."""
+    """Run preprocess and filter; return the rows of data/ and of quarantine/, and the report of filter."""
     out = raw.parent
     PreprocessStage(raw.uri, (out / "checked").uri, dataset).run()
     report = FilterStage((out / "checked").uri, (out / "clean").uri, near_duplicates).run()

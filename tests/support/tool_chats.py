@@ -44,7 +44,7 @@ TOWN = call(town="Ålesund", n=1.5)
 
 
 def tokenizer_folder(path: Path, template: str, *, vision: bool = False) -> Path:
-    """The real tokenizer with a chat template."""
+    """Write a folder with the real tokenizer and a chat template; return it."""
     made = real_tokenizer_folder(path, vision=vision)
     config = json.loads((made / "tokenizer_config.json").read_text())
     (made / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))

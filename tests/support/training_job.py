@@ -78,7 +78,7 @@ def command(values: dict[str, Any], *changes: str, processes: int | None = None)
 
 
 def environment(**added: str) -> dict[str, str]:
-    """Of a run: processes that die are not started again, unless a test says so."""
+    """Return the environment of a run: processes that die are not started again, unless a test says so."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"RESTARTS": "0"} | added
 
 

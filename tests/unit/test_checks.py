@@ -26,7 +26,7 @@ def reason_of(on: On, *subject: object) -> str | None:
 
 
 def candidate(messages: list[Message] | None, text: str | None = None, images: int = 0, min_text: int = 4) -> Candidate:
-    """As preprocess makes it of a row whose images are all of a list beside the messages."""
+    """Return the candidate that preprocess makes of a row whose images are all of a list beside the messages."""
     sample = RawSample(messages, text, ("a.png",) * images).placed()
     return Candidate(sample.messages, sample.text, len(sample.images), "the row's images", min_text)
 

@@ -180,7 +180,7 @@ def test_error_sentences_are_those_of_the_code(page: str) -> None:
 
 
 def build_site(sources: Path, site: Path) -> tuple[int, str]:
-    """As `make docs` does. Without --quiet: it keeps warnings from --strict, which then fails at nothing."""
+    """Build the site as `make docs` does, but not --quiet, which keeps warnings from --strict: nothing would fail."""
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
         cwd=sources,

@@ -19,7 +19,7 @@ MODELS = {"qwen2_5_vl": (Qwen2_5_VLModel, Qwen2_5_VLConfig), "qwen3_vl": (Qwen3V
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: Any) -> Any:
-    """Without weights: get_rope_index reads only the config."""
+    """Return transformers' model without weights: get_rope_index reads only the config."""
     make, config = MODELS[request.param]
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16, "out_hidden_size": 16}
     text: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1}

@@ -55,7 +55,7 @@ def take(data: PackedData, steps: int, consumed: int = 0, **kwargs: object) -> l
 
 
 def keys(micro_batches: tuple[Batch, ...]) -> list[tuple[int, ...]]:
-    """What identifies each pack of a step: its first 24 tokens."""
+    """Return what identifies each pack of a step: its first 24 tokens."""
     return [tuple(ids[:24].tolist()) for batch in micro_batches for ids in batch.input_ids.split(LENGTH)]
 
 

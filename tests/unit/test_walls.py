@@ -14,7 +14,7 @@ SOURCES = [
 
 
 def imported(source: str) -> Iterator[str]:
-    """Dotted names of all modules that a file imports, wherever in it."""
+    """Return the dotted names of all modules that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
