@@ -4,6 +4,7 @@ A table stands between `<!-- cards NAME -->` and `<!-- /cards -->`; tests/unit/t
 the cards say.
 """
 
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ def rendered(page: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name in FILES:
         file = ROOT / name
         file.write_text(rendered(file.read_text()))

@@ -23,7 +23,6 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -34,6 +33,7 @@ from trainer.checkpoint.parts import buffer_size
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.writer import FILES
 from trainer.config import TrainConfig
+from trainer.metrics import process_age
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
 from trainer.models.qwen2_5.config import WindowedVisionConfig
@@ -141,13 +141,8 @@ def measure(args: argparse.Namespace, config: ModelConfig, here: Path, runtime: 
 
 def in_time(minutes: float, seconds: float) -> bool:
     """Return whether what takes `seconds` ends in time, as rank 0 sees it. Every rank calls it."""
-    answers = gathered(int(elapsed() + seconds < 60 * minutes))
+    answers = gathered(int(process_age() + seconds < 60 * minutes))
     return bool(answers[0])
-
-
-def elapsed() -> float:
-    """Return the seconds since this process was started."""
-    return time.time() - psutil.Process().create_time()
 
 
 def floors(run: Path, minutes: float, whole: float) -> None:
@@ -161,7 +156,7 @@ def floors(run: Path, minutes: float, whole: float) -> None:
         ("a plain copy, file after file", lambda: move_files(files, target)),
         (f"{FILES} threads that write out of memory", lambda: write_files(target, sizes_of)),
     ):
-        if elapsed() + whole > 60 * minutes:
+        if process_age() + whole > 60 * minutes:
             print(f"floor of the whole: {what}: left out, it would not end within {minutes:g} minutes", flush=True)
             continue
         started = time.perf_counter()

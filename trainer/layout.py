@@ -6,6 +6,7 @@ from typing import Any
 
 from kanyun.cli.parser import Parser
 from kanyun.errors import UserError, run_cli
+from kanyun.storage import Folder
 from trainer.models.config import ModelConfig
 from trainer.models.registry import costs_of, published_sizes
 from trainer.planning.gpus import GPUS, NODE
@@ -35,6 +36,8 @@ def parser() -> Parser:
 
 def main() -> int:
     args, sizes = parser().parse_args(), published_sizes()
+    if args.model not in sizes and not Folder(args.model).exists("config.json"):
+        raise UserError(f"there is no model {args.model}: give {', '.join(sizes)}; or a Hugging Face folder")
     model = sizes[args.model] if args.model in sizes else ModelConfig.from_hf(args.model)
     patches = 2 * args.length if args.patches is None else args.patches
     if model.vision is None:

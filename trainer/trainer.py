@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Self
 
-import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -23,7 +22,7 @@ from trainer.data.batch import Batch, BatchFormat
 from trainer.data.shapes import static_shape
 from trainer.data.stream import PackStream, ValidationStream
 from trainer.graph import Graphed
-from trainer.metrics import Metrics, RankTimes, StepMetrics, StepResult, WorkClock, peak_memory_gb
+from trainer.metrics import Metrics, RankTimes, StepMetrics, StepResult, WorkClock, peak_memory_gb, process_age
 from trainer.metrics.by_dataset import DatasetSums, Losses, told_apart
 from trainer.models.costs import TRAINING
 from trainer.models.initialize import build_model
@@ -130,8 +129,7 @@ class Trainer:
             self.watch.begin(f"reading the data of step {self.step + 1}")
             result = self.train_step(next(batches), lr)
             if self.step == self.run.start.step:
-                age = time.time() - psutil.Process().create_time()
-                self._say(f"first step done {age:.0f} s after this process was started")
+                self._say(f"first step done {process_age():.0f} s after this process was started")
             self.step, stop = self.step + 1, result.stop
             seconds = time.perf_counter() - started
             self.skipped += self.guard.check_gradient(result.grad_norm, self.step)

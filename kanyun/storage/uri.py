@@ -23,8 +23,9 @@ def locate(uri: str) -> tuple[Backend, str]:
     """
     if not uri:
         raise UserError(f"a path is empty: {_KNOWN}, and . for the current folder")
-    match = _SCHEME.match(uri)
-    if match is None and not uri.lower().startswith("hdfs:"):
+    if uri != uri.strip() and _is_uri(uri.strip()):
+        raise UserError(f"cannot use {uri!r} (spaces around it): give {uri.strip()}")
+    if not _is_uri(uri):
         return _LOCAL, absolute(uri)
     scheme = uri.partition(":")[0]
     if scheme == "file":
@@ -39,6 +40,10 @@ def locate(uri: str) -> tuple[Backend, str]:
         right = _right_spelling(uri)
         raise UserError(f"cannot use {uri} (wrong spelling): give {right}, or ./{uri} for a local folder of that name")
     raise UserError(f"cannot use {uri} ({scheme}: URIs are not supported): {_KNOWN}")
+
+
+def _is_uri(path: str) -> bool:
+    return _SCHEME.match(path) is not None or path.lower().startswith(("hdfs:", "file:"))
 
 
 def _right_spelling(uri: str) -> str:

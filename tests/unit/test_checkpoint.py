@@ -142,6 +142,9 @@ def test_a_state_of_other_values_is_damaged(change: Any, output: Folder, model: 
     written.write("state.json", json.dumps(values | change).encode())
     with pytest.raises(UserError, match=rf"state.json is damaged \({next(iter(change))} is "):
         checkpoint.require_whole(written)
+    written.write("state.json", json.dumps({"step": 3}).encode())
+    with pytest.raises(UserError, match=r"state\.json is damaged"):
+        checkpoint.read_state(written)
 
 
 def test_a_step_under_another_name_is_passed_over(output: Folder, model: LanguageModel, hf: Path) -> None:
@@ -296,10 +299,3 @@ def test_a_checkpoint_cannot_run_code(output: Folder, model: LanguageModel, hf: 
     with pytest.raises(UserError, match="no checkpoint of plain data"):
         refuse_code(written)
     assert not list(tmp_path.glob("run by*"))
-
-
-def test_a_damaged_state_is_said_so(output: Folder, model: LanguageModel, hf: Path) -> None:
-    written = save(output, state(model), model, None, Folder(str(hf)))
-    Path(written.path, "state.json").write_text(json.dumps({"step": 3}))
-    with pytest.raises(UserError, match=r"state\.json is damaged"):
-        checkpoint.read_state(written)

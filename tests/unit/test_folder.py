@@ -44,6 +44,8 @@ def test_two_dots_after_a_link_lead_where_the_system_goes(tmp_path: Path) -> Non
         ("hdfs://h:port/raw", "give hdfs://HOST:PORT/"),
         ("FILE:///raw", "give file:///raw, or"),
         ("file://raw/x", "a host or a relative path"),
+        ("file:raw", "a host or a relative path"),
+        (" hdfs://h:8020/raw", r"cannot use ' hdfs://h:8020/raw' \(spaces around it\): give hdfs://h:8020/raw"),
         ("s3://bucket/raw", "s3: URIs are not supported.: give a local path or hdfs://HOST:PORT/PATH"),
         ("gs:/bucket", "gs: URIs are not supported"),
         ("memory://x", "memory: URIs are not supported"),

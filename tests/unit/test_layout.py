@@ -266,6 +266,9 @@ def test_command_line_needs_no_gpu() -> None:
     too_few = subprocess.run([*command, "8", "Qwen2.5-72B"], capture_output=True, text=True)
     assert (too_few.returncode, too_few.stdout) == (2, "")
     assert "needs 121 GB and has 81 usable, 40 GB are missing; 16 are the fewest that can" in too_few.stderr
+    unknown = subprocess.run([*command, "8", "Qwen2.5-9B"], capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "there is no model Qwen2.5-9B: give Qwen2.5-0.5B, " in unknown.stderr
     too_many = subprocess.run([*command, "1000", "Qwen2.5-7B"], capture_output=True, text=True)
     assert too_many.returncode == 2
     assert "1000 GPUs: layouts are known for 1 to 512" in too_many.stderr

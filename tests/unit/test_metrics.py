@@ -3,15 +3,17 @@
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch import nn
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from trainer.metrics import ASIDE, METRICS, Metrics, RankTimes, StepMetrics
+from trainer.metrics import ASIDE, METRICS, Metrics, RankTimes, StepMetrics, process_age
 from trainer.metrics.lines import Lines
 from trainer.stopping import BAD_STEPS, FiniteGuard
 
@@ -102,3 +104,8 @@ def test_one_rank_is_not_called_the_slowest(tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out
     assert "data wait 10%  1.0 GB" in shown
     assert "slowest" not in shown
+
+
+def test_the_age_of_a_process_counts_from_its_start() -> None:
+    """As psutil has it, by the clock of the wall, which nobody sets here meanwhile."""
+    assert process_age() == pytest.approx(time.time() - psutil.Process().create_time(), abs=1)

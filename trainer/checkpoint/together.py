@@ -117,7 +117,7 @@ class JointWriter:
         return values
 
     def _from_first(self, action: Any) -> str | None:
-        """Let rank 0 do it. Return on every rank what went wrong, or None."""
+        """Call `action` on rank 0. Return on every rank what went wrong there, or None."""
         outcome: list[Any] = [_attempted(action)[1] if self.rank == 0 else None]
         if self.group is not None:
             dist.broadcast_object_list(outcome, src=0, group=self.group)
@@ -163,7 +163,7 @@ def amount(count: float) -> str:
 
 
 def _attempted(action: Any) -> tuple[Any, str | None]:
-    """Return the result and None, or None and the error for people."""
+    """Call `action`. Return its result and None, or None and its error as a sentence."""
     try:
         return action(), None
     except (UserError, OSError) as error:

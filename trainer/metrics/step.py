@@ -1,8 +1,10 @@
 """What one step came to: its losses, and the time of each rank."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
 
@@ -85,3 +87,9 @@ class StepResult:
     def loss(self) -> float:
         """Mean over the step's trained tokens."""
         return self.losses.mean
+
+
+def process_age() -> float:
+    """Return the seconds since this process was started, also where the clock was set since."""
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()  # the name may have spaces
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")
