@@ -135,10 +135,9 @@ def crash_at(at: str, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("change", [{"step": "2"}, {"consumed": -1}, {"skipped": True}, {"model": []}, {"run": None}])
 def test_a_state_of_other_values_is_damaged(change: Any, output: Folder, model: LanguageModel, hf: Path) -> None:
-    """As where it was made before it had a digest of itself."""
     written = save(output, state(model, 2), model, None, Folder(str(hf)))
     values = json.loads(written.read("state.json"))
-    del values["digest"]
+    del values["digest"]  # as in checkpoints from before it had one
     written.write("state.json", json.dumps(values | change).encode())
     with pytest.raises(UserError, match=rf"state.json is damaged \({next(iter(change))} is "):
         checkpoint.require_whole(written)
