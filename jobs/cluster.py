@@ -118,7 +118,7 @@ class Cluster:
         return found
 
     def status(self) -> dict[str, str]:
-        """Return, for people, how each daemon and service is, by its name."""
+        """Return the state of each daemon and service in words, by its name."""
         running = self.running()
         lines = {name: f"running, pid {running[name].pid}" if name in running else "down" for name in DAEMONS}
         hdfs, spark = self._hdfs_state(), self._spark_state()

@@ -158,7 +158,7 @@ def _no_room(path: str, size: int) -> str:
 
 
 def amount(count: float) -> str:
-    """Return a number of bytes for people."""
+    """Return a number of bytes as text, in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

@@ -198,8 +198,8 @@ def core_config(config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT
         # Scales of the tensors at hand, not of steps before: no history that a checkpoint or a CUDA graph would carry.
         fp8="hybrid" if compute.fp8 else None,
         fp8_recipe="tensorwise",
-        # Weights are cast in every micro-batch. megatron.core would do so in a step's first one, by a flag of the host
-        # that a graph does not see: it replays the cast weights of the capture for ever.
+        # Weights without fp8 copies (tensor parallelism) are cast in every micro-batch. megatron.core would do so in a
+        # step's first one, by a flag of the host that a graph does not see: it replays the capture's for ever.
         disable_parameter_transpose_cache=True,
         tensor_model_parallel_size=runtime.tensor_parallel,
         sequence_parallel=runtime.tensor_parallel > 1,

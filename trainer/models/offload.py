@@ -73,7 +73,7 @@ class ActivationOffload:
 
     def _pack(self, number: int, tensor: Tensor) -> Tensor | int:
         """Begin to copy a SwiGLU input to the host; autograd keeps the layer's number in its place."""
-        # Whatever else may be as wide: norms keep vectors, products 8 bits, transposed, or a parameter.
+        # Other saved tensors can have this width: vectors of norms, transposed 8-bit operands, parameters.
         wide = tensor.dim() > 1 and tensor.shape[-1] == self._width
         if not wide or not tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
             return tensor
