@@ -17,6 +17,7 @@ from tests.support.qwen_assets import tiny_vl_folder
 from tests.support.training_job import metrics_of, train, write_job
 from trainer.config import TrainConfig
 from trainer.optim.data_parallel import OverlappedDataParallel
+from trainer.optim.sharded_layers import ShardedLayers
 from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
 
@@ -77,8 +78,8 @@ def set_exchange(ddp: OverlappedDataParallel, exchange: str) -> None:
     if exchange == "late":
         for bucket in ddp.bucket_groups:
             bucket.start_param_sync = delayed(bucket.start_param_sync)
-        if ddp.sharded:
-            for stream in (ddp.sharded._copies, ddp.sharded._sums):
+        for layers in (shards for shards in ddp.sharded if isinstance(shards, ShardedLayers)):
+            for stream in (layers._copies, layers._sums):
                 setattr(stream, "wait_stream", delayed_on(stream))  # noqa: B010 (mypy refuses an assignment)
 
 
@@ -115,7 +116,9 @@ def work(values: dict[str, Any], layout: dict[str, int], exchange: str) -> None:
     run = Run.prepare(TrainConfig(**values), int(os.environ["WORLD_SIZE"]), torch.cuda.is_available())
     run = replace(run, layout=replace(run.layout, **layout))
     with (
-        Runtime.start(tensor_parallel=run.layout.tensor_parallel, seed=run.config.seed) as runtime,
+        Runtime.start(
+            tensor_parallel=run.layout.tensor_parallel, weight_shards=run.layout.weight_shards, seed=run.config.seed
+        ) as runtime,
         Trainer(run, runtime) as trainer,
     ):
         set_exchange(trainer.ddp, exchange)
