@@ -207,7 +207,8 @@ def _curve(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = _config(args, folder, model, int(packs)).model_copy(update={"steps": args.steps, "warmup_steps": 20})
     run = Run.prepare(config, int(os.environ["WORLD_SIZE"]), torch.cuda.is_available())
     layout = replace(run.layout, weight_shards=int(shards), tensor_parallel=1, micro_batch=1)
-    with Runtime.start(seed=config.seed) as runtime, Trainer(replace(run, layout=layout), runtime) as trainer:
+    start = Runtime.start(seed=config.seed, weight_shards=layout.weight_shards)
+    with start as runtime, Trainer(replace(run, layout=layout), runtime) as trainer:
         batches = islice(trainer.stream.batches(0), args.steps)
         losses = [trainer.train_step(b, learning_rate(config, n, args.steps)).loss for n, b in enumerate(batches)]
     return {"losses": losses}

@@ -108,9 +108,9 @@ def train(
     planner.FP8_HIDDEN = 0 if args.precision == "fp8" else 1 << 30
     world = int(os.environ.get("WORLD_SIZE", "1"))
     run = change(Run.prepare(config, world, torch.cuda.is_available()))
-    split, one_order = run.layout.tensor_parallel, config.deterministic
+    split, shards, one_order = run.layout.tensor_parallel, run.layout.weight_shards, config.deterministic
     with (
-        Runtime.start(tensor_parallel=split, deterministic=one_order) as runtime,
+        Runtime.start(tensor_parallel=split, weight_shards=shards, deterministic=one_order) as runtime,
         Trainer(run, runtime) as trainer,
     ):
         seconds, flops, losses, waits, work, first, real, slots = [], [], [], [], [], 0.0, 0, 0

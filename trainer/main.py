@@ -42,6 +42,7 @@ def main() -> int:
         with (
             Runtime.start(
                 tensor_parallel=run.layout.tensor_parallel,
+                weight_shards=run.layout.weight_shards,
                 seed=config.seed,
                 hang_after=config.hang_after,
                 deterministic=config.deterministic,

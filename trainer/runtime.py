@@ -31,13 +31,20 @@ class Runtime:
     rank: int
     world_size: int
     tensor_parallel: int
+    weight_shards: int  # neighbouring data-parallel ranks that share a model's matrices; 1: each has all of them
     seed: int
     deterministic: bool  # on CUDA: only kernels that add in one order. On a CPU all do, so there it is False
     _open: ExitStack = field(repr=False)
 
     @classmethod
     def start(
-        cls, *, tensor_parallel: int = 1, seed: int = 0, hang_after: float = 600, deterministic: bool = False
+        cls,
+        *,
+        tensor_parallel: int = 1,
+        weight_shards: int = 1,
+        seed: int = 0,
+        hang_after: float = 600,
+        deterministic: bool = False,
     ) -> "Runtime":
         """Join the job that torchrun's environment variables describe; without them this process is the whole job.
 
@@ -86,7 +93,8 @@ class Runtime:
             model_parallel_cuda_manual_seed(seed)
             dtype = torch.bfloat16 if cuda else torch.float32
             deterministic = deterministic and cuda
-            return cls(device, dtype, rank, world_size, tensor_parallel, seed, deterministic, stack.pop_all())
+            split = tensor_parallel, weight_shards
+            return cls(device, dtype, rank, world_size, *split, seed, deterministic, stack.pop_all())
 
     @property
     def cuda(self) -> bool:

@@ -82,7 +82,6 @@ class Trainer:
         self.ddp = OverlappedDataParallel(
             self.model.config,
             self.model,
-            weight_shards=layout.weight_shards,
             transposed_weights=layout.compute.transposed_weights,
         )
         self.guard = FiniteGuard(self.model.named_weights, config.lr)

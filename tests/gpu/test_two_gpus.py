@@ -14,8 +14,10 @@ def test_two_data_parallel_ranks(tmp_path: Path) -> None:
     assert_two_train_as_one(tmp_path, tolerance=0.01)
 
 
-def test_two_ranks_that_share_the_layers(tmp_path: Path) -> None:
-    assert_two_train_as_one(tmp_path, weight_shards=2, tolerance=0.01)
+@pytest.mark.parametrize("exchange", ["within a node", "between nodes"])
+def test_two_ranks_that_share_the_weights(exchange: str, tmp_path: Path) -> None:
+    """Within a node copy engines gather them, between nodes NCCL does."""
+    assert_two_train_as_one(tmp_path, weight_shards=2, tolerance=0.01, exchange=exchange)
 
 
 def test_two_halves_of_a_model(tmp_path: Path) -> None:

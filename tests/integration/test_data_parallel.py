@@ -25,6 +25,7 @@ from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.support.training_job import write_job
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
+from trainer.kernels.shared_vocabulary import VocabularyPart
 from trainer.optim.optimizer import learning_rate
 from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
@@ -78,7 +79,11 @@ def test_an_exchange_that_is_forgotten_or_done_twice_is_seen(
     assert two["buckets"] >= 4 or what == "layer"
     times = LAYERS if what == "layer" else two["buckets"]
     faults = ("reduce-scatter forgotten", "reduce-scatter twice", "gather forgotten")
-    assert two["caught"] == {f"{what}: {fault}": ["caught"] * times for fault in faults}
+    expected = {f"{what}: {fault}": ["caught"] * times for fault in faults}
+    if what == "layer":
+        tables = 1 if two["tied"] else 2
+        expected |= {f"vocabulary: {fault}": ["caught"] * tables for fault in VOCABULARY_FAULTS}
+    assert two["caught"] == expected
 
 
 def test_every_rank_knows_which_one_is_slow(reports: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
@@ -99,7 +104,8 @@ def report(values: dict[str, Any], world: int, weight_shards: int = 1) -> dict[s
     """Return of this rank the sums of squares of the first step's gradients and of the last weights, and all losses."""
     run = Run.prepare(TrainConfig(**values), world, cuda=False)
     run = replace(run, layout=replace(run.layout, weight_shards=weight_shards))
-    with Runtime.start(seed=run.config.seed) as runtime, Trainer(run, runtime) as trainer:
+    start = Runtime.start(seed=run.config.seed, weight_shards=weight_shards)
+    with start as runtime, Trainer(run, runtime) as trainer:
         steps = list(islice(trainer.stream.batches(0), STEPS))
         first = gradients(trainer, steps[0])
         rates = [learning_rate(run.config, i, STEPS) for i in range(STEPS)]
@@ -109,6 +115,7 @@ def report(values: dict[str, Any], world: int, weight_shards: int = 1) -> dict[s
         result: dict[str, Any] = {
             "buckets": len(trainer.ddp.bucket_groups),
             "images": run.model.vision is not None,
+            "tied": run.model.tied,
             "text only on one rank": any(text_only_on_one_rank(packs) for packs in steps),
             "gradients": first,
             "weights": squares(weights),
@@ -140,18 +147,18 @@ def gradients(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, float]:
 
 
 def whole_tensors(trainer: Trainer, what: str) -> Iterator[tuple[str, Tensor]]:
-    """Return weights or gradients by name; of sharded layers, the ranks' parts put together."""
-    sharded, in_layers = trainer.ddp.sharded, {}
-    if sharded:
-        parts = torch.stack([weight.detach() for weight in sharded.weights]) if what == "weights" else sharded.gradients
-        for layer, part in enumerate(parts):
+    """Return weights or gradients by name; of what is sharded, the ranks' parts put together."""
+    shared = {}
+    for shards in trainer.ddp.sharded:
+        parts = torch.stack([weight.detach() for weight in shards.weights]) if what == "weights" else shards.gradients
+        for number, part in enumerate(parts):
             row = part.new_empty(len(part) * trainer.runtime.dp_size)
             dist.all_gather_into_tensor(row, part.contiguous())
-            for parameter, start in zip(sharded.parameters[layer], sharded._row.starts, strict=True):
-                in_layers[parameter] = row[start : start + parameter.numel()]
+            for parameter, start in zip(shards.parameters[number], shards.row.starts, strict=True):
+                shared[parameter] = row[start : start + parameter.numel()]
     for name, parameter in trainer.model.named_parameters():
-        if parameter in in_layers:
-            yield name, in_layers[parameter]
+        if parameter in shared:
+            yield name, shared[parameter]
         else:
             yield name, (parameter.detach() if what == "weights" else parameter.main_grad).clone()
 
@@ -193,8 +200,7 @@ def faults(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, list[str]]:
 
 def layer_faults(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, list[str]]:
     """As `faults`, for the exchange of sharded layers. A layer that is not gathered computes with another one's row."""
-    sharded, right = trainer.ddp.sharded, gradients(trainer, packs)
-    assert sharded is not None
+    layers, right = trainer.ddp.sharded[0], gradients(trainer, packs)
     caught: dict[str, list[str]] = {}
     for what, name, times in (
         ("reduce-scatter forgotten", "_reduce", 0),
@@ -202,11 +208,35 @@ def layer_faults(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, list[str
         ("gather forgotten", "_gather", 0),
     ):
         for layer in range(LAYERS):
-            with repeated(sharded, name, times, only=layer):
+            with repeated(layers, name, times, only=layer):
                 wrong = different(gradients(trainer, packs), right)
             caught.setdefault(f"layer: {what}", []).append("caught" if wrong else "gradients are as they should be")
+    assert trainer.model.vocabulary is not None
+    for what, (name, fault) in VOCABULARY_FAULTS.items():
+        for part in trainer.model.vocabulary._parts:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(VocabularyPart, name, only_of(part, getattr(VocabularyPart, name), fault))
+                wrong = different(gradients(trainer, packs), right)
+            caught.setdefault(f"vocabulary: {what}", []).append(
+                "caught" if wrong else "gradients are as they should be"
+            )
     assert different(gradients(trainer, packs), right) == []
     return caught
+
+
+Exchange = Callable[[VocabularyPart, Tensor], Tensor]
+SCATTER_SUM = VocabularyPart.scatter_sum
+# Embedding and output head: what is forgotten, or done twice -> the method, and what it returns then.
+VOCABULARY_FAULTS: dict[str, tuple[str, Exchange]] = {
+    "gather forgotten": ("gather", lambda part, values: torch.cat([values] * part.ranks)),
+    "sum forgotten": ("scatter_sum", lambda part, values: values.chunk(part.ranks)[part.rank].clone()),
+    "sum twice": ("scatter_sum", lambda part, values: 2 * SCATTER_SUM(part, values)),
+}
+
+
+def only_of(part: VocabularyPart, right: Exchange, fault: Exchange) -> Exchange:
+    """`fault` for this part's calls, `right` for another's."""
+    return lambda self, values: fault(self, values) if self is part else right(self, values)
 
 
 @contextmanager

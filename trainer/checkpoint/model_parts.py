@@ -1,5 +1,6 @@
 """What this rank writes of model and optimizer."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -15,7 +16,7 @@ from trainer.optim.state import OptimizerState, ShardedWeights
 class Saved(Protocol):
     """What `parts_of` needs of a model."""
 
-    sharded: ShardedWeights | None
+    sharded: Sequence[ShardedWeights]
 
     def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]: ...
 

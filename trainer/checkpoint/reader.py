@@ -36,9 +36,9 @@ def load(step: Folder, model: LanguageModel, optimizer: ChainedOptimizer | None 
     with _on_local_disk(step) as local:
         _check_digests(local, step.uri)
         refuse_code(local)
-        # Parts of sharded layers are filled by reading; under their names there is no parameter to copy them to.
+        # Parts of sharded matrices are filled by reading; under their names there is no parameter to copy them to.
         with model.masters():
-            model.load_state_dict(_read(local, weights_of(model), step.uri), strict=model.sharded is None)
+            model.load_state_dict(_read(local, weights_of(model), step.uri), strict=not model.sharded)
         require_finite(model.named_weights(), step.uri)
         if optimizer is not None:
             # Last: on a CPU master weights are the model's own, and those of a GPU's checkpoint are rounded.

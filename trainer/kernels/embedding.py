@@ -26,13 +26,18 @@ class LookUp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        (ids,), into = ctx.saved_tensors, ctx.weight.main_grad
-        ordered, order = ids.sort(stable=True)
-        # Distinct tokens are numbered: row n of `sums` belongs to the n-th smallest, and left-over rows are zero.
-        number = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
-        sums = torch.ops.aten.embedding_dense_backward(
-            gradient, torch.empty_like(ids).scatter_(0, order, number), len(ids), -1, False
-        )
-        rows = torch.zeros_like(ids).scatter_(0, number, ordered)
-        into.index_add_(0, rows, sums.to(into.dtype))
+        (ids,) = ctx.saved_tensors
+        add_rows(ctx.weight.main_grad, ids, gradient)
         return None, None
+
+
+def add_rows(into: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """Add rows[i] to into[ids[i]] for each i, always in the same order. into [V, H] float32, ids [T], rows [T, H]."""
+    ordered, order = ids.sort(stable=True)
+    # Distinct tokens are numbered: row n of `sums` belongs to the n-th smallest, and left-over rows are zero.
+    number = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
+    sums = torch.ops.aten.embedding_dense_backward(
+        rows, torch.empty_like(ids).scatter_(0, order, number), len(ids), -1, False
+    )
+    distinct = torch.zeros_like(ids).scatter_(0, number, ordered)
+    into.index_add_(0, distinct, sums.to(into.dtype))

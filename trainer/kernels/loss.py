@@ -25,8 +25,6 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, gradients: bool) -> tuple[Tensor, Tensor]:
-        from transformer_engine.pytorch.cpp_extensions import general_gemm
-
         from trainer.kernels.cross_entropy import cross_entropy_
 
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -39,10 +37,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
             if to_weight:
-                out = weight.main_grad  # type: ignore[attr-defined]  # megatron.core's
-                general_gemm(
-                    hidden[part], logits, out_dtype=out.dtype, layout="NT", out=out, accumulate=True, grad=True
-                )
+                add_weight_gradient(weight.main_grad, hidden[part], logits)  # type: ignore[attr-defined]  # megatron's
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -53,3 +48,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         """`scale` must be 1: the weight's gradient has been added already."""
         (gradient,) = ctx.saved_tensors
         return gradient, None, None, None
+
+
+def add_weight_gradient(out: Tensor, hidden: Tensor, scores: Tensor) -> None:
+    """Add scores.T @ hidden to `out`, float32, in the epilogue of the product."""
+    if not out.is_cuda:
+        out.addmm_(scores.T, hidden)
+        return
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    general_gemm(hidden, scores, out_dtype=out.dtype, layout="NT", out=out, accumulate=True, grad=True)

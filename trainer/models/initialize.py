@@ -1,5 +1,6 @@
 """Making a model: its modules, its initial weights, and which of them train."""
 
+from functools import partial
 from zlib import crc32
 
 import torch
@@ -21,8 +22,11 @@ def build_model(
     a `trainable` that names no part of this model, or a tensor-parallel size that does not divide it.
     """
     model = family_of(config).build(config, runtime, compute)
-    initialize(model, runtime)
     freeze(model, trainable)
+    if runtime.weight_shards > 1:
+        model.shard(runtime)
+    initialize(model, runtime)
+    model.publish()
     return model
 
 
@@ -50,9 +54,16 @@ def _part(name: str) -> str:
 def initialize(model: LanguageModel, runtime: Runtime) -> None:
     """Draw weights as transformers does: matrices normal(0, initializer_range), biases 0, norms 1.
 
-    Each matrix has its own generator, seeded by its name, and is drawn whole; a tensor-parallel rank takes its part.
+    Each matrix has its own generator, seeded by its name, and is drawn whole; of a split or sharded one, a rank takes
+    its part.
     """
     config = model.model_config
+    sharded = {
+        matrix: partial(shards.take, row, column)
+        for shards in model.sharded
+        for row, matrices in enumerate(shards.parameters)
+        for column, matrix in enumerate(matrices)
+    }
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -60,7 +71,8 @@ def initialize(model: LanguageModel, runtime: Runtime) -> None:
         vision = config.vision if name.startswith("vision.") else None
         std = vision.initializer_range if vision else config.initializer_range
         generator = torch.Generator(runtime.device).manual_seed(crc32(f"{runtime.seed} {name}".encode()))
-        parameter.copy_(_draw(parameter, std, generator, runtime))
+        take = sharded.get(parameter, parameter.copy_)
+        take(_draw(parameter, std, generator, runtime))
     model.clear_padding()
 
 

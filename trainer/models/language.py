@@ -5,7 +5,7 @@ GPTModel is deprecated in megatron.core 0.19 (its successor has no mrope): only 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from trainer.models.config import BFLOAT16, Compute, ModelConfig
 from trainer.models.offload import ActivationOffload
 from trainer.optim.fp8_weights import Fp8Weights
 from trainer.optim.sharded_layers import ShardedLayers
+from trainer.optim.sharded_vocabulary import ShardedVocabulary
+from trainer.optim.shards import ShardGroups, Shards, matrices_without_memory
 from trainer.runtime import Runtime
 
 EXTRA_STATE = "._extra_state"
@@ -38,16 +40,17 @@ class LanguageModel(MegatronModule):
     def __init__(self, model_config: ModelConfig, runtime: Runtime, compute: Compute = BFLOAT16) -> None:
         super().__init__(core_config(model_config, runtime, compute))
         self.model_config = model_config
-        self.language = GPTModel(
-            self.config,
-            _layers(model_config, runtime, compute),
-            vocab_size=model_config.vocab_size,
-            max_sequence_length=model_config.max_positions,
-            position_embedding_type="mrope",
-            rotary_base=model_config.rope_theta,
-            share_embeddings_and_output_weights=model_config.tied,
-            scatter_embedding_sequence_parallel=model_config.vision is None,
-        )
+        with matrices_without_memory() if runtime.weight_shards > 1 else nullcontext():
+            self.language = GPTModel(
+                self.config,
+                _layers(model_config, runtime, compute),
+                vocab_size=model_config.vocab_size,
+                max_sequence_length=model_config.max_positions,
+                position_embedding_type="mrope",
+                rotary_base=model_config.rope_theta,
+                share_embeddings_and_output_weights=model_config.tied,
+                scatter_embedding_sequence_parallel=model_config.vision is None,
+            )
         self.offload: ActivationOffload | None = None
         if compute.offloaded_layers:
             self.offload = ActivationOffload(
@@ -57,9 +60,9 @@ class LanguageModel(MegatronModule):
             )
         # Under tensor parallelism each rank has a part of the vocabulary, which megatron.core's own modules add up.
         self._fused = runtime.cuda and runtime.tensor_parallel == 1
-        # Set by who wraps the model for training.
-        self.sharded: ShardedLayers | None = None
-        self.fp8_weights: Fp8Weights | None = None
+        self.vocabulary: ShardedVocabulary | None = None
+        self.sharded: tuple[Shards, ...] = ()
+        self.fp8_weights: Fp8Weights | None = None  # set by who wraps the model for training
         self.register_load_state_dict_post_hook(_ignore_extra_state)
 
     def forward(self, batch: Batch, observe: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -69,9 +72,10 @@ class LanguageModel(MegatronModule):
         DistributedDataParallel, and `backward` be called on the sum itself. `observe` is given the loss of each token,
         [T] float32, 0 where not trained, without gradient.
         """
-        if self._fused:
+        if self._fused or self.vocabulary:
             labels = batch.labels.masked_fill(batch.loss_mask == 0, IGNORED)
-            total, losses = self._language(batch, labels=labels, output_processor=_fused_head)
+            head = self.vocabulary.cross_entropy if self.vocabulary else _fused_head
+            total, losses = self._language(batch, labels=labels, output_processor=head)
         else:
             losses = self._language(batch, labels=batch.labels[None])[0] * batch.loss_mask
             total = losses.sum()
@@ -79,8 +83,15 @@ class LanguageModel(MegatronModule):
             observe(losses.detach())
         return total
 
+    def shard(self, runtime: Runtime) -> None:
+        """Share the matrices of the decoder, embedding and output head with other ranks. They lose their values."""
+        groups, decoder = ShardGroups.of(runtime.weight_shards), self.language.decoder
+        fp8, device = self.config.fp8 is not None, runtime.device
+        self.vocabulary = ShardedVocabulary(self.language, groups, device)
+        self.sharded = (ShardedLayers(decoder, decoder.layers, groups, fp8=fp8, device=device), self.vocabulary)
+
     def logits(self, batch: Batch) -> Tensor:
-        """Return the logits [T, V]; under tensor parallelism gathered from all ranks."""
+        """Return the logits [T, V]; under tensor parallelism gathered from all ranks. Not of a sharded model."""
         logits: Tensor = self._language(batch, runtime_gather_output=True)
         return logits[0]
 
@@ -91,25 +102,23 @@ class LanguageModel(MegatronModule):
 
         Nothing we train needs it, it differs between CPU and CUDA layers, and it would be pickled into checkpoints.
         """
-        if self.sharded:
-            with self.sharded.placeholders() as matrices:
-                state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-            state = self.sharded.in_checkpoint(state, matrices)
-        else:
-            with self.masters():
-                state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        with self.masters(), ExitStack() as stack:
+            empty = [stack.enter_context(shards.placeholders()) for shards in self.sharded]
+            state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for shards, matrices in zip(self.sharded, empty, strict=True):
+            state = shards.in_checkpoint(state, matrices)
         return {name: tensor for name, tensor in state.items() if not name.endswith(EXTRA_STATE)}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what this rank keeps: parameters, and its parts of sharded layers instead of theirs."""
-        elsewhere = {id(p) for layer in self.sharded.parameters for p in layer} if self.sharded else set()
+        """Yield what this rank keeps: parameters, and its parts of what is sharded."""
+        elsewhere = {id(matrix) for shards in self.sharded for row in shards.parameters for matrix in row}
         with self.masters():
             named = list(self.named_parameters())
         for name, parameter in named:
             if id(parameter) not in elsewhere:
                 yield name, parameter
-        if self.sharded:
-            yield from self.sharded.named_parts()
+        for shards in self.sharded:
+            yield from shards.named_parts()
 
     def masters(self) -> AbstractContextManager[None]:
         """Let the parameters be those that are optimized, for the block, where layers compute with fp8 copies."""
@@ -117,8 +126,8 @@ class LanguageModel(MegatronModule):
 
     def publish(self) -> None:
         """Let the layers compute with weights that changed otherwise than by a step. Every rank calls it."""
-        if self.sharded:
-            self.sharded.publish()
+        for shards in self.sharded:
+            shards.publish()
         if self.fp8_weights:
             self.fp8_weights.cast()
 
@@ -140,6 +149,8 @@ class LanguageModel(MegatronModule):
 
     def _embed(self, batch: Batch) -> Tensor:
         """Return the input embeddings [T, 1, H]."""
+        if self.vocabulary:
+            return self.vocabulary.embed(batch.input_ids)[:, None]
         if self._fused:
             tokens: Tensor = LookUp.apply(batch.input_ids, self.language.embedding.word_embeddings.weight)
             return tokens[:, None]

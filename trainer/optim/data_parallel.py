@@ -15,11 +15,10 @@ has long happened. Graphs with the collectives inside would be three of each sha
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Bucket  # a group has one bucket
@@ -29,7 +28,6 @@ from torch import Tensor, nn
 
 from trainer.models.language import LanguageModel
 from trainer.optim.fp8_weights import Fp8Weights
-from trainer.optim.sharded_layers import ShardedLayers
 
 # Parameters of a bucket, and of a rank's part of one, as megatron.core has them: smaller ones cost latency.
 BUCKET, PART = 40_000_000, 1_000_000
@@ -42,7 +40,7 @@ class OverlappedDataParallel(DistributedDataParallel):
     Between the optimizer's step and the next forward pass weights are still under way: whoever reads them elsewhere
     calls `wait_for_weights` first. Must be made and called on the stream that captures.
 
-    `weight_shards`: ranks over which the decoder layers' matrices are sharded, see ShardedLayers; the rest is here.
+    What the model has sharded exchanges its own gradients, see Shards; the rest is here.
     `transposed_weights`: see Fp8Weights, which whole weights are kept in where products are in fp8.
     """
 
@@ -51,21 +49,18 @@ class OverlappedDataParallel(DistributedDataParallel):
         config: TransformerConfig,
         module: LanguageModel,
         *,
-        weight_shards: int = 1,
         transposed_weights: bool = False,
     ) -> None:
-        sharded = shard_layers(module, weight_shards) if weight_shards > 1 else None
+        self.sharded = module.sharded
         # Not megatron.core's own overlap: its hooks want a gradient tensor of every parameter, and ours go straight
         # into main_grad; and its collectives would have to be captured.
         settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        hidden = sharded.hidden() if sharded else nullcontext()
         ranks = parallel_state.get_data_parallel_world_size()
-        with hidden:
+        with self._shards_hidden():
             trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
             size = min(max(BUCKET, ranks * PART), sum(p.numel() for p in trainable) // LEAST_BUCKETS)
             layout = DistributedOptimizer.compute_full_param_layout(trainable, size, ranks, settings)
             super().__init__(config, settings, module, full_param_layout=layout)
-        self.sharded = module.sharded = sharded
 
         self._exchange = torch.cuda.Stream(priority=-1)  # its kernels get multiprocessors first, as they free up
         self._ready = {bucket: _event() for bucket in self.bucket_groups}
@@ -81,7 +76,7 @@ class OverlappedDataParallel(DistributedDataParallel):
             user.register_forward_pre_hook(self._weights_hook(list(dict.fromkeys(buckets))))
         self._fp8: Fp8Weights | None = None
         # Under tensor parallelism parameters carry marks of megatron.core's that copies would lack.
-        if config.fp8 is not None and sharded is None and config.tensor_model_parallel_size == 1:
+        if config.fp8 is not None and not self.sharded and config.tensor_model_parallel_size == 1:
             layers = [layer for child in module.children() for stack in _stacks(child) for layer in stack]
             self._fp8 = Fp8Weights(layers, self._gradient_hook_of, transposes=transposed_weights)
         module.fp8_weights = self._fp8
@@ -89,19 +84,25 @@ class OverlappedDataParallel(DistributedDataParallel):
     @contextmanager
     def optimized(self) -> Iterator[None]:
         """Let the model have the parameters that megatron.core's optimizer is to have, for the block."""
-        inner = self.sharded.hidden() if self.sharded else self._fp8.masters() if self._fp8 else nullcontext()
-        with inner:
+        with self._shards_hidden(), self._fp8.masters() if self._fp8 else nullcontext():
+            yield
+
+    @contextmanager
+    def _shards_hidden(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for shards in self.sharded:
+                stack.enter_context(shards.hidden())
             yield
 
     def zero_grad_buffer(self) -> None:
         super().zero_grad_buffer()
-        if self.sharded:
-            self.sharded.gradients.zero_()
+        for shards in self.sharded:
+            shards.gradients.zero_()
 
     def scale_gradients(self, scaling_factor: float | Tensor) -> None:
         super().scale_gradients(scaling_factor)
-        if self.sharded:
-            self.sharded.gradients.mul_(scaling_factor)
+        for shards in self.sharded:
+            shards.gradients.mul_(scaling_factor)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Reduce-scatter every bucket once; the current stream waits for the sums. Called once a step."""
@@ -110,8 +111,8 @@ class OverlappedDataParallel(DistributedDataParallel):
             for bucket in self._reduce_order:
                 self._ready[bucket].wait()
                 bucket.start_grad_sync()
-        if self.sharded:
-            self.sharded.sum_over_replicas()
+        for shards in self.sharded:
+            shards.sum_over_replicas()
         torch.cuda.current_stream().wait_stream(self._exchange)
         # The optimizer gathers weights in the order of this list.
         self.bucket_groups.sort(key=self._gather_order.index)
@@ -153,19 +154,6 @@ class OverlappedDataParallel(DistributedDataParallel):
                     self._gather_order.append(bucket)
 
         return hook
-
-
-def shard_layers(model: LanguageModel, count: int) -> ShardedLayers:
-    """Shard the decoder's layers over `count` neighbouring ranks."""
-    # Separate communicators: their collectives are captured, and run beside those of the buckets.
-    ranks = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
-    blocks = [ranks[first : first + count] for first in range(0, len(ranks), count)]
-    group, _ = dist.new_subgroups_by_enumeration(blocks)
-    gathers, _ = dist.new_subgroups_by_enumeration(blocks)
-    replicas, _ = dist.new_subgroups_by_enumeration([ranks[first::count] for first in range(count)])
-    decoder = model.language.decoder
-    fp8 = model.config.fp8 is not None
-    return ShardedLayers(decoder, decoder.layers, group=group, gathers=gathers, replicas=replicas, fp8=fp8)
 
 
 def users(model: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:

@@ -1,6 +1,7 @@
 """AdamW, sharded over the data-parallel ranks by megatron.core, and its learning rate."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -8,7 +9,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from trainer.config import TrainConfig
 from trainer.optim.data_parallel import OverlappedDataParallel
-from trainer.optim.sharded_layers import ShardedLayers
+from trainer.optim.shards import Shards
 from trainer.optim.state import MOMENTS
 from trainer.runtime import Runtime
 
@@ -33,13 +34,13 @@ def build_optimizer(config: TrainConfig, ddp: OverlappedDataParallel, runtime: R
         exp_avg_dtype=moments,
         exp_avg_sq_dtype=moments,
     )
-    sharded = ddp.sharded
     with ddp.optimized():
         optimizer: ChainedOptimizer = get_megatron_optimizer(settings, [ddp])
-    if sharded and sharded.trains:
-        adam = optimizer.chained_optimizers[0].optimizer
-        decayed = next(group for group in adam.param_groups if group["wd_mult"] == 1.0)
-        adam.add_param_group({**decayed, "params": list(sharded.weights)})
+    for shards in ddp.sharded:
+        if shards.trains:
+            adam = optimizer.chained_optimizers[0].optimizer
+            # Matrices decay. Of what megatron.core has, norms and biases, nothing may.
+            adam.add_param_group({**adam.param_groups[0], "wd_mult": 1.0, "params": list(shards.weights)})
     # Adam makes its state in its first step. A checkpoint is loaded before that, and the first step may be skipped.
     for sharded in optimizer.chained_optimizers:
         for parameter in sharded.get_parameters():
@@ -73,13 +74,13 @@ def set_rates(optimizer: ChainedOptimizer, config: TrainConfig, lr: float) -> No
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
 
 
-def take_step(optimizer: ChainedOptimizer, clip_grad: float, sharded: ShardedLayers | None = None) -> float:
+def take_step(optimizer: ChainedOptimizer, clip_grad: float, sharded: Sequence[Shards] = ()) -> float:
     """Clip the gradient and step. Returns its norm before clipping; if that is not finite, weights stay as they are."""
     optimizer.prepare_grads()
     (only,) = optimizer.chained_optimizers  # a second one would be of experts
     norm = float(only.clip_grad_norm(clip_grad))
     if math.isfinite(norm):
         optimizer.step_with_ready_grads()
-        if sharded:
-            sharded.publish()
+        for shards in sharded:
+            shards.publish()
     return norm

@@ -21,14 +21,14 @@ class Piece:
 
 
 class Row:
-    """Matrices of these shapes one after the other, cut into `ranks` equal parts."""
+    """Matrices of these shapes one after the other, cut into `ranks` equal parts of a multiple of `alignment`."""
 
-    def __init__(self, shapes: Sequence[torch.Size], ranks: int) -> None:
+    def __init__(self, shapes: Sequence[torch.Size], ranks: int, alignment: int = ALIGNED) -> None:
         self.shapes, self.starts, end = list(shapes), [], 0
         for shape in shapes:
             self.starts.append(end)
-            end += -(-shape.numel() // ALIGNED) * ALIGNED
-        self.part = -(-end // (ALIGNED * ranks)) * ALIGNED  # elements
+            end += -(-shape.numel() // alignment) * alignment
+        self.part = -(-end // (alignment * ranks)) * alignment  # elements
 
     def pieces(self, rank: int) -> Iterator[Piece]:
         """Yield what a rank's part has of each matrix."""

@@ -6,7 +6,7 @@ and place, so nothing is gathered, and any number of ranks, however a model is s
 megatron.core's own `fully_reshardable` holds all of it in every rank's memory: 91 GB each for 7B.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import prod
 from typing import Any, Protocol
@@ -26,12 +26,9 @@ type Place = ShardedTensor | ShardedTensorFactory  # a parameter's, in a checkpo
 
 
 class ShardedWeights(Protocol):
-    """What OptimizerState needs of layers that are sharded."""
+    """What OptimizerState needs of matrices that are sharded."""
 
-    @property
-    def replica(self) -> int:
-        """Ranks with the same part are numbered: 0 writes it."""
-        ...
+    replica: int  # ranks with the same part are numbered: 0 writes it
 
     def shards(self) -> Iterator[tuple[Tensor, list[tuple[Place, int, slice]]]]:
         """Yield a tensor that Adam updates; for each matrix in it its place, first element, and where they are."""
@@ -50,23 +47,23 @@ class OptimizerState:
     """
 
     def __init__(
-        self, optimizer: ChainedOptimizer, model_state: dict[str, Any], layers: ShardedWeights | None = None
+        self, optimizer: ChainedOptimizer, model_state: dict[str, Any], sharded: Iterable[ShardedWeights] = ()
     ) -> None:
-        """model_state: what the model's sharded_state_dict returned. `layers`: those of the model that are sharded."""
-        (sharded,) = optimizer.chained_optimizers  # a second one would be of experts
-        self._adam = sharded.optimizer
+        """model_state: what the model's sharded_state_dict returned. `sharded`: what of the model is."""
+        (only,) = optimizer.chained_optimizers  # a second one would be of experts
+        self._adam = only.optimizer
         self._joins: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, remainder, their join
         # Parameter, first element, values by name, number among the ranks that have the same ones.
         self._shards: list[tuple[Place, int, dict[str, Sources], int]] = []
         places = {entry.data: entry for entry in nested_values(model_state)}
-        for parameter, start, shard in _shards(sharded):
+        for parameter, start, shard in _shards(only):
             self._shards.append((places[parameter], start, self._values(shard), 0))
-        for shard, pieces in layers.shards() if layers else ():
-            assert layers is not None
-            values = self._values(shard)
-            for place, start, span in pieces:
-                cut_out = {name: tuple(source[span] for source in sources) for name, sources in values.items()}
-                self._shards.append((place, start, cut_out, layers.replica))
+        for weights in sharded:
+            for shard, pieces in weights.shards():
+                values = self._values(shard)
+                for place, start, span in pieces:
+                    cut_out = {name: tuple(source[span] for source in sources) for name, sources in values.items()}
+                    self._shards.append((place, start, cut_out, weights.replica))
 
     def _values(self, shard: Tensor) -> dict[str, Sources]:
         state, master = self._adam.state[shard], shard.detach()

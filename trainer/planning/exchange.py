@@ -66,6 +66,16 @@ def weight_exchange(parameters: float, *, layers: int, fp8: bool, gpus: int, sha
     )
 
 
+def vocabulary_exchange(values: float, *, shards: int, node: int) -> float:
+    """Return the seconds that embedding and output head, sharded over `shards` GPUs, take to exchange activations.
+
+    `values`: of a GPU's tokens in a step, one for each channel. Each GPU receives them from all others, in bfloat16:
+    embeddings, decoder outputs, and the gradients of both. No compute runs beside.
+    """
+    rate = NCCL_RATE if shards <= node else min(NCCL_RATE, NETWORK_NODE)
+    return 4 * 2 * values * (shards - 1) / rate
+
+
 def whole_exchange(parameters: float, *, gpus: int, tensor_parallel: int, node: int) -> tuple[float, float]:
     """Return the seconds alone of the float32 gradients' reduce-scatter and of the bfloat16 weights' all-gather.
 

@@ -33,34 +33,32 @@ class MemoryModel:
         patches: int,
         compute: Compute,
         weight_shards: int = 1,
-        all_sharded: bool = False,
+        between_nodes: bool = False,
     ) -> float:
         """Return the bytes of a GPU for a micro-batch of `tokens` slots and `patches`.
 
         `data_parallel`: ranks that the optimizer's state is sharded over. `weight_shards` > 1: weights, gradients and
-        optimizer state of the decoder's layers are sharded over that many ranks; embedding, output head and vision
-        tower are too if `all_sharded`, and else as with whole weights.
+        optimizer state of all but the vision tower are sharded over that many ranks, `between_nodes` or in one.
         """
         if weight_shards > 1:
-            state = self._sharded_state(weight_shards, data_parallel, compute, all_sharded)
+            state = self._sharded_state(weight_shards, data_parallel, compute, between_nodes)
+            logits = self._shared_logits(weight_shards)
         else:
             state = self._state(tensor_parallel, data_parallel, compute)
+            logits = self._logits(tensor_parallel, tokens)
         rounded = ROUNDING * (self._activations(tensor_parallel, tokens, compute) + self._vision(patches, compute))
-        return state + rounded + self._logits(tensor_parallel, tokens)
+        return state + rounded + logits
 
-    def _sharded_state(self, shards: int, data_parallel: int, compute: Compute, all_sharded: bool) -> float:
+    def _sharded_state(self, shards: int, data_parallel: int, compute: Compute, between_nodes: bool) -> float:
         costs, vision = self._costs, self._costs.vision_parameters
-        sharded = costs.decoder_parameters - costs.embedding_parameters
-        layer, whole = sharded / self._model.num_layers, costs.embedding_parameters + vision
-        weights, gradients = (WORKING_WEIGHT_FP8 if compute.fp8 else WORKING_WEIGHT) * layer, WORKING_GRADIENT * layer
-        if all_sharded:
-            # Embedding and output head, in bfloat16, take turns with the layers in the same two buffers.
-            vocabulary = 2 * self._model.vocab_size * self._model.hidden_size
-            weights, gradients = max(weights, vocabulary), max(gradients, vocabulary)
-            sharded, whole = costs.parameters, 0
-        kept = (WEIGHT + GRADIENT + OPTIMIZER + compute.fp8 * PUBLISHED * (not all_sharded)) * sharded / shards
-        around = whole * (WEIGHT + GRADIENT + OPTIMIZER / data_parallel) + compute.fp8 * vision * (not all_sharded)
-        return kept + around + weights + gradients + RECEIVED * layer / shards
+        layers = costs.decoder_parameters - costs.embedding_parameters
+        layer = layers / self._model.num_layers
+        kept = (WEIGHT + GRADIENT + OPTIMIZER) * costs.decoder_parameters / shards
+        if compute.fp8:  # what other ranks read; between nodes, where they read nothing, of two layers
+            kept += PUBLISHED * (2 * layer if between_nodes else layers) / shards
+        tower = vision * (WEIGHT + GRADIENT + OPTIMIZER / data_parallel + compute.fp8)
+        buffers = (WORKING_WEIGHT_FP8 if compute.fp8 else WORKING_WEIGHT) + WORKING_GRADIENT + RECEIVED / shards
+        return kept + tower + buffers * layer
 
     def _state(self, tensor_parallel: int, data_parallel: int, compute: Compute) -> float:
         # The vision tower is whole on every rank.
@@ -80,6 +78,10 @@ class MemoryModel:
 
     def _vision(self, patches: int, compute: Compute) -> float:
         return patches * self._costs.patch_bytes(compute)
+
+    def _shared_logits(self, shards: int) -> float:
+        # Of a chunk of all ranks' tokens: the logits of this rank's rows; decoder outputs, their gradient, their sum.
+        return 2 * CHUNK * (self._model.vocab_size / shards + 3 * self._model.hidden_size)
 
     def _logits(self, tensor_parallel: int, tokens: int) -> float:
         # Logits, whose gradient takes their place: a chunk of them. Under tensor parallelism all of them, and the

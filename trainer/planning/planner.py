@@ -63,13 +63,10 @@ class LayoutPlanner:
             reason = f"the whole model on each of {self._gpus} CPU process(es), one pack at a time for the least memory"
             return Layout(tensor_parallel=1, micro_batch=1, reason=reason)
         ranked = self.ranked(length=length, global_batch=global_batch, patches=patches)
-        built = next((layout for layout in ranked if self.built(layout)), None)
-        if built is None:
-            raise UserError(self._does_not_fit(self._gpu, length, patches, self._node))
-        return built
+        return ranked[0]
 
     def ranked(self, *, length: int, global_batch: int, patches: int = 0) -> list[Layout]:
-        """Return the layouts that fit, the fastest first, also those that the trainer has no code for yet.
+        """Return the layouts that fit, the fastest first.
 
         Raises UserError if there is none.
         """
@@ -81,15 +78,11 @@ class LayoutPlanner:
             if (layout := self._fit(tensor_parallel, weight_shards, micro_batch, length, global_batch, patches))
         ]
         if not layouts:
-            raise UserError(self._does_not_fit(self._gpu, length, patches, MOST_GPUS))
+            raise UserError(self._does_not_fit(self._gpu, length, patches))
         if any(1 < layout.weight_shards <= self._node for layout in layouts):
             # Between nodes NCCL would gather, which nobody has measured: only for what does not fit a node.
             layouts = [layout for layout in layouts if layout.weight_shards <= self._node]
         return sorted(layouts, key=_order)
-
-    def built(self, layout: Layout) -> bool:
-        """Return whether the trainer can run it: it shards over a node at most."""
-        return layout.weight_shards <= self._node
 
     def _splits(self, gpus: int) -> Iterator[tuple[int, int]]:
         """Yield tensor-parallel sizes with whole weights, then the numbers of ranks that weights are sharded over."""
@@ -99,7 +92,7 @@ class LayoutPlanner:
         # All ranks of a node, which NVLink connects; of whole nodes, where one node has too little memory.
         shards = min(self._node, gpus)
         while 1 < shards <= gpus:
-            if gpus % shards == 0:
+            if gpus % shards == 0 and model.vocab_size % shards == 0:
                 yield 1, shards
             shards *= 2
 
@@ -162,8 +155,7 @@ class LayoutPlanner:
             patches=patches,
             compute=compute,
             weight_shards=weight_shards,
-            # Planned for sharding between nodes, which is not built: within a node the layers alone are sharded.
-            all_sharded=weight_shards > self._node,
+            between_nodes=weight_shards > self._node,
         )
 
     def _reason(self, gpu: GPU, layout: Layout, length: int, memory: float) -> str:
@@ -187,13 +179,13 @@ class LayoutPlanner:
             parts.append(f"recompute {compute.recomputed_layers} of {self._model.num_layers} layers")
         return f"{', '.join(parts)}: {memory / GB:.0f} of {gpu.usable / GB:.0f} usable GB a GPU predicted"
 
-    def _does_not_fit(self, gpu: GPU, length: int, patches: int, most_shards: int) -> str:
+    def _does_not_fit(self, gpu: GPU, length: int, patches: int) -> str:
         """Return the error: what the least memory would be, and the fewest GPUs that have it."""
-        least, how = self._least_memory(gpu, self._gpus, length, patches, most_shards)
+        least, how = self._least_memory(gpu, self._gpus, length, patches)
         missing = (least - gpu.usable) / GB
         way_out = f"no number of them up to {MOST_GPUS} can: use a smaller model or shorter packs"
         for gpus in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, MOST_GPUS) if n > self._gpus):
-            if self._least_memory(gpu, gpus, length, patches, most_shards)[0] <= gpu.usable:
+            if self._least_memory(gpu, gpus, length, patches)[0] <= gpu.usable:
                 way_out = f"{gpus} are the fewest that can"
                 break
         return (
@@ -202,11 +194,10 @@ class LayoutPlanner:
             f"missing; {way_out}"
         )
 
-    def _least_memory(self, gpu: GPU, gpus: int, length: int, patches: int, most_shards: int) -> tuple[float, str]:
+    def _least_memory(self, gpu: GPU, gpus: int, length: int, patches: int) -> tuple[float, str]:
         """Return the least peak, with one pack a micro-batch and everything recomputed, and how it is reached."""
         compute = Compute(self._fp8(gpu), self._model.num_layers, self._vision_depth)
-        splits = [split for split in self._splits(gpus) if split[1] <= most_shards]
-        peaks = ((self._peak(*split, length, patches, compute, gpus), split) for split in splits)
+        peaks = ((self._peak(*split, length, patches, compute, gpus), split) for split in self._splits(gpus))
         memory, (tensor_parallel, shards) = min(peaks)
         if shards > 1:
             return memory, f"weights, gradients and optimizer state sharded over {shards} GPUs"

@@ -14,6 +14,7 @@ from trainer.planning.exchange import (
     SHARDED_GRADIENT,
     SHARDED_SUM,
     exposed,
+    vocabulary_exchange,
     weight_exchange,
     whole_exchange,
 )
@@ -139,6 +140,9 @@ class SpeedModel:
         alone = self._computed(tensor_parallel, weight_shards, tokens, patches, compute, micro_batches)
         seconds = REST * alone.seconds
         exchange = self._exchange(gpus, tensor_parallel, weight_shards, seconds, compute, micro_batches)
+        if weight_shards > 1:
+            values = tokens * self._model.hidden_size
+            exchange += vocabulary_exchange(values, shards=weight_shards, node=self._node)
         # Activations under tensor parallelism, each way, in both passes.
         activations = self._model.num_layers * 10 * 2 * self._model.hidden_size * (tensor_parallel - 1) / NVLINK
         ranks = weight_shards if weight_shards > 1 else gpus // tensor_parallel
@@ -183,7 +187,7 @@ class SpeedModel:
         """Return what the exchange of weights and gradients adds to `seconds` of compute."""
         backward, forward = 2 / 3 * seconds / micro_batches, 1 / 3 * seconds / micro_batches
         # Of whole weights: the last backward pass hides the reduce-scatter, the first forward pass the gather.
-        whole = self._costs.parameters / split if weight_shards == 1 else self._costs.embedding_parameters
+        whole = self._costs.parameters / split if weight_shards == 1 else self._costs.vision_parameters
         reduce, gather = whole_exchange(whole, gpus=gpus, tensor_parallel=split, node=self._node)
         once = exposed(reduce, backward) + exposed(gather, forward)
         if weight_shards == 1:
