@@ -205,7 +205,7 @@ class Run:
         sampled = self.datasets.get("pictures", 0) * RATIOS["pictures"]
         shards = len(manifest.shards)
         return Use(
-            tasks=shards,
+            tasks=max(shards, self.cores),  # before the shuffle one a core
             shuffle=2.25 * manifest.tokens + 120 * sampled,
             worker=0.4e9 + 7 * manifest.tokens / shards,
             driver=0.22e9 + 72 * manifest.packs,
