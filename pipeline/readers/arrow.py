@@ -52,11 +52,15 @@ def _damage(batch: pa.RecordBatch) -> Exception | None:
 
     Text that is no UTF-8 is no damage: it costs its row alone.
     """
-    try:
-        for column in batch.columns:
-            column.view(_as_bytes(column.type)).validate(full=True)
-    except pa.ArrowException as error:
-        return error
+    for column in batch.columns:
+        try:
+            viewed = column.view(_as_bytes(column.type))
+        except pa.ArrowException:  # a type that Arrow cannot view
+            viewed = column
+        try:
+            viewed.validate(full=True)
+        except pa.ArrowException as error:
+            return error
     return None
 
 
@@ -71,7 +75,7 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
     if types.is_fixed_size_list(kind):
         return pa.list_(_field_as_bytes(kind.value_field), kind.list_size)
     if types.is_map(kind):
-        return pa.map_(_as_bytes(kind.key_type), _field_as_bytes(kind.item_field))
+        return pa.map_(_as_bytes(kind.key_type), _field_as_bytes(kind.item_field), kind.keys_sorted)
     if types.is_struct(kind):
         return pa.struct([_field_as_bytes(kind.field(number)) for number in range(kind.num_fields)])
     return kind
