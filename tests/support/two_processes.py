@@ -115,7 +115,7 @@ def delayed_on(stream: torch.cuda.Stream) -> Callable[[torch.cuda.Stream], None]
 
 def work(values: dict[str, Any], layout: dict[str, int], exchange: str) -> None:
     if exchange == "between nodes":
-        os.environ["LOCAL_WORLD_SIZE"] = "1"
+        os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // 2)
     run = Run.prepare(TrainConfig(**values), int(os.environ["WORLD_SIZE"]), torch.cuda.is_available())
     run = replace(run, layout=replace(run.layout, **layout))
     # One planned for another split may have micro-batches of more packs than a rank has.

@@ -12,7 +12,6 @@ gather needs no synchronisation between ranks. Between nodes NCCL gathers. All o
 passes in one CUDA graph.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor, nn
 
 from trainer.optim.rows import e4m3_scales, fp8_parameter, matrices_of, set_matrices
-from trainer.optim.shards import ShardGroups, Shards
+from trainer.optim.shards import ShardGroups, Shards, ranks_of_a_node
 
 
 class ShardedLayers(Shards):
@@ -38,7 +37,7 @@ class ShardedLayers(Shards):
     ) -> None:
         self._fp8 = fp8
         # Within a node ranks read one another's memory.
-        self._reads = device.type == "cuda" and dist.get_world_size(groups.group) <= _local_ranks()
+        self._reads = device.type == "cuda" and dist.get_world_size(groups.group) <= ranks_of_a_node()
         self._peers: list[Tensor] = []  # of each rank, what it lets the others read
         owners = [list(matrices_of(layer)) for layer in layers]
         readable = partial(self._readable, groups.group, device)
@@ -209,7 +208,3 @@ class ShardedLayers(Shards):
             self._summed[turn].record()
         if layer == 0:  # the last one of a backward pass
             current.wait_stream(self._sums)
-
-
-def _local_ranks() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

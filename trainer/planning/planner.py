@@ -155,7 +155,7 @@ class LayoutPlanner:
             patches=patches,
             compute=compute,
             weight_shards=weight_shards,
-            between_nodes=weight_shards > self._node,
+            node=self._node,
         )
 
     def _reason(self, gpu: GPU, layout: Layout, length: int, memory: float) -> str:
