@@ -1,9 +1,8 @@
-"""Decoder layers whose weights, gradients and optimizer state are sharded over the data-parallel ranks.
+"""Decoder layers whose matrices are sharded over data-parallel ranks, and gathered for each layer's computation.
 
-A layer's matrices lie one after the other in a *row*, which is cut into one equal part a rank. Of its parts a rank
-keeps weights, float32 gradients and the optimizer's state: 12 bytes a parameter, divided by the ranks. Two buffers of a
-whole row take turns: while a layer computes with one, the next layer's parts are copied into the other, in both passes.
-A layer's gradient is reduce-scattered as soon as it is complete, in bfloat16, and added to the part's in float32.
+A layer's matrices lie one after the other in a *row*, which is cut into one equal part a rank. Two buffers of a whole
+row take turns: while a layer computes with one, the next layer's parts are copied into the other, in both passes. A
+layer's gradient is reduce-scattered as soon as it is complete, in bfloat16, and added to the part's in float32.
 
 In fp8 the parts are cast once a step and gathered in 8 bits. Within a node the copy engines read them from the other
 ranks' memory: a kernel of NCCL would wait for the multiprocessors that persistent matrix products hold, and be exposed
