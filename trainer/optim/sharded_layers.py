@@ -53,7 +53,9 @@ class ShardedLayers(Shards):
         kept = whole if self.trains else 0
         self._row_gradients = [torch.empty(kept, dtype=self._dtype, device=device) for _ in range(2)]
         self._received = torch.empty(part if self.trains else 0, dtype=self._dtype, device=device)
-        # What an fp8 value of each layer's matrices is multiplied by. cuBLAS wants each aligned to 16 bytes.
+        # What each layer's matrices are multiplied by before their cast, and what an fp8 value is: cuBLAS wants each of
+        # those aligned to 16 bytes. A captured graph reads both.
+        self._casts = torch.ones(count, len(self.row.shapes), device=device)
         self._scales = torch.ones(count, len(self.row.shapes), 4, device=device)
         for layer in range(count):
             self._set_matrices(layer)
@@ -82,13 +84,13 @@ class ShardedLayers(Shards):
 
     def _find_scales(self) -> None:
         """Let each matrix's largest value on any rank decide how it is cast."""
-        largest = torch.zeros_like(self._scales[..., 0])
+        largest = torch.zeros_like(self._casts)
         mine = [piece.matrix for piece in self._pieces]
         values = [weights[piece.begin : piece.end] for weights in self.weights for piece in self._pieces]
         norms = torch.stack(torch._foreach_norm(values, float("inf")))
         largest[:, mine] = norms.view(len(self.weights), -1).float()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        self._casts = e4m3_scales(largest)
+        self._casts.copy_(e4m3_scales(largest))
         self._scales.copy_((1 / self._casts)[..., None])
 
     def _cast(self, layer: int, out: Tensor) -> None:
