@@ -1,11 +1,16 @@
-"""Build on one core, of documents and of chats: tokens a second of the stage, of its Python worker, and of its peers.
+"""Build on one core, of documents and of chats: tokens a CPU second of the stage, of its Python code, and of its peers.
 
 The text is Python's own library and documentation, under Qwen's vocabulary (PyPI's dashscope): a file a document,
 or chats of one to four questions and answers cut from it. The floor is `tokenizers` on texts that are rendered already,
-256 at a time as Spark passes them, without threads (TOKENIZERS_PARALLELISM=false); transformers' apply_chat_template
-renders and tokenizes the same chats, as a batch. All runs share one core (one_core.py). The best of nine rounds
-counts, of a stage the best of three. The Spark session is there before the clock starts; the last column is without a
-run's fixed cost, of a stage about 5 s. It takes five minutes on an idle machine, most of them Spark's.
+without threads (TOKENIZERS_PARALLELISM=false) and with its default cache; transformers' apply_chat_template renders and
+tokenizes the same chats, as a batch. These two and the stage's Python code, Arrow to Arrow, take each batch of
+BATCH_ROWS rows in turn, so that what else runs on the machine slows all of them. Of each the median of ROUNDS rounds
+counts, each with tokenizers that have seen no text.
+
+The stage runs in one Spark session on one core (one_core.py), over --bytes of raw rows and over a sixteenth of them:
+of each the best of STAGE_ROUNDS, after a run that warms the JVM up. What the larger one takes beyond the smaller is the
+rate. It is CPU time of the JVM (rows from and to parquet, to Python and back, on disk between two writes) and of
+Python. The rest is fixed cost: a plan, counts, a report, the vocabulary. It takes five minutes on an idle machine.
 
 usage: python -m benchmarks.build_text [--bytes N]
 """
@@ -15,20 +20,25 @@ import json
 import os
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+import time
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
+import pyarrow as pa
 import pyarrow.dataset
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
-from benchmarks.one_core import pin, seconds, show
+from benchmarks.one_core import pin
+from pipeline.encoder import Encoder
 from pipeline.spark import BATCH_ROWS, spark_session
-from pipeline.stages.build import BuildStage, build
+from pipeline.stages.build import BuildStage, build_batch
 from pipeline.stages.filter import FilterStage
 from pipeline.stages.preprocess import PreprocessStage
 from pipeline.stages.sample import SampleStage
@@ -37,8 +47,8 @@ from tests.support.qwen_assets import real_tokenizer_folder
 
 LENGTH = 1 << 20  # tokens: no row is longer
 KINDS = {"documents": "text", "chats": "messages"}  # -> dataset class
-ROUNDS, STAGE_ROUNDS = 9, 3
-SCALES = (1, 16)
+ROUNDS, STAGE_ROUNDS = 3, 3
+FLOOR, PEER, WORKER = "tokenizers (floor)", "apply_chat_template", "build, Python worker"
 Row = dict[str, Any]
 
 
@@ -61,85 +71,96 @@ def chats() -> Iterator[Row]:
         yield {"messages": messages}
 
 
-def make(folder: Path, rows: Iterator[Row], size: int) -> list[Row]:
-    """Write a raw folder of about `size` bytes of JSON; return its rows."""
+def make(folder: Path, rows: Iterator[Row], size: int) -> int:
+    """Write a raw folder of about `size` bytes of JSON; return its number of rows."""
     folder.mkdir(parents=True)
-    written, made = 0, []
+    written = count = 0
     with open(folder / "rows.jsonl", "w") as stream:
         while written < size:
-            made.append(next(rows))
-            written += stream.write(json.dumps(made[-1]) + "\n")
-    return made
+            written += stream.write(json.dumps(next(rows)) + "\n")
+            count += 1
+    return count
 
 
 class Work:
-    """One scale of one kind: the input of build, and each way to its tokens."""
+    """One size of one kind: the input of build, and each way to its tokens."""
 
     def __init__(self, folder: Path, kind: str, size: int, tokenizer: Path):
         self._folder, self._tokenizer = folder, tokenizer
-        rows = make(folder / "raw", {"documents": documents, "chats": chats}[kind](), size)
+        self.rows = make(folder / "raw", {"documents": documents, "chats": chats}[kind](), size)
         PreprocessStage(str(folder / "raw"), str(folder / "checked"), KINDS[kind]).run()
         FilterStage(str(folder / "checked"), str(folder / "clean")).run()
         SampleStage(str(folder / "clean"), str(folder / "sampled")).run()
-        self._settings = Settings.load(str(tokenizer))
-        table = pyarrow.dataset.dataset(str(folder / "sampled" / "data")).to_table()
-        self._batches = table.combine_chunks().to_batches(BATCH_ROWS)
-        self._backend = Tokenizer.from_str(self._settings.tokenizer_json)
-        self._chats = [row["messages"] for row in rows] if kind == "chats" else []
-        self._texts = self._apply_chat_template(tokenize=False) if self._chats else [row["text"] for row in rows]
-        self.rows = len(rows)
-        self.tokens = 0
 
-    def floor(self) -> None:
-        """`tokenizers` alone, and its ids as Python lists."""
-        self.tokens = 0
-        for start in range(0, self.rows, BATCH_ROWS):
-            texts = self._texts[start : start + BATCH_ROWS]
-            self.tokens += sum(len(e.ids) for e in self._backend.encode_batch(texts, add_special_tokens=False))
+    def in_turn(self) -> tuple[int, dict[str, float]]:
+        """Return the tokens of `tokenizers`, and the CPU seconds of each way but the stage, over all batches."""
+        settings = Settings.load(str(self._tokenizer))
+        floor = Tokenizer.from_str(settings.tokenizer_json)
+        peer = AutoTokenizer.from_pretrained(self._tokenizer)
+        encoder = Encoder(settings)
+        tokens, taken = 0, dict.fromkeys((FLOOR, PEER, WORKER), 0.0)
+        for batch in self._batches():
+            messages = batch.column("messages").to_pylist()
+            texts: list[str] = batch.column("text").to_pylist()
+            if has_chats := messages[0] is not None:
+                plain = [
+                    [{"role": one["role"], "content": one["content"][0]["text"]} for one in row] for row in messages
+                ]
+                texts = peer.apply_chat_template(plain, tokenize=False)
+            start = time.process_time()
+            tokens += sum(len(one.ids) for one in floor.encode_batch(texts, add_special_tokens=False))
+            taken[FLOOR] += time.process_time() - start
+            if has_chats:
+                start = time.process_time()
+                peer.apply_chat_template(plain, tokenize=True, return_dict=False)
+                taken[PEER] += time.process_time() - start
+            start = time.process_time()
+            build_batch(batch, encoder, LENGTH, split=False)
+            taken[WORKER] += time.process_time() - start
+        return tokens, {way: seconds for way, seconds in taken.items() if seconds}
 
-    def transformers(self) -> None:
-        self._apply_chat_template(tokenize=True)
-
-    def worker(self) -> None:
-        """What a Spark task does, Arrow to Arrow."""
-        for _ in build(iter(self._batches), self._settings, LENGTH, split=False):
-            pass
-
-    def stage(self) -> None:
+    def stage(self) -> tuple[float, float]:
+        """Return CPU seconds of (the JVM, Python)."""
+        jvm, python = _spent()
         BuildStage(str(self._folder / "sampled"), str(self._folder / "built"), str(self._tokenizer), LENGTH).run(True)
+        return _spent()[0] - jvm, _spent()[1] - python
 
-    def _apply_chat_template(self, tokenize: bool) -> list[Any]:
-        from transformers import AutoTokenizer
+    def _batches(self) -> list[pa.RecordBatch]:
+        table = pyarrow.dataset.dataset(str(self._folder / "sampled" / "data")).to_table()
+        return table.combine_chunks().to_batches(BATCH_ROWS)
 
-        tokenizer = AutoTokenizer.from_pretrained(self._tokenizer)
-        done: list[Any] = []
-        for start in range(0, len(self._chats), BATCH_ROWS):
-            batch = self._chats[start : start + BATCH_ROWS]
-            done += tokenizer.apply_chat_template(batch, tokenize=tokenize, return_dict=False)
-        return done
+
+def _spent() -> tuple[float, float]:
+    """CPU seconds so far of (the JVM, this process and Spark's Python workers)."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    times = [(process.name() == "java", process.cpu_times()) for process in processes]
+    jvm, python = (sum(t.user + t.system for is_java, t in times if is_java is one) for one in (True, False))
+    return jvm, python
 
 
 def measure(kind: str, folder: Path, size: int, tokenizer: Path) -> None:
-    works = [Work(folder / f"{kind}-{scale}x", kind, scale * size, tokenizer) for scale in SCALES]
-    ways: dict[str, Callable[[Work], None]] = {"tokenizers (floor)": Work.floor}
-    if kind == "chats":
-        ways["apply_chat_template"] = Work.transformers
-    ways |= {"build, Python worker": Work.worker, "build, whole stage": Work.stage}
-    for way in ways.values():
-        way(works[0])
-    best: dict[str, list[float]] = {}
-    for number in range(ROUNDS):
-        for name, way in ways.items():
-            if way is not Work.stage or number < STAGE_ROUNDS:
-                taken = [seconds(partial(way, work)) for work in works]
-                best[name] = [min(pair) for pair in zip(taken, best.get(name, taken))]
-    rows, tokens = [work.rows for work in works], [work.tokens for work in works]
-    show(f"tokens, of {rows} {kind}: tokens", tokens, best, scales=SCALES)
+    small, large = (Work(folder / f"{kind}-{n}", kind, n, tokenizer) for n in (size // 16, size))
+    rounds = [large.in_turn() for _ in range(ROUNDS)]
+    tokens = rounds[0][0]
+    rates = {way: tokens / median(taken[way] for _, taken in rounds) for way in rounds[0][1]}
+    small.stage()
+    costs = [[work.stage() for work in (small, large)] for _ in range(STAGE_ROUNDS)]
+    least, most = (min((pair[n] for pair in costs), key=sum) for n in (0, 1))
+    more = small.in_turn()[0]
+    jvm, python = (b - a for a, b in zip(least, most))
+    rates["build, whole stage"] = (tokens - more) / (jvm + python)
+    print(f"{kind}: {large.rows:,} rows, {tokens:,} tokens, per CPU second of one core")
+    for way, rate in rates.items():
+        print(f"  {way:24}{rate:10,.0f} = {rate / rates[FLOOR]:4.0%} of the floor")
+    share = more / tokens
+    fixed = [a - share / (1 - share) * (b - a) for a, b in zip(least, most)]
+    print(f"  the stage beyond its fixed cost ({fixed[0]:.1f} s of the JVM, {fixed[1]:.1f} s of Python): ", end="")
+    print(f"{jvm:.2f} s of the JVM and {python:.2f} s of Python")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bytes", type=int, default=200_000, help="of raw rows at 1x")
+    parser.add_argument("--bytes", type=int, default=8_000_000, help="of raw rows")
     args = parser.parse_args()
     pin()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

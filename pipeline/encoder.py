@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
+from tokenizers.models import BPE
 
 from kanyun.vision import grid_thw, image_tokens
 from pipeline.chat_template import ChatTemplate
@@ -19,6 +20,9 @@ from pipeline.tokenizer_settings import END_OF_DOCUMENT, Settings
 
 IMAGE_TOKENS = ("<|image_pad|>", "<|video_pad|>")  # the processor takes them for media, wherever they come from
 VISION_TOKENS = (*IMAGE_TOKENS, "<|vision_start|>", "<|vision_end|>")
+# Words whose tokens are remembered, the first that come: 30 MB. With 10,000, the default, text that was not seen before
+# takes 18 % longer (6 MB of Python's library, CPU time of 28 November 2026).
+CACHED_WORDS = 100_000
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Encoder:
         self._tokenizer = Tokenizer.from_str(settings.tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if isinstance(self._tokenizer.model, BPE):
+            self._tokenizer.model._resize_cache(CACHED_WORDS)
         self._template = ChatTemplate(settings.chat_template, dict(settings.template_variables))
         self._processor: dict[str, Any] | None = json.loads(settings.processor_json)
         self._end_of_document = self._tokenizer.token_to_id(END_OF_DOCUMENT)

@@ -16,6 +16,8 @@ IMAGE_FIELDS = ("images", "image")  # of a row, in this order
 # Where people put a place for an image: first, last, or alone in a line. Within a sentence it is a word.
 _STANDS_APART = re.compile(rf"\A\s*{MARKER}|{MARKER}\s*\Z|^\s*{MARKER}\s*$", re.MULTILINE)
 _NONE: tuple[object, ...] = (None, "", b"", [])  # what tables and LLaVA's rows of text alone have in IMAGE_FIELDS
+# Qwen-VL's and ms-swift 2's place for an image. HTML's <img> has no content.
+_IMG = re.compile(r"<img>[^<>\n]{1,1000}</img>")
 # Base64 of 100 bytes and more without the head of a data: URI: no path, which has a dot.
 _BARE_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{132,}={0,2}\s*")
 _TEXT, _IMAGE = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
@@ -31,34 +33,55 @@ def images(value: Any) -> tuple[Image, ...]:
 
 def image_fields(row: Mapping[str, Any]) -> tuple[Image, ...]:
     """Return the images in the first of IMAGE_FIELDS that the row has: a list of them, or one alone."""
-    value = next((row[name] for name in IMAGE_FIELDS if row.get(name) not in _NONE), None)
+    value = next((row[name] for name in IMAGE_FIELDS if not _is_none(row.get(name))), None)
     return images(value if isinstance(value, list | None) else [value])
 
 
+def _is_none(value: Any) -> bool:
+    """Whether it is no image: tables also have objects of nulls, as {"bytes": null, "path": null}."""
+    return value in _NONE or (isinstance(value, dict) and all(one in _NONE for one in value.values()))
+
+
 def content(value: Any) -> str | list[Part]:
-    """Return a string as it is, and a list as parts; an image part may carry its own image in "image"."""
+    """Return a string as it is, and a list as parts.
+
+    An image part may carry its own image in "image", or in "index" which of the row's images it is (from 0).
+    """
     return value if isinstance(value, str) else [_part(part) for part in need(value, "a message's content", list)]
 
 
 def place(messages: Sequence[Message], listed: Sequence[Image]) -> tuple[list[Message], tuple[Image, ...]]:
     """Return messages made of parts alone, and all images in the order of their places.
 
-    Places without an image take one of `listed` each, as long as there are any; what is left comes last. In a row
-    without images a marker is text, unless it stands apart in a message that is not the assistant's: its image is lost.
+    Places with an index take that one of `listed`. Other places without an image take one of the rest each, as long as
+    there are any; what is left comes last. In a row without images a marker is text, unless it stands apart in a
+    message that is not the assistant's: its image is lost.
+
+    Raises RowError if an index or an `<img>PATH</img>` leads to no image.
     """
-    waiting = deque(listed)
-    lists = [message["content"] for message in messages if isinstance(message["content"], list)]
-    imageless = not listed and not any("image" in part for parts in lists for part in parts)
+    own = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    indexed = {part["index"] for part in own if "index" in part}
+    if missing := sorted(indexed.difference(range(len(listed)))):
+        raise RowError(Reason.IMAGE_COUNT_MISMATCH, f"a part is image {missing[0]}, the row has {len(listed)} images")
+    waiting = deque(image for number, image in enumerate(listed) if number not in indexed)
+    imageless = not listed and not any("image" in part for part in own)
     ordered: list[Image] = []
     placed = []
     for message in messages:
         parts = message["content"]
         if isinstance(parts, str):
             lost = imageless and message["role"] != "assistant" and _STANDS_APART.search(parts)
+            if imageless and message["role"] != "assistant" and (named := _IMG.search(parts)):
+                evidence = (
+                    f"{named[0]!r:.200} is text here: write {MARKER}, and the image's path in {IMAGE_FIELDS[0]!r}"
+                )
+                raise RowError(Reason.IMAGE_COUNT_MISMATCH, evidence)
             parts = _split(parts) if listed or lost else [_text(parts)] if parts else []
         for part in parts or ():
-            if part["type"] == "image" and (own := part.get("image")) is not None:
-                ordered.append(own)
+            if part["type"] == "image" and (image := part.get("image")) is not None:
+                ordered.append(image)
+            elif "index" in part:
+                ordered.append(listed[part["index"]])
             elif part["type"] == "image" and waiting:
                 ordered.append(waiting.popleft())
         bare = None if parts is None else [{"type": part["type"], "text": part["text"]} for part in parts]
@@ -93,8 +116,17 @@ def _part(part: Any) -> Part:
         return _text(fields["text"])
     if kind in _IMAGE:
         named = [fields[name] for name in ("image", "image_url", "url", "path", "bytes", "source") if name in fields]
-        return {"type": "image", "text": None, "image": _image(named[0])} if named else {"type": "image", "text": None}
+        image: Part = {"type": "image", "text": None}
+        if named:
+            return image | {"image": _image(named[0])}
+        return image | ({"index": _index(fields["index"])} if "index" in fields else {})
     raise malformed(f"{what} is {part!r:.200}, known types are 'text' (with its text), 'image' and 'image_url'")
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1:
+        raise malformed(f"an image part's index is {value!r:.200}, a whole number from 0 on is needed")
+    return int(value)  # pandas makes floats of whole numbers that have nulls between them
 
 
 def _image(value: Any) -> Image:

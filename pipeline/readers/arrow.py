@@ -4,12 +4,25 @@ import io
 from collections.abc import Iterator
 
 import pyarrow as pa
+from pyarrow import types
 
 from kanyun.storage import Folder
 from pipeline.checks import malformed
 from pipeline.readers.base import ROWS, Bytes, RawRow, Reader, Split, table_rows
 
 _FILE_MAGIC = b"ARROW1"
+# Lists, and texts, of all layouts.
+_LISTS = {
+    types.is_list: pa.list_,
+    types.is_large_list: pa.large_list,
+    types.is_list_view: pa.list_view,
+    types.is_large_list_view: pa.large_list_view,
+}
+_TEXTS = {
+    types.is_string: pa.binary(),
+    types.is_large_string: pa.large_binary(),
+    types.is_string_view: pa.binary_view(),
+}
 
 
 class ArrowTable(Reader):
@@ -22,12 +35,50 @@ class ArrowTable(Reader):
         position = 0
         try:
             for batch in _batches(Bytes(root, split)):
-                for start in range(0, len(batch), ROWS):
-                    part = batch.slice(start, ROWS)
-                    yield from table_rows(part, position)
-                    position += len(part)
+                batch.validate()  # its lengths
+                if damage := _damage(batch):
+                    for row in range(position, position + len(batch)):
+                        yield RawRow(row, "", malformed(f"{split.file}: the record batch is damaged: {damage}"))
+                else:
+                    for start in range(0, len(batch), ROWS):
+                        yield from table_rows(batch.slice(start, ROWS), position + start)
+                position += len(batch)
         except (pa.ArrowException, OSError) as error:
             yield RawRow(position, "", malformed(f"{split.file} is no Arrow data from row {position} on: {error}"))
+
+
+def _damage(batch: pa.RecordBatch) -> Exception | None:
+    """Return what is wrong within a batch, which IPC does not look at: one bad offset would end the whole process.
+
+    Text that is no UTF-8 is no damage: it costs its row alone.
+    """
+    try:
+        for column in batch.columns:
+            column.view(_as_bytes(column.type)).validate(full=True)
+    except pa.ArrowException as error:
+        return error
+    return None
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """Return a type with bytes in place of texts, as which an array can be viewed."""
+    for is_text, binary in _TEXTS.items():
+        if is_text(kind):
+            return binary
+    for is_list, make in _LISTS.items():
+        if is_list(kind):
+            return make(_field_as_bytes(kind.value_field))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(_field_as_bytes(kind.value_field), kind.list_size)
+    if types.is_map(kind):
+        return pa.map_(_as_bytes(kind.key_type), _field_as_bytes(kind.item_field))
+    if types.is_struct(kind):
+        return pa.struct([_field_as_bytes(kind.field(number)) for number in range(kind.num_fields)])
+    return kind
+
+
+def _field_as_bytes(field: pa.Field) -> pa.Field:
+    return field.with_type(_as_bytes(field.type))
 
 
 def _batches(data: Bytes) -> Iterator[pa.RecordBatch]:

@@ -65,6 +65,11 @@ class Bytes(io.RawIOBase):
         self._position = offset + (0, self._position, self._size)[whence]
         return self._position
 
+    def read(self, size: int = -1) -> bytes:
+        """A length in a damaged file may ask for more memory than there is."""
+        left = max(self._size - self._position, 0)
+        return super().read(left if size < 0 else min(size, left))
+
     def readinto(self, buffer: Any) -> int:
         count = max(min(len(buffer), self._size - self._position), 0)
         try:

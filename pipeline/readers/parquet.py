@@ -11,7 +11,11 @@ from pipeline.readers.base import ROWS, STEP, Bytes, RawRow, Reader, Split, tabl
 
 
 class Parquet(Reader):
-    """Any columns; a row is at its number in the file. A row group belongs to the split in which it starts."""
+    """Any columns; a row is at its number in the file.
+
+    Row groups are taken as equally large, to tell in which split each starts: to ask a damaged footer where it really
+    does (`RowGroupMetaData.column`) ends the process.
+    """
 
     suffixes = (".parquet",)
 
@@ -22,12 +26,17 @@ class Parquet(Reader):
             if split.start == 0:
                 yield RawRow(0, "", malformed(f"{split.file} is no parquet file: {error}"))
             return
-        first = 0
-        for number in range(file.num_row_groups):
-            group = file.metadata.row_group(number)
-            if split.start <= _start(group) < split.end:
-                yield from self._group(file, number, first)
-            first += group.num_rows
+        counts = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        if sum(counts) != file.metadata.num_rows or min(counts, default=0) < 0:
+            if split.start == 0:
+                evidence = (
+                    f"{split.file} has a damaged footer: {file.metadata.num_rows} rows, in its row groups {counts}"
+                )
+                yield RawRow(0, "", malformed(evidence))
+            return
+        for number in range(len(counts)):
+            if split.start <= split.file_size * number // len(counts) < split.end:
+                yield from self._group(file, number, sum(counts[:number]))
 
     def _group(self, file: pq.ParquetFile, number: int, first: int) -> Iterator[RawRow]:
         group = file.metadata.row_group(number)
@@ -37,14 +46,8 @@ class Parquet(Reader):
             for batch in file.iter_batches(rows, row_groups=[number]):
                 yield from table_rows(batch, position)
                 position += len(batch)
+            if position != end:
+                raise pa.ArrowInvalid(f"it has {position - first} rows, its footer says {group.num_rows}")
         except (pa.ArrowException, OSError) as error:
             for lost in range(position, end):
                 yield RawRow(lost, "", malformed(f"row group {number} is damaged: {error}"))
-
-
-def _start(group: pq.RowGroupMetaData) -> int:
-    """Return where a row group starts, in bytes of the file."""
-    if not group.num_columns:
-        return 0
-    column = group.column(0)
-    return min(offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset is not None)

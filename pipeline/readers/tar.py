@@ -125,13 +125,14 @@ def _members(tar: tarfile.TarFile, links: _Links) -> Iterator[_Member]:
     for info in _infos(tar):
         if posixpath.basename(info.name).startswith("."):
             continue
+        name = posixpath.normpath(info.name)  # `tar -r` appends x.json to a tar of ./x.jpg
         if info.isreg():
             stream = tar.extractfile(info)
             assert stream is not None
-            yield _Member(info.offset, info.name, stream.read(most))
+            yield _Member(info.offset, name, stream.read(most))
         elif info.islnk() or info.issym():
             place = links.place(info)
-            yield _Member(info.offset, info.name, _read(tar, *place, most) if place else None)
+            yield _Member(info.offset, name, _read(tar, *place, most) if place else None)
 
 
 def _read(tar: tarfile.TarFile, offset: int, size: int, most: int) -> bytes:
@@ -154,7 +155,7 @@ def _row(key: str, members: list[_Member]) -> RawRow:
     try:
         _refuse_odd(members)
         fields = _fields(key, named)
-        in_full = {posixpath.normpath(member.name): member.data or b"" for member in members}
+        in_full = {member.name: member.data or b"" for member in members}
         return RawRow(members[0].offset, row_text(fields), fields, named | in_full)
     except (RowError, RecursionError) as error:
         texts = {name: data.decode(errors="backslashreplace") for name, data in named.items() if name.endswith(TEXTS)}

@@ -78,10 +78,14 @@ def build(batches: Iterator[pa.RecordBatch], settings: Settings, length: int, sp
     """Encode batches of SAMPLED rows into batches of OUTCOME rows: one row for one, or the pieces of a document."""
     encoder = _encoder(settings)
     for batch in batches:
-        encoded = encoder.encode(batch.select(["messages", "tools", "text", "images"]).to_pylist())
-        is_document = batch.column("messages").is_null().to_pylist()
-        outcomes = [fit(one, length, split and document) for one, document in zip(encoded, is_document)]
-        yield _outcome_batch(batch, outcomes)
+        yield build_batch(batch, encoder, length, split=split)
+
+
+def build_batch(batch: pa.RecordBatch, encoder: Encoder, length: int, *, split: bool) -> pa.RecordBatch:
+    encoded = encoder.encode(batch.select(["messages", "tools", "text", "images"]).to_pylist())
+    is_document = batch.column("messages").is_null().to_pylist()
+    outcomes = [fit(one, length, split and document) for one, document in zip(encoded, is_document)]
+    return _outcome_batch(batch, outcomes)
 
 
 def fit(encoded: Encoded | Rejected, length: int, split: bool) -> list[Encoded] | Rejected:

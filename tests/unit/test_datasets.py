@@ -79,6 +79,46 @@ def test_images_in_the_content_itself() -> None:
     assert sample.messages == [{"role": "user", "content": [IMAGE] * 9 + [text("What?")]}]
 
 
+def test_parts_that_say_which_of_the_images_they_are() -> None:
+    """As in LLaVA's mix for VSFT, whose parts all have an `index`; pandas writes it as a float."""
+    parts: list[Any] = [
+        {"type": "image", "text": None, "index": 2.0},
+        {"type": "text", "text": "beside", "index": None},
+        {"type": "image", "index": 0},
+        {"type": "image"},
+        {"type": "image", "index": 2},
+    ]
+    row = {"messages": [{"role": "user", "content": parts}], "images": ["0", "1", "2"]}
+    sample = dataset("messages").sample(row).placed()
+    assert sample.images == ("2", "0", "1", "2")
+    assert sample.messages == [{"role": "user", "content": [IMAGE, text("beside"), IMAGE, IMAGE, IMAGE]}]
+    with pytest.raises(RowError, match="a part is image 2, the row has 2 images") as caught:
+        dataset("messages").sample(row | {"images": ["0", "1"]}).placed()
+    assert caught.value.reason == "image_count_mismatch"
+
+
+@pytest.mark.parametrize(
+    ("role", "question", "lost"),
+    [
+        ("user", "Picture 1: <img>im/0.jpg</img>\nWhat is it?", True),
+        ("assistant", "Write <img>im/0.jpg</img>.", False),
+        ("user", "Is <img src='a.png'></img> or <img> </p> valid?", False),
+    ],
+)
+def test_paths_within_the_text_are_no_images(role: str, question: str, lost: bool) -> None:
+    """Qwen-VL's rows would be trained without their pictures."""
+    raw = {"messages": [{"role": role, "content": question}]}
+    if not lost:
+        assert dataset("messages").sample(raw).placed().messages == [{"role": role, "content": [text(question)]}]
+        return
+    with pytest.raises(RowError) as caught:
+        dataset("messages").sample(raw).placed()
+    assert caught.value.evidence.startswith(
+        "'<img>im/0.jpg</img>' is text here: write <image>, and the image's path in"
+    )
+    assert caught.value.reason == "image_count_mismatch"
+
+
 def test_a_marker_beside_inline_images_alone_is_text() -> None:
     turns = [
         {"role": "user", "content": [{"type": "image", "image": "1"}]},
@@ -127,7 +167,10 @@ def test_both_spellings_of_a_turn() -> None:
 def test_the_first_field_that_has_images() -> None:
     row = {"messages": [], "images": [], "image": "a.jpg"}
     assert dataset("messages").sample(row).images == ("a.jpg",)
-    assert dataset("messages").sample({"messages": [], "images": None, "image": ""}).images == ()
+    nones: list[Any] = [None, "", b"", {}, {"bytes": None, "path": None}, {"bytes": b"", "path": ""}]
+    for none in nones:
+        assert dataset("messages").sample({"messages": [], "images": none, "image": none}).images == ()
+        assert dataset("messages").sample({"messages": [], "images": none, "image": "a.jpg"}).images == ("a.jpg",)
 
 
 def test_a_data_uri_that_is_none() -> None:
@@ -202,6 +245,8 @@ def test_a_document_is_taken_as_it_is() -> None:
         ("messages", {"messages": [{"role": "user", "content": ["x"]}]}, "a part of a message's content is a string"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "tune"}]}]}, "{'type': 'tune'}"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "{'type': 'text'}"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "image", "index": -1}]}]}, "index is -1, a"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "image", "index": "0"}]}]}, "index is '0', a"),
         ("messages", {"messages": [], "images": [None]}, "an image is None"),
         ("messages", {"messages": [], "images": [""]}, "an image is ''"),
         ("messages", {"messages": [], "images": [{"bytes": None, "path": None}]}, "an image is {"),

@@ -70,6 +70,72 @@ def test_arrow_in_the_file_format(tmp_path: Path) -> None:
     assert isinstance(last.fields, RowError)
 
 
+_TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.large_string())]))
+_LAYOUTS = [
+    pa.array(["one", "two"]),
+    pa.array(["one", "two"], pa.string_view()),
+    pa.array(["one", "two"]).dictionary_encode(),
+    pa.array([[{"role": "user", "content": "one"}], [{"role": "user", "content": "two"}]], _TURNS),
+    pa.array([["one"], ["two"]], pa.list_(pa.string(), 1)),
+    pa.array([[("k", "one")], [("k", "two")]], pa.map_(pa.string(), pa.string())),
+    pa.array([["one"], ["two"]], pa.large_list_view(pa.binary())),
+]
+
+
+@pytest.mark.parametrize("column", _LAYOUTS, ids=lambda column: str(column.type))
+def test_any_byte_of_an_arrow_stream(column: pa.Array, tmp_path: Path) -> None:
+    """A damaged offset ended the process, as IPC does not look at them; a damaged length asked for exabytes."""
+    with pa.ipc.new_stream(tmp_path / "a.arrow", pa.schema([("x", column.type)])) as writer:
+        writer.write_batch(pa.record_batch([column], ["x"]))
+    values = [dict(x) if pa.types.is_map(column.type) else x for x in column.to_pylist()]
+    assert [fields(row)["x"] for row in rows_of(tmp_path / "a.arrow")] == values
+    assert sum(_told_of_each_byte(tmp_path / "a.arrow", 0)) > 20
+
+
+def test_any_byte_of_a_parquet_footer(tmp_path: Path) -> None:
+    """To ask it where a column starts ended the process, and a count of rows may be any number."""
+    table = pa.table({"text": [f"row {n}" for n in range(9)], "messages": [[{"role": "user"}]] * 9})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    footer = int.from_bytes((tmp_path / "a.parquet").read_bytes()[-8:-4], "little")
+    told = _told_of_each_byte(tmp_path / "a.parquet", -footer - 8, rows=9)
+    assert sum(told) > len(told) / 3
+
+
+def _told_of_each_byte(file: Path, first: int, rows: int = 0) -> list[bool]:
+    """Return whether damage to each byte of a file is told in a row; if not, `rows` are read, if there are some."""
+    whole, told = file.read_bytes(), []
+    for number in range(first % len(whole), len(whole)):
+        (file.parent / f"b{file.suffix}").write_bytes(
+            whole[:number] + bytes([whole[number] ^ 0xFF]) + whole[number + 1 :]
+        )
+        read = rows_of(file.parent / f"b{file.suffix}")
+        told.append(any(isinstance(row.fields, RowError) for row in read))
+        assert told[-1] or len(read) == (rows or len(read)), number
+    return told
+
+
+def test_a_damaged_record_batch_costs_its_own_rows(tmp_path: Path) -> None:
+    """Text that is no UTF-8 costs its row alone."""
+    with pa.ipc.new_stream(tmp_path / "a.arrow", pa.schema([("text", pa.string())])) as writer:
+        for texts in (["one", "two"], ["three", "\ue000"], ["five", "six"]):
+            writer.write_batch(pa.record_batch([pa.array(texts)], ["text"]))
+    whole = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "b.arrow").write_bytes(whole.replace("\ue000".encode(), b"\xff\xff\xff"))
+    values = [fields(row)["text"] for row in rows_of(tmp_path / "b.arrow")]
+    assert [*values[:3], *values[4:]] == ["one", "two", "three", "five", "six"]
+    assert "UnicodeDecodeError" in repr(values[3])
+
+    offsets = (0).to_bytes(4, "little") + (5).to_bytes(4, "little") + (8).to_bytes(4, "little")
+    assert whole.count(offsets) == 1
+    (tmp_path / "c.arrow").write_bytes(whole.replace(offsets, offsets[:4] + b"\xff\xff\xff\x7f" + offsets[8:]))
+    rows = rows_of(tmp_path / "c.arrow")
+    assert [row.position for row in rows] == list(range(6))
+    assert [fields(rows[n])["text"] for n in (0, 1, 4, 5)] == ["one", "two", "five", "six"]
+    for row in rows[2:4]:
+        assert isinstance(row.fields, RowError)
+        assert row.fields.evidence.startswith("c.arrow: the record batch is damaged: ")
+
+
 def test_columns_of_one_name_and_none_at_all(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], ["text", "n", "n"])
     pq.write_table(twice, tmp_path / "a.parquet")

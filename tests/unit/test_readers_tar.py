@@ -124,6 +124,16 @@ def test_equal_names_and_names_that_differ_in_case(tmp_path: Path) -> None:
     assert "c.json and c.JSON" in row.fields.evidence
 
 
+def test_one_name_in_two_spellings(tmp_path: Path) -> None:
+    """`tar -r` appends x.json to a tar that was made of a folder, whose names begin with `./`."""
+    turns = json.dumps({"messages": []}).encode()
+    (tmp_path / "a.tar").write_bytes(tar([("./a.jpg", b"1"), ("a.json", turns), ("./b.jpg", b"2"), ("b.jpg", b"3")]))
+    first, second = rows_of(tmp_path / "a.tar")
+    assert fields(first) == {"jpg": b"1", "images": [b"1"], "messages": []}
+    assert isinstance(second.fields, RowError)
+    assert second.fields.evidence == "the tar has 2 members named b.jpg"
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
 def test_tars_joined_by_cat_are_read_to_the_end(suffix: str, tmp_path: Path) -> None:
     """Joined before they were compressed, or afterwards, with the zeros between them that xz allows."""
