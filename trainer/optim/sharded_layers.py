@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor, nn
 
-from trainer.optim.rows import e4m3_scales, fp8_parameter, matrices_of, set_matrices
+from trainer.optim.rows import e4m3_scales, fp8_parameter, is_in_main_grad, matrices_of, set_matrices
 from trainer.optim.shards import ShardGroups, Shards, ranks_of_a_node
 
 
@@ -187,9 +187,7 @@ class ShardedLayers(Shards):
 
     def _gradient_hook(self, layer: int) -> Callable[[Tensor], None]:
         def hook(parameter: Any) -> None:
-            # Transformer Engine's products have written main_grad themselves, and hand over a dummy or an alias of it.
-            written = parameter.grad_added_to_main_grad or parameter.grad.data_ptr() == parameter.main_grad.data_ptr()
-            if not written:
+            if not is_in_main_grad(parameter):
                 parameter.main_grad.copy_(parameter.grad)
             parameter.grad, parameter.grad_added_to_main_grad = None, False
             self._left[layer] -= 1
