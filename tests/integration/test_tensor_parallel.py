@@ -41,7 +41,7 @@ def test_two_processes_train_one_model_and_one_goes_on(make: Any, tmp_path: Path
 @pytest.mark.parametrize(
     ("world", "weight_shards", "exchange"),
     [
-        (2, 2, "within a node"),
+        (3, 3, "within a node"),  # which do not divide the vocabulary
         (4, 2, "within a node"),  # two ranks have the same parts
         (4, 4, "between nodes"),  # layers over all ranks, the vocabulary over those of a node
     ],

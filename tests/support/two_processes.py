@@ -37,6 +37,7 @@ def assert_two_train_as_one(
     make_model: None for a Qwen2.5-VL of layers enough that a buffer which two share is used again in both passes.
     """
     one = write_job(folder, images=True, make_model=make_model or partial(tiny_vl_folder, layers=5))
+    one["global_batch"] = world * -(-one["global_batch"] // world)
     two = one | {"output": str(folder / "two")}
     layout = json.dumps({"tensor_parallel": tensor_parallel, "weight_shards": weight_shards})
     train(one)
