@@ -1,10 +1,12 @@
-"""Conversion of a real size beside a copy of the same bytes: wall and CPU time, and the largest memory.
+"""Conversion of a real size beside copies of the same bytes: wall and CPU time, and the largest memory.
 
     python benchmarks/conversions.py 3B /local/disk          # or 0.5B, 7B, VL-3B ...; --cold: files are not in memory
 
-A Hugging Face folder of random weights is converted to a checkpoint, and that to a folder again, each by its command.
-The peer is `cp` of the command's weights followed by a flush of the copy, before and after it: our commands flush what
-they write, too. Warm: what is read is in the page cache, as far as memory goes; cold: it was dropped from there.
+A Hugging Face folder of random weights is converted to a checkpoint, and that to a folder again, each by its command:
+it reads, checks every value, compares or makes a digest of every file, writes, and flushes to the disk. Its peers move
+the same bytes and flush them, too: `cp` with `sync`, and `dd` past the page cache, which is the floor of this disk.
+Peers and command take turns (--turns), and their medians are compared. Warm: what is read is in the page cache, as far
+as memory goes; cold: it was dropped from there.
 Each waits until freed memory has gone back to the machine's host: in a virtual machine that reports free pages (the
 file page_reporting below /sys/module says so) a copy of 3.1 GB takes 1.4 s of CPU time just after as many were deleted,
 and 5.0 s 15 s later.
@@ -18,9 +20,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -32,6 +35,10 @@ from trainer.models.registry import published_sizes
 GB = 1e9
 WEIGHTS = (".safetensors", ".distcp")
 FREED = 15  # s: see above
+COPIES = {
+    "cp, sync": "cp --reflink=never {files} '{out}' && sync '{out}'/* '{out}'",
+    "dd, direct": 'for f in {files}; do dd if="$f" of=\'{out}\'/"${{f##*/}}" bs=4M oflag=direct conv=fsync; done',
+}
 
 
 @dataclass(frozen=True)
@@ -48,24 +55,25 @@ class Took:
 
 def main() -> None:
     sizes = {name.removeprefix("Qwen2.5-"): size for name, size in published_sizes().items()}
-    parser = argparse.ArgumentParser(description="Conversion beside a copy of the same bytes.")
+    parser = argparse.ArgumentParser(description="Conversion beside copies of the same bytes.")
     parser.add_argument("model", choices=sizes, metavar="MODEL", help=", ".join(sizes))
     parser.add_argument("folder", type=Path, help="on the disk to read and write")
     parser.add_argument("--cold", action="store_true", help="drop what is read from the page cache before")
+    parser.add_argument("--turns", type=int, default=3, help="of copies and command (3)")
     args = parser.parse_args()
     here = args.folder / f"conversions-{os.getpid()}"
     here.mkdir(parents=True)
     try:
-        start = start_of_commands(here)
+        start_of_commands(here)
         size = sizes[args.model]
         write_model(here / "hf", size, size.num_layers, size.vocab_size)
-        measure(args.model, here, args.cold, start)
+        measure(args.model, here, args.cold, args.turns)
     finally:
         shutil.rmtree(here, ignore_errors=True)
 
 
-def start_of_commands(here: Path) -> dict[str, Took]:
-    """Return what each command takes on a tiny model, the second time: the first one reads torch from the disk."""
+def start_of_commands(here: Path) -> None:
+    """Print what each command takes on a tiny model, the second time: the first one reads torch from the disk."""
     tiny_text_folder(here / "tiny")
     for turn in (1, 2):
         megatron = here / f"tiny-megatron-{turn}"
@@ -75,10 +83,9 @@ def start_of_commands(here: Path) -> dict[str, Took]:
         }
     for name, took in times.items():
         print(f"start of {name}: {took.wall:.1f} s, {took.cpu:.1f} s CPU, {took.memory / GB:.2f} GB", flush=True)
-    return times
 
 
-def measure(model: str, here: Path, cold: bool, start: dict[str, Took]) -> None:
+def measure(model: str, here: Path, cold: bool, turns: int) -> None:
     hf, megatron, back = here / "hf", here / "megatron", here / "back"
     shards = [path.stat().st_size for path in weights_of(hf)]
     size, largest = sum(shards), max(shards)
@@ -86,18 +93,21 @@ def measure(model: str, here: Path, cold: bool, start: dict[str, Took]) -> None:
     print(f"{model}: {size / GB:.2f} GB, largest file {largest / GB:.2f} GB; what is read is {cache} the page cache")
     before = digests(hf)
     for name, source, out in (("to-megatron", hf, megatron), ("to-hf", megatron, back)):
-        copies = [copy(source, here / "copy", cold)]
-        prepare(source, cold)
-        ours = convert(name, source, out)
-        copies.append(copy(source, here / "copy", cold))
-        for took in copies:
-            print(f"{'cp, flushed':12}{took.line(size)}", flush=True)
-        best, work = min(took.wall for took in copies), ours.wall - start[name].wall
-        print(
-            f"{name:12}{ours.line(size)}: {ours.wall / best:.2f} x the faster copy, {work / best:.2f} x without the "
-            f"start; memory {ours.memory / largest:.2f} x the largest file",
-            flush=True,
-        )
+        took: dict[str, list[Took]] = {}
+        commands = {
+            **{peer: partial(copy, peer, source, here / "copy") for peer in COPIES},
+            name: partial(convert, name, source, out),
+        }
+        for _ in range(turns):
+            for each, command in commands.items():
+                shutil.rmtree(out, ignore_errors=True)
+                prepare(source, cold)
+                took.setdefault(each, []).append(command())
+                print(f"{each:12}{took[each][-1].line(size)}", flush=True)
+        wall = {each: median(one.wall for one in times) for each, times in took.items()}
+        ratios = ", ".join(f"{wall[name] / wall[peer]:.2f} x {peer}" for peer in COPIES)
+        memory = max(one.memory for one in took[name])
+        print(f"{name}, medians: {ratios}; memory {memory / largest:.2f} x the largest file", flush=True)
         shutil.rmtree(source)
     print(f"there and back: {'the same bytes' if digests(back) == before else 'NOT THE SAME'}")
 
@@ -110,12 +120,11 @@ def convert(name: str, source: Path, out: Path) -> Took:
     return timed([sys.executable, "-m", "convert", name, str(source), str(out)])
 
 
-def copy(source: Path, out: Path, cold: bool) -> Took:
-    """Copy the weights below a folder with cp, and delete the copy."""
-    prepare(source, cold)
+def copy(peer: str, source: Path, out: Path) -> Took:
+    """Copy the weights below a folder, and delete the copy."""
     out.mkdir()
     files = " ".join(f"'{path}'" for path in weights_of(source))
-    took = timed(["bash", "-c", f"cp --reflink=never {files} '{out}' && sync '{out}'/* '{out}'"])
+    took = timed(["bash", "-c", f"set -e; {COPIES[peer].format(files=files, out=out)} 2> /dev/null"])
     shutil.rmtree(out)
     return took
 
@@ -138,10 +147,10 @@ def weights_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS)
 
 
-def timed(command: Iterable[str]) -> Took:
+def timed(command: list[str]) -> Took:
     """Run a command, which must succeed."""
     began = time.perf_counter()
-    process = subprocess.Popen(list(command), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - began
     if status:

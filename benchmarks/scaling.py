@@ -177,7 +177,7 @@ def _config(args: argparse.Namespace, folder: Path, model: str, packs: int, pict
 
 
 def choose(number: int) -> Callable[[Any], Any]:
-    """Return what gives a run its layout's first, second ... choice: of those that the trainer can run."""
+    """Return what gives a run its layout's first, second ... choice."""
 
     def change(run: Any) -> Any:
         import torch
@@ -190,7 +190,7 @@ def choose(number: int) -> Callable[[Any], Any]:
         planner = LayoutPlanner(run.model, find_gpu(torch.cuda.get_device_name()), int(os.environ["WORLD_SIZE"]))
         config, patches = run.config, run.data.vision_budget
         ranked = planner.ranked(length=config.length, global_batch=config.global_batch, patches=patches)
-        return replace(run, layout=[layout for layout in ranked if planner.built(layout)][number - 1])
+        return replace(run, layout=ranked[number - 1])
 
     return change
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convert.memory import pieces
+from convert.memory import is_finite, pieces
 from kanyun.errors import UserError
-from trainer.checkpoint.faults import is_finite
 from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of
@@ -29,73 +28,20 @@ class TensorShapes:
     megatron: Mapping[str, Shape]
 
     @classmethod
-    def of(cls, folder: Path, config: ModelConfig, rows: Sequence[Row]) -> "TensorShapes":
-        """Return the shapes of the model that transformers makes of the config.json in `folder`; no memory is used.
+    def of(cls, where: Path, config: ModelConfig, rows: Sequence[Row]) -> "TensorShapes":
+        """Return the shapes of a model with the tensors of `rows`.
 
-        The megatron side follows from the table's transforms. Raises UserError if transformers refuses config.json, or
-        if its tensors are not those that the trainer's model has.
+        Raises UserError, naming `where`, if query heads are not whole groups: they cannot be stored as such.
         """
-        tensors = _meta_tensors(folder, config)
-        try:
-            hf = {name: tensors[name] for row in rows for name in row.hf}
-            megatron = {row.megatron: row.transform.to_megatron([hf[name] for name in row.hf], config) for row in rows}
-            for row in rows:
-                for name, part in zip(row.hf, row.transform.to_hf(megatron[row.megatron], config), strict=True):
-                    if part.shape != hf[name].shape:
-                        raise RuntimeError(f"{name} {list(hf[name].shape)} would come back as {list(part.shape)}")
-        except (KeyError, RuntimeError) as error:
+        if config.num_heads % config.num_kv_heads:
             raise UserError(
-                f"{folder}/config.json describes tensors that the trainer's model does not have ({error}): "
-                "give a model of one of the released architectures"
-            ) from error
-        return cls(*({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (hf, megatron)))
-
-
-def _meta_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Return transformers' model without weights: canonical name -> tensor on the meta device."""
-    import transformers
-
-    try:
-        settings = transformers.AutoConfig.from_pretrained(folder)
-        loader: Any = transformers.AutoModelForImageTextToText if config.vision else transformers.AutoModelForCausalLM
-        with torch.device("meta"):
-            model = loader.from_config(settings)
-        _require_same_meaning(folder, config, settings.get_text_config())
-    except UserError:
-        raise
-    except Exception as error:  # any error of its validators is about config.json
-        raise UserError(f"transformers refuses {folder}/config.json ({_last_line(error)}): correct it") from error
-    canonical = family_of(config).canonical
-    return {canonical(name): tensor for name, tensor in model.state_dict().items()}
-
-
-def _require_same_meaning(folder: Path, config: ModelConfig, text: Any) -> None:
-    """Raise UserError if transformers' decoder `text` computes something else than the trainer's, in equal shapes.
-
-    config.json may spell a setting in two places; which one counts has changed over transformers' versions.
-    """
-    rope = text.rope_parameters
-    rope_type = "default" if rope["rope_type"] == "mrope" else rope["rope_type"]
-    other_layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    meanings = {
-        "rope type": (rope_type, "default"),
-        "rope_theta": (rope["rope_theta"], config.rope_theta),
-        "rms_norm_eps": (text.rms_norm_eps, config.norm_eps),
-        "hidden_act": (text.hidden_act, "silu"),
-        "layer_types": (min(other_layers, default="full_attention"), "full_attention"),
-    }
-    if config.vision:
-        meanings["mrope_section"] = (list(rope["mrope_section"]), list(config.mrope_section))
-    for name, (theirs, ours) in meanings.items():
-        if theirs != ours:
-            raise UserError(
-                f"{folder}/config.json means {name} {theirs} to transformers, and {ours} to the trainer: leave the "
-                "spelling that the model was trained with, if the trainer has it"
+                f"{where}/config.json has {config.num_heads} heads, no multiple of its {config.num_kv_heads} key-value "
+                "heads: give a model of one of the released architectures"
             )
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        widths = family_of(config).widths(config)
+        hf = {row.megatron: row.hf_shapes(widths) for row in rows}
+        megatron = {row.megatron: row.transform.shape(list(hf[row.megatron].values()), config) for row in rows}
+        return cls({name: shape for shapes in hf.values() for name, shape in shapes.items()}, megatron)
 
 
 def check_generation(folder: Path) -> None:

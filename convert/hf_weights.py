@@ -17,9 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from convert.checks import Shape, refuse, require_finite, shape_faults
-from convert.memory import PIECE, Scratch, pieces, read_into
+from convert.memory import PIECE, Scratch, is_finite, pieces, read_into
 from kanyun.errors import UserError
-from trainer.checkpoint.faults import is_finite
 from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of
@@ -53,7 +52,7 @@ class Stored:
         with FileIO(self.path) as file:
             for begin, piece in zip(range(0, self.size, PIECE), pieces(memory)):
                 read_into(file, self.begin + begin, piece)
-                finite = finite and bool(is_finite(piece.view(self.dtype)))
+                finite = finite and is_finite(piece.view(self.dtype))
         return memory.view(self.dtype).view(self.shape), finite
 
     def equals(self, other: "Stored") -> bool:

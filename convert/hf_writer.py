@@ -1,22 +1,21 @@
 """Safetensors files written tensor by tensor, in pieces: no more than the tensor at hand is in memory."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from convert.checks import Shape, require_finite
 from convert.hf_weights import DTYPES, INDEX, SINGLE
-from convert.memory import pieces
-from trainer.checkpoint.faults import is_finite
+from convert.memory import is_finite, pieces
+from trainer.checkpoint.direct_file import DirectFile
 from trainer.checkpoint.together import require_room
 
 SHARD_BYTES = 5 * 10**9  # as the Hub recommends; a larger single tensor gets a file for itself
@@ -38,7 +37,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class _Place:
-    file: BinaryIO
+    file: DirectFile
     offset: int
     tensor: Planned
 
@@ -71,21 +70,19 @@ class HFWriter:
             piece = values.to(place.tensor.dtype)
             if not is_finite(piece):
                 require_finite(self._source, name, tensor.to(place.tensor.dtype))
-            data = memoryview(piece.view(torch.uint8).numpy())
-            while data:  # a call may write less
-                written = os.pwrite(place.file.fileno(), data, offset)
-                data, offset = data[written:], offset + written
+            place.file.pwrite(piece.view(torch.uint8).numpy(), offset)
+            offset += piece.nbytes
 
     def __enter__(self) -> Self:
         """Raises UserError if the disk has no room for the tensors."""
         require_room(str(self._folder), sum(tensor.bytes for shard in self._shards for tensor in shard))
         for name, shard in zip(self._names, self._shards):
-            file = self._open.enter_context((self._folder / name).open("wb"))
+            file = self._open.enter_context(DirectFile(str(self._folder / name)))
             self._places |= _begin(file, shard)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._open.close()
+        self._open.__exit__(kind, error, at)
         if kind is None:
             if self._places:
                 raise ValueError(f"not written: {sorted(self._places)}")
@@ -112,7 +109,7 @@ def _split(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
     return shards
 
 
-def _begin(file: BinaryIO, shard: Sequence[Planned]) -> Mapping[str, _Place]:
+def _begin(file: DirectFile, shard: Sequence[Planned]) -> Mapping[str, _Place]:
     """Write a file's header; return where its tensors go. Wide dtypes come first, so that each is aligned."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers wants to know the framework
     offsets, end = {}, 0
@@ -126,6 +123,5 @@ def _begin(file: BinaryIO, shard: Sequence[Planned]) -> Mapping[str, _Place]:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    file.flush()  # what follows is written at offsets, past the stream
+    file.pwrite(len(text).to_bytes(8, "little") + text, 0)
     return {tensor.name: _Place(file, 8 + len(text) + offsets[tensor.name], tensor) for tensor in shard}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from convert.checks import TensorShapes
 from convert.hf_weights import COMPUTED, HFWeights
+from convert.meaning import require_same_meaning
 from kanyun.errors import UserError
 from kanyun.schema import Pack
 from trainer import checkpoint
@@ -141,6 +142,7 @@ def transformers_logits(folder: Path, sample: Input) -> Tensor:
 
     config = ModelConfig.from_hf(str(folder))
     rows = family_of(config).table(config)
+    require_same_meaning(folder, config)
     HFWeights(folder, config).require(rows, TensorShapes.of(folder, config, rows).hf)
     loader: Any = transformers.AutoModelForImageTextToText if config.vision else transformers.AutoModelForCausalLM
     model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from convert.checks import TensorShapes, check_generation
 from convert.hf_weights import HFWeights
 from convert.hf_writer import HFWriter, Planned
+from convert.meaning import meaning_compared
 from convert.output import new_folder
 from kanyun.cli.progress import track
 from kanyun.errors import UserError
@@ -49,7 +50,7 @@ def resize_vocab(source: Path, out: Path, overwrite: bool = False) -> int:
         )
         for name in names
     ]
-    with new_folder(out, source, overwrite) as attempt:
+    with new_folder(out, source, overwrite) as attempt, meaning_compared(source, config):
         copy_tokenizer(Folder(str(source)), Folder(str(attempt)))
         if (source / "generation_config.json").exists():
             (attempt / "generation_config.json").write_bytes((source / "generation_config.json").read_bytes())

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +19,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of
 
-THREADS = 2  # that read, convert and write a tensor each
+THREADS = 4  # that read, convert and write a tensor each, and wait for the disk half the time
 TENSORS = ".distcp"  # how the names of files with tensors end
 
 
@@ -57,12 +55,12 @@ def _convert(step: Folder, out: Path, overwrite: bool) -> None:
     require_digests(step, lambda name: not name.endswith(TENSORS))
     folder = Path(step.path)
     config = ModelConfig.from_hf(str(folder / "hf"))
-    rows, weights = family_of(config).table(config), MegatronWeights(folder)
+    rows, weights = family_of(config).table(config), MegatronWeights(step)
     shapes = TensorShapes.of(folder / "hf", config, rows)
     weights.require(shapes.megatron)
     dtype = _dtype(folder / "hf" / "config.json") if checkpoint.read_state(step).step else None
     planned = [Planned(name, shapes.hf[name], dtype or weights.dtype(row.megatron)) for row in rows for name in row.hf]
-    with new_folder(out, folder, overwrite) as attempt, _digests_beside(step, weights):
+    with new_folder(out, folder, overwrite) as attempt, weights.checked():
         shutil.copytree(folder / "hf", attempt, dirs_exist_ok=True)
         with (
             HFWriter(attempt, planned, folder) as writer,
@@ -76,26 +74,6 @@ def _convert(step: Folder, out: Path, overwrite: bool) -> None:
 
             for _ in pool.map(convert, sorted(rows, key=lambda row: weights.place(row.megatron))):
                 progress.advance()
-
-
-@contextmanager
-def _digests_beside(step: Folder, weights: MegatronWeights) -> Iterator[None]:
-    """Compare the digests of the files with weights, one after the other, while the block reads them in this order.
-
-    So each file is read from the disk once. Raises DamagedError when the block ends, also in place of an error of the
-    block's own, which the damage explains. The optimizer's files, six times as large, are not read.
-    """
-
-    def check() -> None:
-        for name in weights.files:
-            require_digests(step, name.__eq__)
-
-    with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(check)
-        try:
-            yield
-        finally:
-            checked.result()
 
 
 def _dtype(config: Path) -> torch.dtype | None:

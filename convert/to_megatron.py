@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convert.checks import TensorShapes, check_generation
 from convert.hf_weights import HFWeights
+from convert.meaning import meaning_compared
 from convert.output import new_folder
 from kanyun.cli.progress import Progress
 from kanyun.errors import UserError
@@ -48,6 +49,7 @@ def to_megatron(source: Path, out: Path, overwrite: bool = False) -> None:
     weights.require(rows, shapes.hf)
     with (
         new_folder(out, source, overwrite) as attempt,
+        meaning_compared(source, config),
         Progress("converting", len(rows), "tensors") as progress,
     ):
 

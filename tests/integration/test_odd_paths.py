@@ -19,6 +19,7 @@ from pipeline.stages.filter import FilterStage
 from pipeline.stages.preprocess import PreprocessStage
 from pipeline.stages.sample import SampleStage
 from tests.support.qwen_assets import tiny_vl_folder
+from tests.support.spark_sessions import JAVA_OPTIONS
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_images_are_in_the_raw_folder_however_it_is_spelt(
 
 
 def test_the_whole_pipeline_into_folders_with_odd_names_without_a_locale(raw: Path, tmp_path: Path) -> None:
-    """As in a container without LANG."""
+    """As in a container without LANG, and as users run it: with queries that Spark compiles."""
     name = "run:1 [1] {a,b}/数据 a*b?c\\d é #%41&"
     tiny_vl_folder(tmp_path / "hf")
     recipe = tmp_path / "recipe.yaml"
@@ -58,7 +59,9 @@ def test_the_whole_pipeline_into_folders_with_odd_names_without_a_locale(raw: Pa
     recipe.write_text(json.dumps(values), encoding="utf-8")
     environment = {key: value for key, value in os.environ.items() if key not in ("LANG", "PYTHONUTF8")}
     command = [sys.executable, "-m", "pipeline", "run", str(recipe)]
-    done = subprocess.run(command, env=environment | {"LC_ALL": "C"}, capture_output=True, check=False)
+    done = subprocess.run(
+        command, env=environment | {"LC_ALL": "C", "SPARK_SUBMIT_OPTS": JAVA_OPTIONS}, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     assert b"incubator" not in done.stderr
     packed = PackedDataset(Folder(str(tmp_path / name / "packed/packed_length_256_0_epoch_0_v4")))

@@ -20,7 +20,7 @@ from pipeline.recipe import Recipe
 from pipeline.spark import map_rows, read_parquet
 from pipeline.stages import base
 from tests.support.qwen_assets import tiny_text_folder
-from tests.support.spark_sessions import spark_on, spark_on_cluster
+from tests.support.spark_sessions import COMPILED, spark_on, spark_on_cluster
 from tests.support.two_epochs import two_epochs
 
 RATIOS = {"_extra": 0.7, "web/en": 1.4, "web/de": 1}
@@ -74,7 +74,8 @@ def test_every_row_is_a_sample_of_its_own(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("master", "settings", "shuffled", "backwards"), [("local[1]", {}, 4, True), ("local[4]", SMALL_SPLITS, 7, False)]
+    ("master", "settings", "shuffled", "backwards"),
+    [("local[1]", COMPILED, 4, True), ("local[4]", SMALL_SPLITS, 7, False)],
 )
 def test_one_digest_on_any_number_of_cores(
     master: str,
@@ -85,7 +86,8 @@ def test_one_digest_on_any_number_of_cores(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also in other splits, in other partitions behind a shuffle, and from files that were made in another order."""
+    """Also in other splits, in other partitions behind a shuffle, from files that were made in another order, and where
+    Spark compiles its queries, as it does for users."""
     monkeypatch.setattr(base, "SHUFFLE_PARTITIONS", shuffled)
     write_raw(tmp_path / "raw", backwards=backwards)
     recipe = write_recipe(tmp_path, str(tmp_path / "raw"), str(tmp_path / "out"), here / "hf")

@@ -214,11 +214,11 @@ def optimizer_of(values: dict[str, Any]) -> dict[str, float]:
 
     step = checkpoint.resolve(values["output"])
     sums: dict[str, float] = {}
-    for index, stored in read_metadata(step).storage_data.items():
-        if index.fqn.startswith("optimizer."):
-            data = step.read(stored.relative_path, stored.offset, stored.length)
+    for record in read_metadata(step):
+        if record.key.startswith("optimizer."):
+            data = step.read(record.file, record.offset, record.size)
             value = float(torch.load(io.BytesIO(data), weights_only=True).double().sum())
-            sums[index.fqn] = sums.get(index.fqn, 0.0) + value
+            sums[record.key] = sums.get(record.key, 0.0) + value
     return sums
 
 

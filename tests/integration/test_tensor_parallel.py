@@ -38,10 +38,18 @@ def test_two_processes_train_one_model_and_one_goes_on(make: Any, tmp_path: Path
     assert_two_train_as_one(tmp_path, tensor_parallel=2, tolerance=1e-4, make_model=make)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_processes_of_which_two_share_the_layers_train_as_one(world: int, tmp_path: Path) -> None:
-    """Four: two have the same parts."""
-    assert_two_train_as_one(tmp_path, weight_shards=2, world=world, tolerance=1e-4)
+@pytest.mark.parametrize(
+    ("world", "weight_shards", "exchange"),
+    [
+        (3, 3, "within a node"),  # which do not divide the vocabulary
+        (4, 2, "within a node"),  # two ranks have the same parts
+        (4, 4, "between nodes"),  # layers over all ranks, the vocabulary over those of a node
+    ],
+)
+def test_processes_that_share_the_weights_train_as_one(
+    world: int, weight_shards: int, exchange: str, tmp_path: Path
+) -> None:
+    assert_two_train_as_one(tmp_path, weight_shards=weight_shards, world=world, exchange=exchange, tolerance=1e-4)
 
 
 def report(folder: Path, tensor_parallel: int) -> None:

@@ -27,11 +27,11 @@ from pipeline.recipe import Recipe, RecipeDataset
 from pipeline.spark import spark_session
 from pipeline.stages.table import STAGES
 from tests.support.faulty_pipeline import small_tasks
-from tests.support.spark_sessions import EXECUTOR_OPTIONS
+from tests.support.spark_sessions import JAVA_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 256
-EXECUTORS = f"--conf 'spark.executor.extraJavaOptions={EXECUTOR_OPTIONS}'"
+EXECUTORS = f"--conf 'spark.executor.extraJavaOptions={JAVA_OPTIONS}'"
 PACKED = f"packed/{dataset_name(LENGTH, 0, 0)}"
 # The outputs of its stages, in their order.
 OUTPUTS = [f"{stage.output}/chat" if stage.per_path else stage.output for stage in STAGES[:-1]] + [PACKED]

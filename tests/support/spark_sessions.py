@@ -12,8 +12,12 @@ from jobs.cluster import Cluster
 from jobs.daemons import HOST
 from pipeline import spark
 
-# As of the drivers, see tests/conftest.py.
-EXECUTOR_OPTIONS = os.environ.get("SPARK_SUBMIT_OPTS", "")
+# What tests/conftest.py says to Java, without what it says to Spark: executors are not to be told that.
+JAVA_OPTIONS = " ".join(
+    option for option in os.environ.get("SPARK_SUBMIT_OPTS", "").split() if not option.startswith("-Dspark.")
+)
+# Settings of `spark_on`: queries are compiled, as without tests/conftest.py.
+COMPILED = {"spark__sql__codegen__wholeStage": "true", "spark__sql__codegen__factoryMode": "FALLBACK"}
 
 
 @contextmanager
@@ -36,7 +40,7 @@ def spark_on_cluster(cluster: Cluster, **settings: str) -> Iterator[SparkSession
     """The same on the cluster's master and workers, with files in as many replicas as it has DataNodes."""
     here = {
         "spark__driver__host": HOST,
-        "spark__executor__extraJavaOptions": EXECUTOR_OPTIONS,
+        "spark__executor__extraJavaOptions": JAVA_OPTIONS,
         "spark__hadoop__dfs__replication": "2",
     }
     with spark_on(cluster.spark, **here | settings) as session:

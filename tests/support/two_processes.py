@@ -37,6 +37,7 @@ def assert_two_train_as_one(
     make_model: None for a Qwen2.5-VL of layers enough that a buffer which two share is used again in both passes.
     """
     one = write_job(folder, images=True, make_model=make_model or partial(tiny_vl_folder, layers=5))
+    one["global_batch"] = world * -(-one["global_batch"] // world)
     two = one | {"output": str(folder / "two")}
     layout = json.dumps({"tensor_parallel": tensor_parallel, "weight_shards": weight_shards})
     train(one)
@@ -115,7 +116,7 @@ def delayed_on(stream: torch.cuda.Stream) -> Callable[[torch.cuda.Stream], None]
 
 def work(values: dict[str, Any], layout: dict[str, int], exchange: str) -> None:
     if exchange == "between nodes":
-        os.environ["LOCAL_WORLD_SIZE"] = "1"
+        os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // 2)
     run = Run.prepare(TrainConfig(**values), int(os.environ["WORLD_SIZE"]), torch.cuda.is_available())
     run = replace(run, layout=replace(run.layout, **layout))
     # One planned for another split may have micro-batches of more packs than a rank has.

@@ -16,10 +16,10 @@ from kanyun.errors import UserError
 from kanyun.storage import Folder
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
-from trainer.checkpoint import State
+from trainer.checkpoint import State, writer
 from trainer.checkpoint.faults import faults
 from trainer.checkpoint.listing import list_steps
-from trainer.checkpoint.metadata import read_metadata, refuse_code
+from trainer.checkpoint.metadata import encode_metadata, read_metadata, refuse_code
 from trainer.checkpoint.reader import load
 from trainer.checkpoint.saver import save
 from trainer.models.config import ModelConfig
@@ -122,12 +122,12 @@ def test_a_crash_at_any_point_leaves_the_one_before(
 
 def crash_at(at: str, patch: pytest.MonkeyPatch) -> None:
     """Let the process die, as far as its writing thread can, where a file is created or a folder renamed."""
-    create, write = Folder.create, Folder.write
+    create, write = writer._new_file, Folder.write
 
     def crash(*args: Any) -> Any:
         raise KeyboardInterrupt(at)
 
-    patch.setattr(Folder, "create", lambda folder, name: crash() if name == at else create(folder, name))
+    patch.setattr(writer, "_new_file", lambda folder, name: crash() if name == at else create(folder, name))
     patch.setattr(Folder, "write", lambda folder, name, data: crash() if name == at else write(folder, name, data))
     if at == "move_to":
         patch.setattr(Folder, at, crash)
@@ -288,13 +288,12 @@ def test_a_checkpoint_cannot_run_code(output: Folder, model: LanguageModel, hf: 
     evil = io.BytesIO()
     torch.save([Evil(tmp_path / "run by values")], evil)
     metadata.write_bytes(original)
-    plain = read_metadata(written)
-    (index,) = [index for index in plain.storage_data if index.fqn.startswith("common_state")]
-    plain.storage_data[index] = replace(
-        plain.storage_data[index], relative_path="evil.distcp", offset=0, length=len(evil.getvalue())
-    )
+    records = [
+        replace(record, file="evil.distcp", offset=0, size=len(evil.getvalue())) if record.shape is None else record
+        for record in read_metadata(written)
+    ]
     Path(written.path, "evil.distcp").write_bytes(evil.getvalue())
-    metadata.write_bytes(pickle.dumps(plain))
+    metadata.write_bytes(encode_metadata(records))
     with pytest.raises(UserError, match="no checkpoint of plain data"):
         refuse_code(written)
     assert not list(tmp_path.glob("run by*"))

@@ -6,7 +6,6 @@ from io import BytesIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
@@ -67,16 +66,15 @@ def is_finite(values: Tensor) -> Tensor:
 
 
 def _not_finite(step: Folder) -> Iterator[str]:
-    metadata = read_metadata(step)
-    for index, stored in metadata.storage_data.items():
-        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+    for record in read_metadata(step):
+        if record.shape is None:
             continue
         try:
-            data = step.read(stored.relative_path, stored.offset, stored.length)
+            data = step.read(record.file, record.offset, record.size)
             tensor = torch.load(BytesIO(data), weights_only=True)
         except Exception as error:
-            yield f"{step.uri}: {index.fqn} cannot be read ({str(error).splitlines()[0]})"
+            yield f"{step.uri}: {record.key} cannot be read ({str(error).splitlines()[0]})"
             continue
         if not is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
-            yield f"{step.uri}: {index.fqn} has {bad:,} values that are NaN or infinite"
+            yield f"{step.uri}: {record.key} has {bad:,} values that are NaN or infinite"

@@ -136,9 +136,8 @@ def require_whole(step: Folder) -> None:
         from trainer.checkpoint.metadata import read_metadata  # takes torch, 2 s, which today's checkpoints need not
 
         wanted = {}
-        for stored in read_metadata(step).storage_data.values():
-            end = stored.offset + stored.length
-            wanted[stored.relative_path] = max(end, wanted.get(stored.relative_path, 0))
+        for record in read_metadata(step):
+            wanted[record.file] = max(record.offset + record.size, wanted.get(record.file, 0))
     for name, size in wanted.items():
         if name not in sizes:
             raise UserError(f"{step.uri}/{name} is missing: use another checkpoint")

@@ -1,10 +1,10 @@
 """One rank's files of a checkpoint, written and digested in one pass."""
 
 import io
-import os
 import posixpath
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import IO, Any, cast
 
 import torch
@@ -13,12 +13,13 @@ import xxhash
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from kanyun.storage.retries import call_with_retry
+from trainer.checkpoint.direct_file import DirectFile
 from trainer.checkpoint.metadata import COMMON, Record
 from trainer.checkpoint.parts import Part
 from trainer.checkpoint.state import FileDigest
 from trainer.checkpoint.store import sync_file
 
-FILES = 4  # of a rank, each written by a thread, as far as there are cores
+FILES = 4  # of a rank, each written by a thread, which computes half the time and waits for the disk
 _PIECE = 1 << 20  # bytes: digested while a core's cache still holds what was written
 
 
@@ -66,7 +67,7 @@ def write_parts(folder: Folder, rank: int, parts: Sequence[Part]) -> tuple[list[
     """
     torch.serialization.set_crc32_options(False)  # files have a digest; a second sum would cost as much as writing
     files = [(f"__{rank}_{number}.distcp", group) for number, group in enumerate(_groups(parts))]
-    with ThreadPoolExecutor(min(FILES, os.cpu_count() or 1), "checkpoint") as pool:
+    with ThreadPoolExecutor(FILES, "checkpoint") as pool:
         written = list(pool.map(lambda file: _write_file(folder, *file, common=file[0] == "__0_0.distcp"), files))
     records = [record for in_file, _ in written for record in in_file]
     return records, {name: digest for (name, _), (_, digest) in zip(files, written, strict=True)}
@@ -109,7 +110,7 @@ def _write_file(folder: Folder, name: str, parts: Sequence[Part], *, common: boo
 
 def _write_once(folder: Folder, name: str, parts: Sequence[Part], *, common: bool) -> tuple[list[Record], FileDigest]:
     records = []
-    with folder.create(name) as file:
+    with _new_file(folder, name) as file:
         stream = DigestedStream(file)
         if common:
             buffer = io.BytesIO()
@@ -120,3 +121,8 @@ def _write_once(folder: Folder, name: str, parts: Sequence[Part], *, common: boo
             place = stream.save(part.values())
             records.append(Record(part.key, part.global_shape, part.at, part.shape, part.dtype, name, *place))
     return records, stream.digest
+
+
+def _new_file(folder: Folder, name: str) -> AbstractContextManager[Any]:
+    """Open a file of a folder that is there for writing."""
+    return DirectFile(posixpath.join(folder.path, name)) if folder.is_local else folder.create(name)

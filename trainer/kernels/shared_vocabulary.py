@@ -19,9 +19,10 @@ from trainer.kernels.loss import add_weight_gradient
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """This rank's rows of a table: row r of V is row r % (V / N) of rank r // (V / N)."""
+    """This rank's rows of a table, those of the vocabulary from `first` on."""
 
-    weight: Tensor  # [V / N, H]
+    first: int
+    weight: Tensor  # [V / N, H]; of the last rank less, where N does not divide V
     gradient: Tensor  # the same in float32, which gradients are added to; empty if it does not train
     group: dist.ProcessGroup
 
@@ -52,7 +53,7 @@ class VocabularyPart:
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of `ids` here, 0 where they are another rank's, and which are this rank's."""
-        rows = ids - self.rank * len(self.weight)
+        rows = ids - self.first
         here = (rows >= 0) & (rows < len(self.weight))
         return rows * here, here
 

@@ -8,7 +8,7 @@ from kanyun.storage import Folder
 from trainer.data.patches import PatchGeometry
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import Costs
-from trainer.models.names import EMBEDDING, HEAD, Row
+from trainer.models.names import EMBEDDING, HEAD, Row, decoder_widths
 
 if TYPE_CHECKING:
     from trainer.models.language import LanguageModel
@@ -41,6 +41,10 @@ class Family(ABC):
     @abstractmethod
     def table(self, config: ModelConfig) -> tuple[Row, ...]:
         """Return every tensor of this model, in the order of the forward pass."""
+
+    def widths(self, config: ModelConfig) -> Mapping[str, int]:
+        """Return what the letters of shapes in `table` stand for. A family with a vision tower adds the tower's."""
+        return decoder_widths(config)
 
     def canonical(self, name: str) -> str:
         """Return a Hugging Face tensor's name as `table` spells it. Families with two layouts of keys override it."""

@@ -28,7 +28,7 @@ from trainer.models.offload import ActivationOffload
 from trainer.optim.fp8_weights import Fp8Weights
 from trainer.optim.sharded_layers import ShardedLayers
 from trainer.optim.sharded_vocabulary import ShardedVocabulary
-from trainer.optim.shards import ShardGroups, Shards, matrices_without_memory
+from trainer.optim.shards import ShardGroups, Shards, matrices_without_memory, ranks_of_a_node
 from trainer.runtime import Runtime
 
 EXTRA_STATE = "._extra_state"
@@ -85,10 +85,13 @@ class LanguageModel(MegatronModule):
 
     def shard(self, runtime: Runtime) -> None:
         """Share the matrices of the decoder, embedding and output head with other ranks. They lose their values."""
-        groups, decoder = ShardGroups.of(runtime.weight_shards), self.language.decoder
-        fp8, device = self.config.fp8 is not None, runtime.device
+        shards, decoder, device = runtime.weight_shards, self.language.decoder, runtime.device
+        fp8 = self.config.fp8 is not None
+        layers = ShardedLayers(decoder, decoder.layers, ShardGroups.of(shards), fp8=fp8, device=device)
+        # Within a node at most: what the vocabulary exchanges grows with the ranks, what a rank keeps is small by then.
+        groups = ShardGroups.of(min(shards, ranks_of_a_node()))
         self.vocabulary = ShardedVocabulary(self.language, groups, device)
-        self.sharded = (ShardedLayers(decoder, decoder.layers, groups, fp8=fp8, device=device), self.vocabulary)
+        self.sharded = (layers, self.vocabulary)
 
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits [T, V]; under tensor parallelism gathered from all ranks. Not of a sharded model."""

@@ -3,11 +3,15 @@
 A family's table is made of these rows. The vocabulary has the same rows on both sides.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
-from trainer.models.config import ModelConfig
+from trainer.models.config import ModelConfig, VisionConfig
 from trainer.models.transforms import COPY, Transform
+
+# A row as a table spells it: megatron name, Hugging Face names, their shapes in letters (see `decoder_widths`), and how
+# they become one. Names and shapes are separated by spaces, the letters of a shape by points.
+Entry = tuple[str, str, str, Transform]
 
 
 @dataclass(frozen=True)
@@ -16,27 +20,63 @@ class Row:
 
     megatron: str
     hf: tuple[str, ...]
+    shapes: tuple[str, ...]  # of `hf`: "V.H" is [V, H]
     transform: Transform = COPY
 
     def at(self, layer: int) -> "Row":
         """Return the row of one layer."""
-        return Row(self.megatron.format(layer), tuple(name.format(layer) for name in self.hf), self.transform)
+        return replace(self, megatron=self.megatron.format(layer), hf=tuple(name.format(layer) for name in self.hf))
+
+    def hf_shapes(self, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Return Hugging Face name -> shape. `widths`: what the letters stand for, see Family.widths."""
+        shapes = (tuple(widths[letter] for letter in shape.split(".")) for shape in self.shapes)
+        return dict(zip(self.hf, shapes, strict=True))
 
 
-def prefixed(megatron: str, hf: str, table: Iterable[tuple[str, str, Transform]]) -> tuple[Row, ...]:
-    """Return rows of `(megatron name, space-separated Hugging Face names, transform)`, each name behind its prefix."""
+def decoder_widths(config: ModelConfig) -> dict[str, int]:
+    """Return the letters of a decoder's shapes: V vocabulary, H hidden size, F MLP neurons, D one head, Q all query
+    heads, KV all key (or value) heads.
+    """
+    return {
+        "V": config.vocab_size,
+        "H": config.hidden_size,
+        "F": config.intermediate_size,
+        "D": config.head_dim,
+        "Q": config.num_heads * config.head_dim,
+        "KV": config.num_kv_heads * config.head_dim,
+    }
+
+
+def tower_widths(vision: VisionConfig) -> dict[str, int]:
+    """Return the letters of a vision tower's shapes: h hidden size, qkv three of it, f MLP neurons, m what the merger
+    joins to one visual token, o what it makes of it; c, t and s the channels, frames and side of a patch.
+    """
+    return {
+        "h": vision.hidden_size,
+        "qkv": 3 * vision.hidden_size,
+        "f": vision.intermediate_size,
+        "m": vision.hidden_size * vision.merge_size**2,
+        "o": vision.out_hidden_size,
+        "c": vision.channels,
+        "t": vision.temporal_patch_size,
+        "s": vision.patch_size,
+    }
+
+
+def prefixed(megatron: str, hf: str, table: Iterable[Entry]) -> tuple[Row, ...]:
+    """Return the rows of a table, each name behind its prefix."""
     return tuple(
-        Row(megatron + mine, tuple(hf + name for name in theirs.split()), transform)
-        for mine, theirs, transform in table
+        Row(megatron + mine, tuple(hf + name for name in theirs.split()), tuple(shapes.split()), transform)
+        for mine, theirs, shapes, transform in table
     )
 
 
-EMBEDDING = Row("language.embedding.word_embeddings.weight", ("model.embed_tokens.weight",))
-HEAD = Row("language.output_layer.weight", ("lm_head.weight",))  # untied models only
-FINAL_NORM = Row("language.decoder.final_layernorm.weight", ("model.norm.weight",))
+EMBEDDING = Row("language.embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("V.H",))
+HEAD = Row("language.output_layer.weight", ("lm_head.weight",), ("V.H",))  # untied models only
+FINAL_NORM = Row("language.decoder.final_layernorm.weight", ("model.norm.weight",), ("H",))
 
 
-def decoder_layer(*table: tuple[str, str, Transform]) -> tuple[Row, ...]:
+def decoder_layer(*table: Entry) -> tuple[Row, ...]:
     """Return the rows of one decoder layer, with names relative to the layer."""
     return prefixed("language.decoder.layers.{}.", "model.layers.{}.", table)
 

@@ -5,6 +5,7 @@ torch is imported when a transform is applied, not before: the tables of names n
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from trainer.models.config import ModelConfig
@@ -13,12 +14,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Shape = tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Transform:
-    """A pair of inverse functions. Both raise RuntimeError if a shape does not fit the configuration."""
+    """A pair of inverse functions, which raise RuntimeError if a shape does not fit the configuration, and the shape
+    of the megatron tensor. (Without values, on the meta device, torch.cat would import torch's compiler, 2.4 s.)
+    """
 
     to_megatron: Callable[[Sequence["Tensor"], ModelConfig], "Tensor"]
     to_hf: Callable[["Tensor", ModelConfig], Sequence["Tensor"]]
+    shape: Callable[[Sequence[Shape], ModelConfig], Shape]
 
 
 def concatenate(parts: Sequence["Tensor"], dim: int = 0) -> "Tensor":
@@ -26,6 +33,20 @@ def concatenate(parts: Sequence["Tensor"], dim: int = 0) -> "Tensor":
     import torch
 
     return torch.cat(list(parts), dim)
+
+
+def one_below_the_other(parts: Sequence["Tensor"]) -> "Tensor":
+    """Return torch.cat(parts), without a copy if they lie so in memory already, as conversion reads them."""
+    first, rows = parts[0], sum(len(part) for part in parts)
+    end = first.data_ptr()
+    for part in parts:
+        same = part.dtype == first.dtype and part.shape[1:] == first.shape[1:] and part.is_contiguous()
+        if part.data_ptr() != end or not same:
+            return concatenate(parts)
+        end += part.nbytes
+    if end > first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
+        return concatenate(parts)  # two allocations that happen to touch
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _interleave(qkv: Sequence["Tensor"], config: ModelConfig) -> "Tensor":
@@ -56,10 +77,25 @@ def _patch_shape(config: ModelConfig) -> tuple[int, int, int, int]:
     return vision.channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size
 
 
-COPY = Transform(lambda parts, config: parts[0], lambda whole, config: [whole])
-QKV = Transform(_interleave, _separate)
+def _all_rows(shapes: Sequence[Shape], config: ModelConfig) -> Shape:
+    """Return the shape of matrices one below the other."""
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+COPY = Transform(
+    lambda parts, config: parts[0],
+    lambda whole, config: [whole],
+    lambda shapes, config: shapes[0],
+)
+QKV = Transform(_interleave, _separate, _all_rows)
 # Two matrices of equal size, one below the other: the gate's rows, then the up projection's.
-GATE_UP = Transform(lambda parts, config: concatenate(parts), lambda whole, config: whole.chunk(2))
+GATE_UP = Transform(
+    lambda parts, config: one_below_the_other(parts),
+    lambda whole, config: whole.chunk(2),
+    _all_rows,
+)
 PATCH_EMBED = Transform(
-    lambda parts, config: parts[0].flatten(1), lambda whole, config: [whole.unflatten(1, _patch_shape(config))]
+    lambda parts, config: parts[0].flatten(1),
+    lambda whole, config: [whole.unflatten(1, _patch_shape(config))],
+    lambda shapes, config: (shapes[0][0], prod(shapes[0][1:])),
 )

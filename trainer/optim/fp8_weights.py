@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.optim.rows import fp8_parameter, matrices_of, scales_of, set_matrices
+from trainer.optim.rows import fp8_parameter, is_in_main_grad, matrices_of, scales_of, set_matrices
 
 
 class Fp8Weights:
@@ -79,8 +79,7 @@ class Fp8Weights:
 
     def _gradient_hook(self, then: Callable[..., None]) -> Callable[[Tensor], None]:
         def hook(copy: Any) -> None:
-            # Transformer Engine's products have added to main_grad themselves, and hand over a dummy or an alias of it.
-            if not copy.grad_added_to_main_grad and copy.grad.data_ptr() != copy.main_grad.data_ptr():
+            if not is_in_main_grad(copy):
                 copy.main_grad.add_(copy.grad)
             copy.grad, copy.grad_added_to_main_grad = None, False
             if not self._keeps:  # Transformer Engine would, and not know when they are stale

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,14 @@ def set_matrices(owners: Sequence[tuple[nn.Module, str]], parameters: Sequence[n
     """Set `parameters` in the modules, under the names, that `matrices_of` yields."""
     for (module, name), parameter in zip(owners, parameters, strict=True):
         setattr(module, name, parameter)
+
+
+def is_in_main_grad(parameter: Any) -> bool:
+    """Return whether a matrix product of Transformer Engine has put the gradient into main_grad itself.
+
+    What it hands over is then a dummy, or an alias of main_grad.
+    """
+    return parameter.grad_added_to_main_grad or bool(parameter.grad.data_ptr() == parameter.main_grad.data_ptr())
 
 
 def scales_of(matrices: Sequence[Tensor]) -> Tensor:

@@ -1,9 +1,8 @@
-"""Decoder layers whose weights, gradients and optimizer state are sharded over the data-parallel ranks.
+"""Decoder layers whose matrices are sharded over data-parallel ranks, and gathered for each layer's computation.
 
-A layer's matrices lie one after the other in a *row*, which is cut into one equal part a rank. Of its parts a rank
-keeps weights, float32 gradients and the optimizer's state: 12 bytes a parameter, divided by the ranks. Two buffers of a
-whole row take turns: while a layer computes with one, the next layer's parts are copied into the other, in both passes.
-A layer's gradient is reduce-scattered as soon as it is complete, in bfloat16, and added to the part's in float32.
+A layer's matrices lie one after the other in a *row*, which is cut into one equal part a rank. Two buffers of a whole
+row take turns: while a layer computes with one, the next layer's parts are copied into the other, in both passes. A
+layer's gradient is reduce-scattered as soon as it is complete, in bfloat16, and added to the part's in float32.
 
 In fp8 the parts are cast once a step and gathered in 8 bits. Within a node the copy engines read them from the other
 ranks' memory: a kernel of NCCL would wait for the multiprocessors that persistent matrix products hold, and be exposed
@@ -12,7 +11,6 @@ gather needs no synchronisation between ranks. Between nodes NCCL gathers. All o
 passes in one CUDA graph.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,8 +20,8 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor, nn
 
-from trainer.optim.rows import e4m3_scales, fp8_parameter, matrices_of, set_matrices
-from trainer.optim.shards import ShardGroups, Shards
+from trainer.optim.rows import e4m3_scales, fp8_parameter, is_in_main_grad, matrices_of, set_matrices
+from trainer.optim.shards import ShardGroups, Shards, ranks_of_a_node
 
 
 class ShardedLayers(Shards):
@@ -38,7 +36,7 @@ class ShardedLayers(Shards):
     ) -> None:
         self._fp8 = fp8
         # Within a node ranks read one another's memory.
-        self._reads = device.type == "cuda" and dist.get_world_size(groups.group) <= _local_ranks()
+        self._reads = device.type == "cuda" and dist.get_world_size(groups.group) <= ranks_of_a_node()
         self._peers: list[Tensor] = []  # of each rank, what it lets the others read
         owners = [list(matrices_of(layer)) for layer in layers]
         readable = partial(self._readable, groups.group, device)
@@ -55,7 +53,9 @@ class ShardedLayers(Shards):
         kept = whole if self.trains else 0
         self._row_gradients = [torch.empty(kept, dtype=self._dtype, device=device) for _ in range(2)]
         self._received = torch.empty(part if self.trains else 0, dtype=self._dtype, device=device)
-        # What an fp8 value of each layer's matrices is multiplied by. cuBLAS wants each aligned to 16 bytes.
+        # What each layer's matrices are multiplied by before their cast, and what an fp8 value is: cuBLAS wants each of
+        # those aligned to 16 bytes. A captured graph reads both.
+        self._casts = torch.ones(count, len(self.row.shapes), device=device)
         self._scales = torch.ones(count, len(self.row.shapes), 4, device=device)
         for layer in range(count):
             self._set_matrices(layer)
@@ -84,13 +84,13 @@ class ShardedLayers(Shards):
 
     def _find_scales(self) -> None:
         """Let each matrix's largest value on any rank decide how it is cast."""
-        largest = torch.zeros_like(self._scales[..., 0])
+        largest = torch.zeros_like(self._casts)
         mine = [piece.matrix for piece in self._pieces]
         values = [weights[piece.begin : piece.end] for weights in self.weights for piece in self._pieces]
         norms = torch.stack(torch._foreach_norm(values, float("inf")))
         largest[:, mine] = norms.view(len(self.weights), -1).float()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        self._casts = e4m3_scales(largest)
+        self._casts.copy_(e4m3_scales(largest))
         self._scales.copy_((1 / self._casts)[..., None])
 
     def _cast(self, layer: int, out: Tensor) -> None:
@@ -187,9 +187,7 @@ class ShardedLayers(Shards):
 
     def _gradient_hook(self, layer: int) -> Callable[[Tensor], None]:
         def hook(parameter: Any) -> None:
-            # Transformer Engine's products have written main_grad themselves, and hand over a dummy or an alias of it.
-            written = parameter.grad_added_to_main_grad or parameter.grad.data_ptr() == parameter.main_grad.data_ptr()
-            if not written:
+            if not is_in_main_grad(parameter):
                 parameter.main_grad.copy_(parameter.grad)
             parameter.grad, parameter.grad_added_to_main_grad = None, False
             self._left[layer] -= 1
@@ -209,7 +207,3 @@ class ShardedLayers(Shards):
             self._summed[turn].record()
         if layer == 0:  # the last one of a backward pass
             current.wait_stream(self._sums)
-
-
-def _local_ranks() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

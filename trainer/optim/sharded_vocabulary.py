@@ -18,7 +18,7 @@ from trainer.optim.shards import Owner, ShardGroups, Shards
 class ShardedVocabulary(Shards):
     """Shards the embedding of `model` and its output head, where that is not the embedding itself.
 
-    The number of ranks must divide the vocabulary. Every rank computes with as many tokens as the others.
+    Every rank computes with as many tokens as the others.
     """
 
     def __init__(self, model: GPTModel, groups: ShardGroups, device: torch.device) -> None:
@@ -28,9 +28,12 @@ class ShardedVocabulary(Shards):
         module, name = owners[0][0]
         vocabulary, width = module.get_parameter(name).shape
         super().__init__(owners, groups, device=device, alignment=width)
-        assert self.row.part * self.ranks == vocabulary * width, "the planner divides vocabularies by their rows"
+        first = self.rank * self.row.part // width
+        rows = slice(max(vocabulary - first, 0))  # of the last rank; another one has fewer than these
         self._parts = [
-            VocabularyPart(weights.view(-1, width), gradients.view(len(gradients) // width, width), self.group)
+            VocabularyPart(
+                first, weights.view(-1, width)[rows], gradients.view(len(gradients) // width, width)[rows], self.group
+            )
             for weights, gradients in zip(self.weights, self.gradients, strict=True)
         ]
 

@@ -5,6 +5,7 @@ subclasses' matter: decoder layers gather them (sharded_layers.py), the vocabula
 (sharded_vocabulary.py).
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
@@ -38,6 +39,11 @@ class ShardGroups(NamedTuple):
         gathers, _ = dist.new_subgroups_by_enumeration(blocks)
         replicas, _ = dist.new_subgroups_by_enumeration([ranks[first::count] for first in range(count)])
         return cls(group, gathers, replicas)
+
+
+def ranks_of_a_node() -> int:
+    """Return how many ranks of the job this node has; on every node as many."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager

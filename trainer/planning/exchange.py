@@ -45,7 +45,7 @@ class WeightExchange:
         alone = self.gather + self.gradients
         part = (self.gather * self.gather_part + self.gradients * self.gradient_part) / alone
         back = exposed(alone, backward, part)
-        return micro_batches * (there + back) + exposed(self.replicas, backward)
+        return micro_batches * (there + back) + self.replicas  # after the last backward pass
 
 
 def weight_exchange(parameters: float, *, layers: int, fp8: bool, gpus: int, shards: int, node: int) -> WeightExchange:
@@ -55,25 +55,22 @@ def weight_exchange(parameters: float, *, layers: int, fp8: bool, gpus: int, sha
     latency = 0.0 if inside else layers * (shards - 1) * HOP
     nccl = NCCL_RATE if inside else min(NCCL_RATE, NETWORK_NODE)
     gather = (1 if fp8 else 2) * received / (COPY_RATE if inside else nccl) + latency
-    # An all-reduce of the float32 shards between GPUs at the same place of their nodes: each has its network card.
-    between = 2 * 4 * parameters / shards * (replicas - 1) / replicas / NETWORK
     return WeightExchange(
         gather=gather,
         gradients=2 * received / nccl + latency,
         gather_part=COPY_GATHER if inside else NCCL_GATHER,
         gradient_part=SCATTER_BESIDE_COPIES if inside else NCCL_SCATTER,
-        replicas=between,
+        replicas=_between_replicas(parameters / shards, replicas),
     )
 
 
-def vocabulary_exchange(values: float, *, shards: int, node: int) -> float:
-    """Return the seconds that embedding and output head, sharded over `shards` GPUs, take to exchange activations.
+def vocabulary_exchange(values: float, parameters: float, *, gpus: int, shards: int) -> float:
+    """Return the seconds that embedding and output head, `parameters` sharded over `shards` GPUs of a node, exchange.
 
     `values`: of a GPU's tokens in a step, one for each channel. Each GPU receives them from all others, in bfloat16:
     embeddings, decoder outputs, and the gradients of both. No compute runs beside.
     """
-    rate = NCCL_RATE if shards <= node else min(NCCL_RATE, NETWORK_NODE)
-    return 4 * 2 * values * (shards - 1) / rate
+    return 4 * 2 * values * (shards - 1) / NCCL_RATE + _between_replicas(parameters / shards, gpus // shards)
 
 
 def whole_exchange(parameters: float, *, gpus: int, tensor_parallel: int, node: int) -> tuple[float, float]:
@@ -90,3 +87,11 @@ def whole_exchange(parameters: float, *, gpus: int, tensor_parallel: int, node: 
 def exposed(exchange: float, compute: float, part: float = BESIDE) -> float:
     """Return the seconds that an exchange adds to the compute it runs beside. `part`: of its time, all the same."""
     return max(exchange - compute, 0.0) + part * min(exchange, compute)
+
+
+def _between_replicas(parameters: float, replicas: int) -> float:
+    """Return the seconds of an all-reduce of a GPU's float32 gradients with those of GPUs that have the same parts.
+
+    They are at the same place of their nodes, and each has its network card.
+    """
+    return 2 * 4 * parameters * (replicas - 1) / replicas / NETWORK

@@ -6,6 +6,7 @@ Sharded weights were measured on two GPUs alone; their formula is by the buffers
 from trainer.kernels.constants import CHUNK
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.registry import costs_of
+from trainer.planning.gpus import NODE
 
 # What the allocator takes for activations beyond their bytes: blocks are rounded, and not every freed one fits again.
 ROUNDING = 1.05
@@ -33,29 +34,30 @@ class MemoryModel:
         patches: int,
         compute: Compute,
         weight_shards: int = 1,
-        between_nodes: bool = False,
+        node: int = NODE,
     ) -> float:
         """Return the bytes of a GPU for a micro-batch of `tokens` slots and `patches`.
 
         `data_parallel`: ranks that the optimizer's state is sharded over. `weight_shards` > 1: weights, gradients and
-        optimizer state of all but the vision tower are sharded over that many ranks, `between_nodes` or in one.
+        optimizer state of the decoder's layers are sharded over that many ranks, those of embedding and output head
+        over as many of them as a `node` has.
         """
         if weight_shards > 1:
-            state = self._sharded_state(weight_shards, data_parallel, compute, between_nodes)
-            logits = self._shared_logits(weight_shards)
+            state = self._sharded_state(weight_shards, node, data_parallel, compute)
+            logits = self._shared_logits(min(weight_shards, node))
         else:
             state = self._state(tensor_parallel, data_parallel, compute)
             logits = self._logits(tensor_parallel, tokens)
         rounded = ROUNDING * (self._activations(tensor_parallel, tokens, compute) + self._vision(patches, compute))
         return state + rounded + logits
 
-    def _sharded_state(self, shards: int, data_parallel: int, compute: Compute, between_nodes: bool) -> float:
+    def _sharded_state(self, shards: int, node: int, data_parallel: int, compute: Compute) -> float:
         costs, vision = self._costs, self._costs.vision_parameters
         layers = costs.decoder_parameters - costs.embedding_parameters
         layer = layers / self._model.num_layers
-        kept = (WEIGHT + GRADIENT + OPTIMIZER) * costs.decoder_parameters / shards
+        kept = (WEIGHT + GRADIENT + OPTIMIZER) * (layers / shards + costs.embedding_parameters / min(shards, node))
         if compute.fp8:  # what other ranks read; between nodes, where they read nothing, of two layers
-            kept += PUBLISHED * (2 * layer if between_nodes else layers) / shards
+            kept += PUBLISHED * (2 * layer if shards > node else layers) / shards
         tower = vision * (WEIGHT + GRADIENT + OPTIMIZER / data_parallel + compute.fp8)
         buffers = (WORKING_WEIGHT_FP8 if compute.fp8 else WORKING_WEIGHT) + WORKING_GRADIENT + RECEIVED / shards
         return kept + tower + buffers * layer

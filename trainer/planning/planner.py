@@ -92,7 +92,7 @@ class LayoutPlanner:
         # All ranks of a node, which NVLink connects; of whole nodes, where one node has too little memory.
         shards = min(self._node, gpus)
         while 1 < shards <= gpus:
-            if gpus % shards == 0 and model.vocab_size % shards == 0:
+            if gpus % shards == 0:
                 yield 1, shards
             shards *= 2
 
@@ -155,7 +155,7 @@ class LayoutPlanner:
             patches=patches,
             compute=compute,
             weight_shards=weight_shards,
-            between_nodes=weight_shards > self._node,
+            node=self._node,
         )
 
     def _reason(self, gpu: GPU, layout: Layout, length: int, memory: float) -> str:

@@ -141,8 +141,8 @@ class SpeedModel:
         seconds = REST * alone.seconds
         exchange = self._exchange(gpus, tensor_parallel, weight_shards, seconds, compute, micro_batches)
         if weight_shards > 1:
-            values = tokens * self._model.hidden_size
-            exchange += vocabulary_exchange(values, shards=weight_shards, node=self._node)
+            values, parameters = tokens * self._model.hidden_size, self._costs.embedding_parameters
+            exchange += vocabulary_exchange(values, parameters, gpus=gpus, shards=min(weight_shards, self._node))
         # Activations under tensor parallelism, each way, in both passes.
         activations = self._model.num_layers * 10 * 2 * self._model.hidden_size * (tensor_parallel - 1) / NVLINK
         ranks = weight_shards if weight_shards > 1 else gpus // tensor_parallel

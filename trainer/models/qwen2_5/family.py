@@ -1,5 +1,6 @@
 """The family of Qwen2.5 (model_type qwen2) and Qwen2.5-VL (qwen2_5_vl)."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kanyun.storage import Folder
@@ -7,7 +8,7 @@ from trainer.data.patches import PatchGeometry
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import Costs
 from trainer.models.family import Family
-from trainer.models.names import Row
+from trainer.models.names import Row, tower_widths
 from trainer.models.qwen2_5 import names
 from trainer.models.qwen2_5.config import read_config, vision_of
 from trainer.models.qwen2_5.costs import VisionLanguageCosts
@@ -36,6 +37,9 @@ class Qwen2_5Family(Family):  # noqa: N801 - the model's name
 
     def table(self, config: ModelConfig) -> tuple[Row, ...]:
         return names.table(config)
+
+    def widths(self, config: ModelConfig) -> Mapping[str, int]:
+        return {**super().widths(config), **(tower_widths(config.vision) if config.vision else {})}
 
     def canonical(self, name: str) -> str:
         return names.canonical(name)

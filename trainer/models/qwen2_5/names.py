@@ -8,44 +8,50 @@ from trainer.models.transforms import COPY, GATE_UP, PATCH_EMBED, QKV
 # Hugging Face names as transformers 5 writes them, for text and VL alike; `canonical` knows the other layout.
 LAYER = decoder_layer(
     # Transformer Engine fuses a norm into the linear layer behind it; checkpoints have its names on CPU too.
-    ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", COPY),
+    ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H", COPY),
     (
         "self_attention.linear_qkv.weight",
         "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
+        "Q.H KV.H KV.H",
         QKV,
     ),
-    ("self_attention.linear_qkv.bias", "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias", QKV),
-    ("self_attention.linear_proj.weight", "self_attn.o_proj.weight", COPY),
-    ("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", COPY),
-    ("mlp.linear_fc1.weight", "mlp.gate_proj.weight mlp.up_proj.weight", GATE_UP),
-    ("mlp.linear_fc2.weight", "mlp.down_proj.weight", COPY),
+    (
+        "self_attention.linear_qkv.bias",
+        "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias",
+        "Q KV KV",
+        QKV,
+    ),
+    ("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H.Q", COPY),
+    ("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H", COPY),
+    ("mlp.linear_fc1.weight", "mlp.gate_proj.weight mlp.up_proj.weight", "F.H F.H", GATE_UP),
+    ("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H.F", COPY),
 )
-PATCHES = Row("vision.patch_embed.weight", ("visual.patch_embed.proj.weight",), PATCH_EMBED)
+PATCHES = Row("vision.patch_embed.weight", ("visual.patch_embed.proj.weight",), ("h.c.t.s.s",), PATCH_EMBED)
 VISION_BLOCK = prefixed(
     "vision.blocks.{}.",
     "visual.blocks.{}.",
     (
-        ("norm1.weight", "norm1.weight", COPY),
-        ("attn.qkv.weight", "attn.qkv.weight", COPY),
-        ("attn.qkv.bias", "attn.qkv.bias", COPY),
-        ("attn.proj.weight", "attn.proj.weight", COPY),
-        ("attn.proj.bias", "attn.proj.bias", COPY),
-        ("norm2.weight", "norm2.weight", COPY),
-        ("mlp.gate_up.weight", "mlp.gate_proj.weight mlp.up_proj.weight", VISION_GATE_UP),
-        ("mlp.gate_up.bias", "mlp.gate_proj.bias mlp.up_proj.bias", VISION_GATE_UP),
-        ("mlp.down.weight", "mlp.down_proj.weight", VISION_DOWN),
-        ("mlp.down.bias", "mlp.down_proj.bias", COPY),
+        ("norm1.weight", "norm1.weight", "h", COPY),
+        ("attn.qkv.weight", "attn.qkv.weight", "qkv.h", COPY),
+        ("attn.qkv.bias", "attn.qkv.bias", "qkv", COPY),
+        ("attn.proj.weight", "attn.proj.weight", "h.h", COPY),
+        ("attn.proj.bias", "attn.proj.bias", "h", COPY),
+        ("norm2.weight", "norm2.weight", "h", COPY),
+        ("mlp.gate_up.weight", "mlp.gate_proj.weight mlp.up_proj.weight", "f.h f.h", VISION_GATE_UP),
+        ("mlp.gate_up.bias", "mlp.gate_proj.bias mlp.up_proj.bias", "f f", VISION_GATE_UP),
+        ("mlp.down.weight", "mlp.down_proj.weight", "h.f", VISION_DOWN),
+        ("mlp.down.bias", "mlp.down_proj.bias", "h", COPY),
     ),
 )
 MERGER = prefixed(
     "vision.merger.",
     "visual.merger.",
     (
-        ("norm.weight", "ln_q.weight", COPY),
-        ("fc1.weight", "mlp.0.weight", COPY),
-        ("fc1.bias", "mlp.0.bias", COPY),
-        ("fc2.weight", "mlp.2.weight", COPY),
-        ("fc2.bias", "mlp.2.bias", COPY),
+        ("norm.weight", "ln_q.weight", "h", COPY),
+        ("fc1.weight", "mlp.0.weight", "m.m", COPY),
+        ("fc1.bias", "mlp.0.bias", "m", COPY),
+        ("fc2.weight", "mlp.2.weight", "o.m", COPY),
+        ("fc2.bias", "mlp.2.bias", "o", COPY),
     ),
 )
 

@@ -24,7 +24,10 @@ def _unpad(part: "Tensor", config: ModelConfig, dim: int) -> "Tensor":
 VISION_GATE_UP = Transform(
     lambda parts, config: concatenate([_pad(part, config, 0) for part in parts]),
     lambda whole, config: [_unpad(part, config, 0) for part in whole.chunk(2)],
+    lambda shapes, config: (2 * vision_of(config).padded_intermediate_size, *shapes[0][1:]),
 )
 VISION_DOWN = Transform(
-    lambda parts, config: _pad(parts[0], config, 1), lambda whole, config: [_unpad(whole, config, 1)]
+    lambda parts, config: _pad(parts[0], config, 1),
+    lambda whole, config: [_unpad(whole, config, 1)],
+    lambda shapes, config: (shapes[0][0], vision_of(config).padded_intermediate_size),
 )

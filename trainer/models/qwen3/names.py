@@ -8,8 +8,8 @@ from trainer.models.transforms import COPY
 LAYER = (
     *(row for row in qwen2_5.LAYER if not row.megatron.endswith(".bias")),
     *decoder_layer(
-        ("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", COPY),
-        ("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", COPY),
+        ("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "D", COPY),
+        ("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D", COPY),
     ),
 )
 

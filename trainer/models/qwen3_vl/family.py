@@ -1,5 +1,6 @@
 """The family of dense Qwen3-VL (model_type qwen3_vl): Qwen3's decoder with another vision tower than Qwen2.5-VL's."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kanyun.storage import Folder
@@ -7,7 +8,7 @@ from trainer.data.patches import PatchGeometry
 from trainer.models.config import Compute, ModelConfig
 from trainer.models.costs import Costs
 from trainer.models.family import Family
-from trainer.models.names import Row
+from trainer.models.names import Row, tower_widths
 from trainer.models.qwen3_vl import names
 from trainer.models.qwen3_vl.config import read_config, vision_of
 from trainer.models.qwen3_vl.costs import DeepstackCosts
@@ -34,6 +35,10 @@ class Qwen3VLFamily(Family):
 
     def table(self, config: ModelConfig) -> tuple[Row, ...]:
         return names.table(config)
+
+    def widths(self, config: ModelConfig) -> Mapping[str, int]:
+        vision = vision_of(config)
+        return {**super().widths(config), **tower_widths(vision), "n": vision.position_side**2}
 
     def canonical(self, name: str) -> str:
         return names.canonical(name)

@@ -3,43 +3,55 @@
 from dataclasses import replace
 
 from trainer.models.config import ModelConfig
-from trainer.models.names import HEAD, Row, prefixed
+from trainer.models.names import HEAD, Entry, Row, prefixed
 from trainer.models.qwen3 import names as qwen3
 from trainer.models.qwen3_vl.config import vision_of
-from trainer.models.transforms import COPY, PATCH_EMBED, Transform
+from trainer.models.transforms import COPY, PATCH_EMBED
 
 EMBEDDING = prefixed(
     "vision.",
     "model.visual.",
     (
-        ("patch_embed.weight", "patch_embed.proj.weight", PATCH_EMBED),
-        ("patch_embed.bias", "patch_embed.proj.bias", COPY),
-        ("position_embed.weight", "pos_embed.weight", COPY),
+        ("patch_embed.weight", "patch_embed.proj.weight", "h.c.t.s.s", PATCH_EMBED),
+        ("patch_embed.bias", "patch_embed.proj.bias", "h", COPY),
+        ("position_embed.weight", "pos_embed.weight", "n.h", COPY),
     ),
 )
 
 
-def _copied(*pairs: tuple[str, str]) -> tuple[tuple[str, str, Transform], ...]:
-    """Return the entries of modules' weights and biases. `pairs`: our name and theirs."""
-    kinds = ("weight", "bias")
-    return tuple((f"{mine}.{kind}", f"{theirs}.{kind}", COPY) for mine, theirs in pairs for kind in kinds)
+def _copied(*modules: tuple[str, str, str]) -> tuple[Entry, ...]:
+    """Return the entries of modules' weights and biases. `modules`: our name, theirs, the weight's shape."""
+    return tuple(
+        entry
+        for mine, theirs, shape in modules
+        for entry in (
+            (f"{mine}.weight", f"{theirs}.weight", shape, COPY),
+            (f"{mine}.bias", f"{theirs}.bias", shape.split(".")[0], COPY),
+        )
+    )
 
 
 BLOCK = prefixed(
     "vision.blocks.{}.",
     "model.visual.blocks.{}.",
     _copied(
-        ("norm1", "norm1"),
-        ("attn.qkv", "attn.qkv"),
-        ("attn.proj", "attn.proj"),
-        ("norm2", "norm2"),
-        ("mlp.fc1", "mlp.linear_fc1"),
-        ("mlp.fc2", "mlp.linear_fc2"),
+        ("norm1", "norm1", "h"),
+        ("attn.qkv", "attn.qkv", "qkv.h"),
+        ("attn.proj", "attn.proj", "h.h"),
+        ("norm2", "norm2", "h"),
+        ("mlp.fc1", "mlp.linear_fc1", "f.h"),
+        ("mlp.fc2", "mlp.linear_fc2", "h.f"),
     ),
 )
-_MERGER = _copied(("norm", "norm"), ("fc1", "linear_fc1"), ("fc2", "linear_fc2"))
-MERGER = prefixed("vision.merger.", "model.visual.merger.", _MERGER)
-DEEPSTACK = prefixed("vision.merger.deepstack.{}.", "model.visual.deepstack_merger_list.{}.", _MERGER)
+
+
+def _merger(norm: str) -> tuple[Entry, ...]:
+    """Return the entries of a merger whose norm has this width: a deepstack merger norms what it has joined."""
+    return _copied(("norm", "norm", norm), ("fc1", "linear_fc1", "m.m"), ("fc2", "linear_fc2", "o.m"))
+
+
+MERGER = prefixed("vision.merger.", "model.visual.merger.", _merger("h"))
+DEEPSTACK = prefixed("vision.merger.deepstack.{}.", "model.visual.deepstack_merger_list.{}.", _merger("m"))
 
 
 def table(config: ModelConfig) -> tuple[Row, ...]:

@@ -1,0 +1,60 @@
+"""What a config.json means to transformers, compared with what it means to the trainer.
+
+It may spell a setting in two places; which one counts has changed over transformers' versions. Importing transformers
+takes as long as importing torch, so conversion asks it beside its own work.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from kanyun.errors import UserError
+from trainer.models.config import ModelConfig
+
+
+@contextmanager
+def meaning_compared(folder: Path, config: ModelConfig) -> Iterator[None]:
+    """Compare beside the block, see `require_same_meaning`. Raises its error when the block ends, also in place of the
+    block's own.
+    """
+    with ThreadPoolExecutor(1, "meaning") as pool:
+        compared = pool.submit(require_same_meaning, folder, config)
+        try:
+            yield
+        finally:
+            compared.result()
+
+
+def require_same_meaning(folder: Path, config: ModelConfig) -> None:
+    """Raise UserError if transformers refuses the config.json in `folder`, or its decoder computes something else than
+    the trainer's, in equal shapes.
+    """
+    import transformers
+
+    try:
+        text = transformers.AutoConfig.from_pretrained(folder).get_text_config()
+    except Exception as error:  # any error of its validators is about config.json
+        raise UserError(f"transformers refuses {folder}/config.json ({_last_line(error)}): correct it") from error
+    rope = text.rope_parameters
+    rope_type = "default" if rope["rope_type"] == "mrope" else rope["rope_type"]
+    other_layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    meanings = {
+        "rope type": (rope_type, "default"),
+        "rope_theta": (rope["rope_theta"], config.rope_theta),
+        "rms_norm_eps": (text.rms_norm_eps, config.norm_eps),
+        "hidden_act": (text.hidden_act, "silu"),
+        "layer_types": (min(other_layers, default="full_attention"), "full_attention"),
+    }
+    if config.vision:
+        meanings["mrope_section"] = (list(rope["mrope_section"]), list(config.mrope_section))
+    for name, (theirs, ours) in meanings.items():
+        if theirs != ours:
+            raise UserError(
+                f"{folder}/config.json means {name} {theirs} to transformers, and {ours} to the trainer: leave the "
+                "spelling that the model was trained with, if the trainer has it"
+            )
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

@@ -1,0 +1,67 @@
+"""How files of weights are written and read: past the page cache, in one pass, and checked piece by piece."""
+
+import itertools
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+
+from convert.memory import is_finite
+from convert.read_once import ReadOnce
+from kanyun.errors import UserError
+from trainer.checkpoint import DamagedError
+from trainer.checkpoint.direct_file import DirectFile
+from trainer.checkpoint.state import FileDigest
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 3 << 20, (5 << 20) + 17])
+def test_a_file_past_the_page_cache_has_what_was_written(tmp_path: Path, size: int) -> None:
+    """At its end, piece by piece; and at any place by several threads, in any order."""
+    draw = random.Random(size)
+    data = draw.randbytes(size)
+    with DirectFile(str(tmp_path / "a")) as file:
+        begin = 0
+        while begin < size:
+            begin += file.write(data[begin : begin + draw.randint(1, 3 << 20)])
+    assert (tmp_path / "a").read_bytes() == data
+
+    cuts = sorted({0, size, *(draw.randint(0, size) for _ in range(40))})
+    pieces = list(itertools.pairwise(cuts))
+    draw.shuffle(pieces)
+    with DirectFile(str(tmp_path / "b")) as file, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda piece: file.pwrite(data[slice(*piece)], piece[0]), pieces))
+    assert (tmp_path / "b").read_bytes() == data
+
+
+def test_a_file_is_digested_as_it_is_read_in_any_order(tmp_path: Path) -> None:
+    data = random.Random(0).randbytes((3 << 20) + 5)
+    (tmp_path / "a").write_bytes(data)
+    digest = xxhash.xxh3_128_hexdigest(data)
+    for pieces in ([(0, len(data))], [(7, 9), (9, 2 << 20)], [(2 << 20, 3 << 20), (5, 1 << 20)], []):
+        file = ReadOnce(tmp_path / "a", FileDigest(len(data), digest))
+        for begin, end in pieces:
+            memory = torch.empty(end - begin, dtype=torch.uint8)
+            file.read(begin, memory)
+            assert memory.numpy().tobytes() == data[begin:end]
+        file.check()
+    wrong = ReadOnce(tmp_path / "a", FileDigest(len(data), "0" * 32))
+    with pytest.raises(DamagedError, match=f"a is damaged .its digest is {digest}, recorded is 0000"):
+        wrong.check()
+    with pytest.raises(UserError, match="became shorter"):
+        wrong.read(len(data), torch.empty(1, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    whole = torch.tensor([0.0, -0.0, largest, -largest, torch.finfo(dtype).tiny, -1.5], dtype=dtype)
+    assert is_finite(whole)
+    assert is_finite(whole[:0])
+    for bad in (float("inf"), float("-inf"), float("nan"), -float("nan")):
+        for at in range(len(whole)):
+            values = whole.clone()
+            values[at] = bad
+            assert not is_finite(values)
