@@ -14,6 +14,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"  # folders only, nothing is downloaded
 # A tenth of a conversion's CPU time went into looking for cycles among what torch and transformers make at their start.
 gc.disable()
+# transformers is imported beside the reading and writing threads, which wait this long for the interpreter's lock, for
+# each MB several times; 5 ms otherwise.
+sys.setswitchinterval(1e-4)
 # transformers imports scikit-learn where it is installed, for a kind of generation: 1.8 s of CPU time.
 sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
 

@@ -65,19 +65,20 @@ class HFWriter:
         place = self._places.pop(name)
         if tuple(tensor.shape) != place.tensor.shape:
             raise ValueError(f"{name} is {list(tensor.shape)}, planned was {place.tensor}")
-        offset = place.offset
+        region = place.file.region(place.offset)
         for values in pieces(tensor):
             piece = values.to(place.tensor.dtype)
             if not is_finite(piece):
                 require_finite(self._source, name, tensor.to(place.tensor.dtype))
-            place.file.pwrite(piece.view(torch.uint8).numpy(), offset)
-            offset += piece.nbytes
+            region.write(piece.view(torch.uint8).numpy())
+        region.close()
 
     def __enter__(self) -> Self:
         """Raises UserError if the disk has no room for the tensors."""
         require_room(str(self._folder), sum(tensor.bytes for shard in self._shards for tensor in shard))
         for name, shard in zip(self._names, self._shards):
-            file = self._open.enter_context(DirectFile(str(self._folder / name)))
+            size = sum(tensor.bytes for tensor in shard)
+            file = self._open.enter_context(DirectFile(str(self._folder / name), size))
             self._places |= _begin(file, shard)
         return self
 
@@ -123,5 +124,7 @@ def _begin(file: DirectFile, shard: Sequence[Planned]) -> Mapping[str, _Place]:
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.pwrite(len(text).to_bytes(8, "little") + text, 0)
+    region = file.region()
+    region.write(len(text).to_bytes(8, "little") + text)
+    region.close()
     return {tensor.name: _Place(file, 8 + len(text) + offsets[tensor.name], tensor) for tensor in shard}

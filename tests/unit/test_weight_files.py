@@ -23,16 +23,24 @@ def test_a_file_past_the_page_cache_has_what_was_written(tmp_path: Path, size: i
     draw = random.Random(size)
     data = draw.randbytes(size)
     with DirectFile(str(tmp_path / "a")) as file:
-        begin = 0
+        region, begin = file.region(), 0
         while begin < size:
-            begin += file.write(data[begin : begin + draw.randint(1, 3 << 20)])
+            begin += region.write(data[begin : begin + draw.randint(1, 3 << 20)])
+        region.close()
     assert (tmp_path / "a").read_bytes() == data
 
     cuts = sorted({0, size, *(draw.randint(0, size) for _ in range(40))})
     pieces = list(itertools.pairwise(cuts))
     draw.shuffle(pieces)
-    with DirectFile(str(tmp_path / "b")) as file, ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda piece: file.pwrite(data[slice(*piece)], piece[0]), pieces))
+
+    def write(begin: int, end: int) -> None:
+        region = file.region(begin)
+        region.write(data[begin : (begin + end) // 2])
+        region.write(data[(begin + end) // 2 : end])
+        region.close()
+
+    with DirectFile(str(tmp_path / "b"), size) as file, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda piece: write(*piece), pieces))
     assert (tmp_path / "b").read_bytes() == data
 
 

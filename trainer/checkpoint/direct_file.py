@@ -11,74 +11,48 @@ from types import TracebackType
 from typing import Any, Self
 
 BLOCK = 4096  # bytes: offset, size and memory of a direct write are multiples
-_BUFFER = 4 << 20  # bytes that one write takes at most
+_BUFFER = 4 << 20  # bytes that one write takes
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class DirectFile:
-    """A new file on a local disk, written at any place by any thread; or by one from its start to its end.
+    """A new file on a local disk, written by `Region`s; threads write one each.
 
-    What is at the ends of a piece and fills no block is kept until the file is closed. Where the filesystem has no
-    direct writes (some network ones), the same writes go through the cache. Raises OSError as the system does.
+    Where the filesystem has no direct writes (some network ones), the same writes go through the cache. Raises OSError
+    as the system does.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, size: int = 0) -> None:
+        """`size`: bytes that are known to come; so the disk lays them out at once, and regions are written at once."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
             self._file = os.open(path, flags | _DIRECT, 0o666)
         except OSError:  # refused, or not to be written at all: then again
             self._file = os.open(path, flags, 0o666)
-        self._edges: dict[int, bytearray] = {}  # by the number of their block
+        if size:
+            os.posix_fallocate(self._file, 0, size)
+        self._edges: dict[int, bytearray] = {}  # number of a block -> its bytes, which several regions may share
         self._lock, self._mine = threading.Lock(), threading.local()
-        self._size = 0  # of the file
-        self._at = 0  # where `write` is
-        self._waiting = 0  # bytes before it, in the writing thread's buffer
+        self._size = 0
 
-    def pwrite(self, data: Any, offset: int) -> None:
-        """Write a buffer of bytes at `offset`."""
-        data = memoryview(data).cast("B")
-        with self._lock:
-            self._size = max(self._size, offset + len(data))
-        head = min(-offset % BLOCK, len(data))
-        self._keep_edge(data[:head], offset)
-        data, offset = data[head:], offset + head
-        buffer = self._buffer()
-        while len(data) >= BLOCK:
-            size = min(len(data), _BUFFER) // BLOCK * BLOCK
-            buffer[:size] = data[:size]
-            self._write_blocks(buffer[:size], offset)
-            data, offset = data[size:], offset + size
-        self._keep_edge(data, offset)
-
-    def write(self, data: Any) -> int:
-        """Append a buffer of bytes to what was written so far. One thread alone, and nobody calls `pwrite`."""
-        data = memoryview(data).cast("B")
-        buffer, begin = self._buffer(), 0
-        while begin < len(data):
-            size = min(len(data) - begin, _BUFFER - self._waiting)
-            buffer[self._waiting : self._waiting + size] = data[begin : begin + size]
-            self._waiting, begin = self._waiting + size, begin + size
-            if self._waiting == _BUFFER:
-                self._write_blocks(buffer, self._at)
-                self._at, self._waiting = self._at + _BUFFER, 0
-        self._size += len(data)
-        return len(data)
+    def region(self, offset: int = 0) -> "Region":
+        """Return what writes from `offset` on. A thread has one at a time."""
+        if not hasattr(self._mine, "buffer"):
+            self._mine.buffer = memoryview(mmap.mmap(-1, _BUFFER))
+        return Region(self, offset, self._mine.buffer)
 
     def close(self) -> None:
-        """Write what was kept, and let the file go; it is not flushed yet."""
+        """Write the blocks that regions share, and let the file go; it is not flushed yet."""
         if self._file < 0:
             return
         try:
-            buffer = self._buffer()
-            if self._waiting:  # what lies behind it in the last block is cut off below
-                self._write_blocks(buffer[: -(-self._waiting // BLOCK) * BLOCK], self._at)
+            buffer = memoryview(mmap.mmap(-1, BLOCK))
             for number, edge in sorted(self._edges.items()):
-                buffer[:BLOCK] = edge
-                self._write_blocks(buffer[:BLOCK], number * BLOCK)
-            os.ftruncate(self._file, self._size)
+                buffer[:] = edge
+                self.write_blocks(buffer, number * BLOCK)
+            os.ftruncate(self._file, self._size)  # the last block may be longer
         finally:
-            os.close(self._file)
-            self._file = -1
+            self._let_go()
 
     def __enter__(self) -> Self:
         return self
@@ -87,23 +61,65 @@ class DirectFile:
         if kind is None:
             self.close()
         elif self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+            self._let_go()
 
-    def _buffer(self) -> memoryview:
-        """Return this thread's memory, which begins at a page."""
-        if not hasattr(self._mine, "buffer"):
-            self._mine.buffer = memoryview(mmap.mmap(-1, _BUFFER))
-        buffer: memoryview = self._mine.buffer
-        return buffer
+    def write_blocks(self, blocks: memoryview, offset: int) -> None:
+        """Write whole blocks from memory that begins at a page."""
+        while blocks:  # a call may write less, but whole blocks
+            written = os.pwrite(self._file, blocks, offset)
+            blocks, offset = blocks[written:], offset + written
 
-    def _keep_edge(self, data: memoryview, offset: int) -> None:
+    def keep_edge(self, data: memoryview, offset: int) -> None:
+        """Keep bytes of one block until the file is closed."""
         if data:
             with self._lock:
                 edge = self._edges.setdefault(offset // BLOCK, bytearray(BLOCK))
                 edge[offset % BLOCK : offset % BLOCK + len(data)] = data
 
-    def _write_blocks(self, blocks: memoryview, offset: int) -> None:
-        while blocks:  # a call may write less, but whole blocks
-            written = os.pwrite(self._file, blocks, offset)
-            blocks, offset = blocks[written:], offset + written
+    def ends_at(self, end: int) -> None:
+        """Note that bytes up to `end` were written."""
+        with self._lock:
+            self._size = max(self._size, end)
+
+    def _let_go(self) -> None:
+        os.close(self._file)
+        self._file = -1
+
+
+class Region:
+    """Bytes of a file one behind the other. What fills no block at its two ends is kept by the file."""
+
+    def __init__(self, file: DirectFile, offset: int, buffer: memoryview) -> None:
+        self._file, self._buffer = file, buffer
+        self._at = offset // BLOCK * BLOCK  # where the buffer goes
+        self._begin = self._filled = offset % BLOCK  # bytes of the buffer: another region's, and all
+
+    def write(self, data: Any) -> int:
+        """Append a buffer of bytes; return their number."""
+        data = memoryview(data).cast("B")
+        begin = 0
+        while begin < len(data):
+            size = min(len(data) - begin, _BUFFER - self._filled)
+            self._buffer[self._filled : self._filled + size] = data[begin : begin + size]
+            self._filled, begin = self._filled + size, begin + size
+            if self._filled == _BUFFER:
+                self._write()
+        return len(data)
+
+    def close(self) -> None:
+        """Write what the buffer holds."""
+        self._write()
+
+    def _write(self) -> None:
+        begin, end = self._begin, self._filled
+        if begin:  # the first block is shared with the region before
+            shared = min(end, BLOCK)
+            self._file.keep_edge(self._buffer[begin:shared], self._at + begin)
+            begin = BLOCK
+        whole = end // BLOCK * BLOCK
+        if whole > begin:
+            self._file.write_blocks(self._buffer[begin:whole], self._at + begin)
+        if end > max(whole, begin):
+            self._file.keep_edge(self._buffer[whole:end], self._at + whole)
+        self._file.ends_at(self._at + end)
+        self._at, self._begin, self._filled = self._at + _BUFFER, 0, 0

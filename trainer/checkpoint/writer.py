@@ -2,9 +2,9 @@
 
 import io
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import IO, Any, cast
 
 import torch
@@ -123,6 +123,14 @@ def _write_once(folder: Folder, name: str, parts: Sequence[Part], *, common: boo
     return records, stream.digest
 
 
-def _new_file(folder: Folder, name: str) -> AbstractContextManager[Any]:
-    """Open a file of a folder that is there for writing."""
-    return DirectFile(posixpath.join(folder.path, name)) if folder.is_local else folder.create(name)
+@contextmanager
+def _new_file(folder: Folder, name: str) -> Iterator[Any]:
+    """Open a file of a folder that is there for writing, from its start to its end."""
+    if not folder.is_local:
+        with folder.create(name) as stream:
+            yield stream
+        return
+    with DirectFile(posixpath.join(folder.path, name)) as file:
+        region = file.region()
+        yield region
+        region.close()
