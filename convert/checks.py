@@ -31,13 +31,17 @@ class TensorShapes:
     def of(cls, where: Path, config: ModelConfig, rows: Sequence[Row]) -> "TensorShapes":
         """Return the shapes of a model with the tensors of `rows`.
 
-        Raises UserError, naming `where`, if query heads are not whole groups: they cannot be stored as such.
+        Raises UserError, naming `where`, if heads are no whole groups, or channels of the tower no whole heads.
         """
-        if config.num_heads % config.num_kv_heads:
-            raise UserError(
-                f"{where}/config.json has {config.num_heads} heads, no multiple of its {config.num_kv_heads} key-value "
-                "heads: give a model of one of the released architectures"
-            )
+        wholes = {f"{config.num_heads} heads": (config.num_heads, config.num_kv_heads, "key-value heads")}
+        if vision := config.vision:
+            wholes[f"{vision.hidden_size} channels of the tower"] = (vision.hidden_size, vision.num_heads, "heads")
+        for what, (whole, parts, name) in wholes.items():
+            if whole % parts:
+                raise UserError(
+                    f"{where}/config.json has {what}, no multiple of its {parts} {name}: give a model of one of the "
+                    "released architectures"
+                )
         widths = family_of(config).widths(config)
         hf = {row.megatron: row.hf_shapes(widths) for row in rows}
         megatron = {row.megatron: row.transform.shape(list(hf[row.megatron].values()), config) for row in rows}
@@ -48,7 +52,7 @@ def check_generation(folder: Path) -> None:
     """Raise UserError if transformers could not read generation_config.json, which goes where the model goes."""
     path = folder / "generation_config.json"
     try:
-        if path.exists() and not isinstance(json.loads(path.read_bytes()), dict):
+        if path.exists() and not isinstance(json.loads(path.read_text("utf-8")), dict):
             raise ValueError("it is no object of names and values")
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): download it again, or delete it") from error

@@ -184,7 +184,7 @@ def _files(folder: Path) -> list[str]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         if not names:
             raise ValueError("its weight_map is empty")
         if odd := [name for name in names if not (isinstance(name, str) and name)]:

@@ -33,7 +33,8 @@ def require_same_meaning(folder: Path, config: ModelConfig) -> None:
     import transformers
 
     try:
-        text = transformers.AutoConfig.from_pretrained(folder).get_text_config()
+        settings = transformers.AutoConfig.from_pretrained(folder)
+        text = settings.get_text_config()
     except Exception as error:  # any error of its validators is about config.json
         raise UserError(f"transformers refuses {folder}/config.json ({_last_line(error)}): correct it") from error
     rope = text.rope_parameters
@@ -44,16 +45,25 @@ def require_same_meaning(folder: Path, config: ModelConfig) -> None:
         "rope_theta": (rope["rope_theta"], config.rope_theta),
         "rms_norm_eps": (text.rms_norm_eps, config.norm_eps),
         "hidden_act": (text.hidden_act, "silu"),
+        "head_dim": (getattr(text, "head_dim", config.head_dim), config.head_dim),
         "layer_types": (min(other_layers, default="full_attention"), "full_attention"),
     }
     if config.vision:
         meanings["mrope_section"] = (list(rope["mrope_section"]), list(config.mrope_section))
+        meanings["in_channels"] = (settings.vision_config.in_channels, config.vision.channels)
     for name, (theirs, ours) in meanings.items():
         if theirs != ours:
             raise UserError(
                 f"{folder}/config.json means {name} {theirs} to transformers, and {ours} to the trainer: leave the "
                 "spelling that the model was trained with, if the trainer has it"
             )
+
+    padding, rows = text.pad_token_id, config.vocab_size
+    if padding is not None and not -rows <= padding < rows:
+        raise UserError(
+            f"{folder}/config.json has pad_token_id {padding}, but the embedding has {rows} rows: transformers cannot "
+            "load it; correct pad_token_id, or delete it"
+        )
 
 
 def _last_line(error: Exception) -> str:

@@ -253,7 +253,8 @@ def _json(folder: Folder, name: str) -> dict[str, Any] | None:
     if not folder.exists(name):
         return None
     try:
-        value: dict[str, Any] = json.loads(folder.read(name))
+        # As text: json takes bytes in UTF-16, and with a byte order mark, which tokenizers and transformers do not.
+        value: dict[str, Any] = json.loads(folder.read(name).decode())
         if not isinstance(value, dict):
             raise ValueError("it is no object of names and values")
         return value

@@ -223,7 +223,7 @@ def _continued(
     state = _state(source, tokenizer)
     if not state.run:
         raise UserError(f"{source.uri} is a converted model without an optimizer: use it as `init`")
-    replace(state, run={"trainable": state.run["trainable"]}).require(start, source.uri)
+    replace(state, run={"trainable": state.run.get("trainable")}).require(start, source.uri)
     return source, replace(start, updates_before=state.updates), passed_over
 
 

@@ -5,15 +5,23 @@ import random
 import re
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from convert.to_hf import to_hf
 from kanyun.errors import UserError
+from kanyun.fingerprint import fingerprint
+from kanyun.storage import Folder
+from tests.support.packed_data import random_packs, write_packed
 from tests.support.processes import run_ranks
+from tests.support.qwen_assets import tiny_text_folder
 from tests.support.training_job import (
+    LENGTH,
     WHOLE_STEPS,
     command,
     copy_of,
@@ -24,6 +32,7 @@ from tests.support.training_job import (
     steps_of,
     train,
     wait_for,
+    write_job,
 )
 from trainer import checkpoint
 from trainer.checkpoint.metadata import read_metadata
@@ -206,11 +215,37 @@ def test_a_run_continues_with_another_batch_and_schedule_and_keeps_its_optimizer
         Run.prepare(TrainConfig(**job | changes | {"output": job["output"] + "-2", "trainable": "language"}), 1, False)
 
 
+@pytest.mark.parametrize("change", ["other ratios", "another folder"])
+def test_a_run_continues_on_other_data_from_its_first_pack(
+    change: str, text_run: dict[str, Any], job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, tokenizer = tmp_path / "data", fingerprint(Folder(job["model"])).digest
+    shutil.copytree(job["data"], data)
+    new = random_packs(3, 8, LENGTH, images=False)
+    if change == "another folder":
+        write_packed(data, new, LENGTH, part=1, tokenizer=tokenizer)
+    else:
+        shutil.rmtree(data)
+        write_packed(data, new, LENGTH, tokenizer=tokenizer, ratios={"made": "0.5"})
+    other = job | {"data": str(data)}
+    shutil.copytree(text_run["output"], job["output"])
+    with pytest.raises(UserError, match=r"made with data digest .* or keep weights and optimizer in another output"):
+        Run.prepare(TrainConfig(**other), world_size=1, cuda=False)
+    other |= {"continue_from": text_run["output"], "output": str(tmp_path / "on"), "steps": 2, "warmup_steps": 0}
+    train(other)
+    assert "its weights and optimizer are kept; the position in the data starts anew" in capsys.readouterr().out
+    state = checkpoint.read_state(checkpoint.resolve(other["output"]))
+    assert (state.step, state.updates_before, state.updates, state.consumed) == (2, WHOLE_STEPS, WHOLE_STEPS + 2, 8)
+    before, after = (sum(optimizer_of(values).values()) for values in (text_run, other))
+    assert after != before
+    # The first loss on the packs that no run has seen is that of the trained weights, not of random ones.
+    fresh = train(other | {"continue_from": None, "output": str(tmp_path / "fresh")})
+    assert metrics_of(other)[0]["loss"] < fresh[0]["loss"]
+
+
 def optimizer_of(values: dict[str, Any]) -> dict[str, float]:
     """Return the sums of the optimizer's tensors in the newest checkpoint, by name."""
     import io
-
-    import torch
 
     step = checkpoint.resolve(values["output"])
     sums: dict[str, float] = {}
@@ -255,9 +290,45 @@ def test_any_number_of_ranks_goes_on_with_the_same_samples(
     assert all(len(step) >= 4 for step in steps)
 
 
-def samples(notes: Path, ranks: int, steps: int) -> list[list[int]]:
-    """The sorted sample ids of each of the first `steps`, over the ranks' micro-batches of one pack, 4 a step."""
-    each = 4 // ranks
+def test_a_save_of_eight_ranks_is_converted_and_goes_on_with_1_2_and_4(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of the eight share the layers, whose gradients and those of the rest are exchanged in several buckets."""
+    values = write_job(tmp_path, images=False, packs=32, make_model=partial(tiny_text_folder, layers=5))
+    values |= {"global_batch": 8, "steps": 4, "save_every": 2, "validation": None}
+    alone = values | {"output": str(tmp_path / "alone")}
+    noted = noted_run(1, alone, tmp_path / "notes-alone", monkeypatch)
+    eight = json.dumps(values | {"steps": 2})
+    run_ranks(8, "-m", "tests.support.two_processes", eight, json.dumps({"weight_shards": 2}), "as it is")
+    saved = Path(values["output"], "checkpoints/step_00000002")
+    assert {file.name.split("_")[2] for file in saved.glob("*.distcp")} == {str(rank) for rank in range(8)}
+
+    to_hf(str(saved), tmp_path / "of-eight")
+    to_hf(str(Path(alone["output"], "checkpoints/step_00000002")), tmp_path / "of-one")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("of-eight", "of-one"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], atol=1e-4), name
+
+    for ranks in (1, 2, 4):
+        again = values | {"output": str(tmp_path / f"again-{ranks}")}
+        shutil.copytree(values["output"], again["output"])
+        assert noted_run(ranks, again, tmp_path / f"notes-{ranks}", monkeypatch)[:2] == noted[2:]
+        assert curve(again)[2:] == pytest.approx(curve(alone)[2:], rel=1e-4)
+
+
+def noted_run(ranks: int, values: dict[str, Any], notes: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Train with so many ranks; return the sample ids of each step."""
+    notes.mkdir()
+    monkeypatch.setenv("NOTES", str(notes))
+    run_ranks(ranks, NOTING, *command(values)[1:])
+    lines = (notes / "rank-0.txt").read_text().splitlines()
+    return samples(notes, ranks, len(lines) * ranks // values["global_batch"], values["global_batch"])
+
+
+def samples(notes: Path, ranks: int, steps: int, batch: int = 4) -> list[list[int]]:
+    """The sorted sample ids of each of the first `steps`, over the ranks' micro-batches of one pack, `batch` a step."""
+    each = batch // ranks
     lines = [(notes / f"rank-{rank}.txt").read_text().splitlines() for rank in range(ranks)]
     return [
         sorted(int(word) for rank in lines for line in rank[step * each : (step + 1) * each] for word in line.split())

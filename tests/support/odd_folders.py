@@ -120,6 +120,11 @@ def folder_in_place_of(file: Path) -> None:
     file.mkdir()
 
 
+def marked(name: str) -> Edit:
+    """Return an edit that puts a byte order mark before a file's text."""
+    return lambda folder: (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+
+
 def pickled(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
 
@@ -223,6 +228,30 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "layers as text": ("tied", config(num_hidden_layers="2"), "num_layers is '2', not a whole number above 0"),
     "eps NaN": ("tied", config(rms_norm_eps=float("nan")), "norm_eps is nan, not a number above 0"),
     "theta negative": ("tied", config(rope_parameters={"rope_theta": -1}), "rope_theta is -1.0, not a number above 0"),
+    "kv heads": ("tied", config(num_key_value_heads=3), "has 4 heads, no multiple of its 3 key-value heads"),
+    "tower's heads": (
+        "vision",
+        vision_config(num_heads=3),
+        "has 64 channels of the tower, no multiple of its 3 heads",
+    ),
+    "tower's window": (
+        "vision",
+        vision_config(window_size=14),
+        "window_size is 14, less than one visual token's 28 pixels",
+    ),
+    "channels of a picture": (
+        "vision",
+        vision_config(in_channels=1),
+        "means in_channels 1 to transformers, and 3 to the trainer",
+    ),
+    "head_dim null": ("tied", config(head_dim=None), "means head_dim None to transformers, and 16 to the trainer"),
+    "padding beyond": ("tied", config(pad_token_id=99999), "has pad_token_id 99999, but the embedding has 632 rows"),
+    "tokenizer with a byte order mark": ("tied", marked("tokenizer.json"), "tokenizer.json is not JSON (Unexpected"),
+    "index with a byte order mark": (
+        "tied",
+        index_text(lambda text: chr(0xFEFF) + text),
+        f"{INDEX} is damaged (Unexpected UTF-8 BOM",
+    ),
     "no heads": ("tied", config(num_attention_heads=0), "config.json is damaged"),
     "config is a list": ("tied", lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged"),
     "tokenizer is a list": (

@@ -133,7 +133,10 @@ def crash_at(at: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(Folder, at, crash)
 
 
-@pytest.mark.parametrize("change", [{"step": "2"}, {"consumed": -1}, {"skipped": True}, {"model": []}, {"run": None}])
+@pytest.mark.parametrize(
+    "change",
+    [{"step": "2"}, {"consumed": -1}, {"skipped": True}, {"model": []}, {"run": None}, {"schedule": {"steps": 2}}],
+)
 def test_a_state_of_other_values_is_damaged(change: Any, output: Folder, model: LanguageModel, hf: Path) -> None:
     written = save(output, state(model, 2), model, None, Folder(str(hf)))
     values = json.loads(written.read("state.json"))
@@ -144,6 +147,16 @@ def test_a_state_of_other_values_is_damaged(change: Any, output: Folder, model: 
     written.write("state.json", json.dumps({"step": 3}).encode())
     with pytest.raises(UserError, match=r"state\.json is damaged"):
         checkpoint.read_state(written)
+
+
+def test_a_file_in_place_of_a_step_is_listed_as_one_that_is_not_whole(
+    output: Folder, model: LanguageModel, hf: Path
+) -> None:
+    save(output, state(model, 1), model, None, Folder(str(hf)))
+    Path(checkpoint.checkpoints_of(output).path, "step_00000002").write_text("")
+    whole, other = list_steps(output.path)
+    assert (whole.fault, whole.size > 0) == ("", True)
+    assert "step_00000002" in other.fault
 
 
 def test_a_step_under_another_name_is_passed_over(output: Folder, model: LanguageModel, hf: Path) -> None:

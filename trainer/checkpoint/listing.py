@@ -26,13 +26,14 @@ class Listed:
 def list_steps(run: str) -> Iterator[Listed]:
     """Yield the checkpoints of a run folder, oldest first. Sizes are checked, digests are not."""
     for step in steps_below(run):
-        fault, digests = "", False
+        fault, digests, size = "", False, 0
         try:
+            size = sum(size for _, size in step.files())
             require_whole(step)
             digests = Marker.read(step).files is not None
         except UserError as error:
             fault = str(error)
-        yield Listed(step.name, sum(size for _, size in step.files()), fault, digests)
+        yield Listed(step.name, size, fault, digests)
 
 
 def steps_below(path: str) -> list[Folder]:

@@ -33,6 +33,9 @@ class State:
             kind = field_.type if isinstance(field_.type, type) else dict
             if type(value) is not kind or (isinstance(value, int) and value < 0):
                 raise ValueError(f"{field_.name} is {value!r}")
+        numbers = {name: self.schedule.get(name) for name in ("steps", "lr", "min_lr", "warmup_steps")}
+        if self.schedule and not all(isinstance(number, int | float) for number in numbers.values()):
+            raise ValueError(f"schedule is {self.schedule!r}")
 
     @property
     def updates(self) -> int:

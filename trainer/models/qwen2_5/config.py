@@ -14,6 +14,13 @@ class WindowedVisionConfig(VisionConfig):
     window_size: int  # pixels
     full_attention_blocks: tuple[int, ...]  # all other blocks attend within windows
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window_size < self.patch_size * self.merge_size:
+            raise ValueError(
+                f"window_size is {self.window_size}, less than one token's {self.patch_size} x {self.merge_size}"
+            )
+
     @property
     def padded_intermediate_size(self) -> int:
         """Neurons of the gated MLP in our weights, a multiple of 64.
