@@ -60,7 +60,11 @@ def configure(state: Path, settings: Settings, hdfs: str) -> None:
         "dfs.namenode.rpc-address": f"{HOST}:{settings.hdfs_port}",
         "dfs.namenode.http-address": f"{HOST}:{settings.hdfs_web_port}",
         "dfs.namenode.safemode.extension": 0,
-        # A dead DataNode is missed after 12 s (10 heartbeats + 2 rechecks), not after 10.5 minutes.
+        # A dead DataNode gets no more blocks after 3 s, and is missed after 12 s (10 heartbeats + 2 rechecks), not
+        # after 10.5 minutes.
+        "dfs.namenode.avoid.write.stale.datanode": "true",
+        "dfs.namenode.avoid.read.stale.datanode": "true",
+        "dfs.namenode.stale.datanode.interval": 3000,
         "dfs.heartbeat.interval": 1,
         "dfs.namenode.heartbeat.recheck-interval": 1000,
         **{f"dfs.datanode.{part}address": f"{HOST}:0" for part in ("", "http.", "ipc.")},

@@ -1,6 +1,7 @@
 """Three data paths with equal file names, ratios below and above 1, two epochs: one digest, however it is run."""
 
 import json
+import os
 import random
 import shutil
 import time
@@ -47,29 +48,52 @@ def write_recipe(here: Path, raw: str, output: str, model: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def here(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A raw folder, a tokenizer, and the digests of a run on the session of all tests."""
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw folder and a tokenizer."""
     here = tmp_path_factory.mktemp("digest")
     write_raw(here / "raw")
     tiny_text_folder(here / "hf")
-    recipe = Recipe.load(write_recipe(here / "usual", str(here / "raw"), str(here / "usual/out"), here / "hf"))
-    (here / "digests").write_text(" ".join(two_epochs(recipe)))
     return here
 
 
-def test_every_row_is_a_sample_of_its_own(here: Path) -> None:
-    out = here / "usual/out"
+@pytest.fixture(scope="module")
+def usual(here: Path, spark: SparkSession, shared: Path) -> Path:
+    """The output of a run on the session of all tests; its digests go to `shared`."""
+    recipe = Recipe.load(write_recipe(here / "usual", str(here / "raw"), str(here / "usual/out"), here / "hf"))
+    digests = " ".join(two_epochs(recipe))
+    shared.with_suffix(f".{os.getpid()}").write_text(digests)
+    shared.with_suffix(f".{os.getpid()}").rename(shared)
+    return here / "usual/out"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for all processes of this run of the tests."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if run else folder) / f"recipe-digests-{run}"
+
+
+@pytest.fixture
+def digests(request: pytest.FixtureRequest, spark: SparkSession, shared: Path) -> list[str]:
+    """Of both epochs: those of another process of pytest-xdist, if it has them, or of `usual` here."""
+    if not shared.exists():
+        request.getfixturevalue("usual")
+    return shared.read_text().split()
+
+
+def test_every_row_is_a_sample_of_its_own(usual: Path) -> None:
     for epoch, folder in enumerate(("sample", "sample-1")):
-        rows = pq.read_table(out / folder / "data", columns=["sample_id", "dataset", "file", "position"]).to_pylist()
+        rows = pq.read_table(usual / folder / "data", columns=["sample_id", "dataset", "file", "position"]).to_pylist()
         ids = {row["sample_id"]: (row["dataset"], row["file"], row["position"]) for row in rows}
         assert len(set(ids.values())) == len(ids), "as many ids as rows"
         by_path = {path: sum(row["dataset"] == path for row in rows) for path in RATIOS}
         count = 2 * ROWS
         assert by_path == {p: int(count * r * (epoch + 1)) - int(count * r * epoch) for p, r in RATIOS.items()}
-        facts = json.loads((out / folder / "report.json").read_text())["facts"]
+        facts = json.loads((usual / folder / "report.json").read_text())["facts"]
         assert facts["data path web/en"] == f"{count} rows x 7/5 = {by_path['web/en']} copies"
         assert list(facts) == [f"data path {path}" for path in sorted(RATIOS)]
-    for packed in (out / "packed").iterdir():
+    for packed in (usual / "packed").iterdir():
         assert list(verify(Folder(str(packed)))) == []
 
 
@@ -83,6 +107,7 @@ def test_one_digest_on_any_number_of_cores(
     shuffled: int,
     backwards: bool,
     here: Path,
+    digests: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -92,28 +117,32 @@ def test_one_digest_on_any_number_of_cores(
     write_raw(tmp_path / "raw", backwards=backwards)
     recipe = write_recipe(tmp_path, str(tmp_path / "raw"), str(tmp_path / "out"), here / "hf")
     with spark_on(master, **settings):
-        assert two_epochs(Recipe.load(recipe)) == (here / "digests").read_text().split()
+        assert two_epochs(Recipe.load(recipe)) == digests
 
 
-def test_one_digest_with_files_that_are_listed_in_another_order(here: Path, tmp_path: Path) -> None:
+def test_one_digest_with_files_that_are_listed_in_another_order(
+    here: Path, usual: Path, digests: list[str], tmp_path: Path
+) -> None:
     """Preprocess and filter are done; the parquet files of filter are named from the last to the first."""
-    shutil.copytree(here / "usual/out", tmp_path / "out", ignore=shutil.ignore_patterns("sample*", "build*", "packed*"))
+    shutil.copytree(usual, tmp_path / "out", ignore=shutil.ignore_patterns("sample*", "build*", "packed*"))
     for path in RATIOS:
         files = sorted((tmp_path / "out/filter" / path / "data").glob("*.parquet"))
         assert len(files) > 1
         for number, file in enumerate(files):
             file.rename(file.with_name(f"part-{len(files) - number:05}.zstd.parquet"))
     recipe = Recipe.load(write_recipe(tmp_path, str(here / "raw"), str(tmp_path / "out"), here / "hf"))
-    assert two_epochs(recipe) == (here / "digests").read_text().split()
+    assert two_epochs(recipe) == digests
 
 
-def test_the_cluster_runs_our_code_and_makes_the_same_digest(cluster: Cluster, here: Path, tmp_path: Path) -> None:
+def test_the_cluster_runs_our_code_and_makes_the_same_digest(
+    cluster: Cluster, here: Path, digests: list[str], tmp_path: Path
+) -> None:
     root = Folder(f"{cluster.hdfs}/{tmp_path.name}")
     copy_folder(Folder(str(here / "raw")), root / "raw", "put")
     recipe = write_recipe(tmp_path, (root / "raw").uri, (root / "out").uri, here / "hf")
     with spark_on_cluster(cluster) as session:
         squares(session, root)
-        assert two_epochs(Recipe.load(recipe)) == (here / "digests").read_text().split()
+        assert two_epochs(Recipe.load(recipe)) == digests
     deadline = time.monotonic() + 60
     while cluster.executors():
         assert time.monotonic() < deadline

@@ -260,13 +260,13 @@ def test_the_command_line_says_one_sentence(text: dict[str, Any], tmp_path: Path
 
     unfinished = tmp_path / "data" / dataset_name(LENGTH, 0, 0)
     unfinished.mkdir(parents=True)
-    done = execute(values, f"data={tmp_path / 'data'}")
+    done = launch(values, f"data={tmp_path / 'data'}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert "has no manifest.json" in done.stderr
     assert done.stderr.count("\n") == 1
 
-    done = execute(values, "lenght=3", processes=2)
+    done = launch(values, "lenght=3", processes=2)
     assert done.returncode == 2
     last = "error: unknown key 'lenght' in the config: did you mean 'length'?"
     assert done.stderr.splitlines()[-1] == last  # after all that torchrun has to say

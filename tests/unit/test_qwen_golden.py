@@ -12,7 +12,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from pipeline.encoder import Encoded, Encoder, Rejected
 from pipeline.tokenizer_settings import Settings
-from tests.support.qwen_assets import real_tokenizer_folder
+from tests.support.qwen_assets import real_tokenizer_folder, tiny_tokenizer_folder
 
 # Qwen2.5-VL's template with {% generation %} around what is to be trained: transformers' return_assistant_tokens_mask
 # needs that. `{{ '\n' }}`: trim_blocks would swallow a newline behind a block.
@@ -93,6 +93,12 @@ def vl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return real_tokenizer_folder(tmp_path_factory.mktemp("text"), vision=False)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where templates are looked at, not ids: the real vocabulary takes 2 s to read for each template."""
+    return tiny_tokenizer_folder(tmp_path_factory.mktemp("tiny"), vision=False)
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +242,8 @@ def test_image_without_image_settings(text_encoder: Encoder) -> None:
         ("{{ raise_exception('only one turn') }}", "only one turn"),
     ],
 )
-def test_template_whose_answers_cannot_be_located(text_folder: Path, template: str, evidence: str) -> None:
-    settings = Settings.load(str(text_folder))
+def test_template_whose_answers_cannot_be_located(tiny_folder: Path, template: str, evidence: str) -> None:
+    settings = Settings.load(str(tiny_folder))
     encoder = Encoder(Settings(**{**vars(settings), "chat_template": template}))
     (rejected,) = encoder.encode([row([message("user", " padded "), message("assistant", "yes")])])
     assert isinstance(rejected, Rejected)
@@ -245,11 +251,11 @@ def test_template_whose_answers_cannot_be_located(text_folder: Path, template: s
     assert evidence in rejected.evidence
 
 
-def test_what_a_template_makes_of_an_answer_is_trained(text_folder: Path) -> None:
+def test_what_a_template_makes_of_an_answer_is_trained(tiny_folder: Path) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
-    encoder = Encoder(Settings(**{**vars(Settings.load(str(text_folder))), "chat_template": template}))
+    encoder = Encoder(Settings(**{**vars(Settings.load(str(tiny_folder))), "chat_template": template}))
     got = only(encoder.encode([row([message("user", " padded "), message("assistant", "  yes ")])]))
-    tokenizer = load_tokenizer(text_folder)
+    tokenizer = load_tokenizer(tiny_folder)
     assert (
         tokenizer.decode(got.input_ids) == "<|im_start|>user\npadded<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     )
