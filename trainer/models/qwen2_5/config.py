@@ -16,10 +16,9 @@ class WindowedVisionConfig(VisionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window_size < self.patch_size * self.merge_size:
-            raise ValueError(
-                f"window_size is {self.window_size}, less than one token's {self.patch_size} x {self.merge_size}"
-            )
+        token = self.patch_size * self.merge_size
+        if self.window_size < token:
+            raise ValueError(f"window_size is {self.window_size}, less than one visual token's {token} pixels")
 
     @property
     def padded_intermediate_size(self) -> int:
