@@ -12,11 +12,6 @@ from kanyun.errors import run_cli
 # Before torch starts: conversion copies bits, verification wants float32, and a model may be larger than a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"  # folders only, nothing is downloaded
-# A tenth of a conversion's CPU time went into looking for cycles among what torch and transformers make at their start.
-gc.disable()
-# transformers is imported beside the reading and writing threads, which wait this long for the interpreter's lock, for
-# each MB several times; 5 ms otherwise.
-sys.setswitchinterval(1e-4)
 # transformers imports scikit-learn where it is installed, for a kind of generation: 1.8 s of CPU time.
 sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
 
@@ -118,7 +113,12 @@ def main() -> int:
 
 
 def entry() -> None:
-    """The console script kanyun-convert."""
+    """The console script kanyun-convert: this process is one conversion's, and ends with it."""
+    # A tenth of its CPU time went into looking for cycles among what torch and transformers make at their start.
+    gc.disable()
+    # transformers is imported beside the reading and writing threads, which wait this long for the interpreter's lock,
+    # for each MB several times; 5 ms otherwise.
+    sys.setswitchinterval(1e-4)
     run_cli(main)
 
 
