@@ -44,7 +44,7 @@ def is_finite(piece: Tensor) -> bool:
     """Return whether no value of a contiguous bfloat16 or float32 tensor is NaN or infinite.
 
     Those have an exponent of ones: as signed integers the positive ones are the largest, as unsigned the negative ones.
-    In a core's cache half the time of torch's aminmax.
+    0.24 s of CPU time for a GB of bfloat16, torch's aminmax 0.43 (one run each, on a busy machine).
     """
     short = piece.element_size() == 2
     bits: Any = piece.view(torch.int16 if short else torch.int32).numpy()

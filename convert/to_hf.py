@@ -19,7 +19,7 @@ from trainer.models.config import ModelConfig
 from trainer.models.names import Row
 from trainer.models.registry import family_of
 
-THREADS = 4  # that read, convert and write a tensor each, and wait for the disk half the time
+THREADS = 4  # that read, convert and write a tensor each: one waits for the disk while another computes
 TENSORS = ".distcp"  # how the names of files with tensors end
 
 

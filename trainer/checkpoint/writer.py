@@ -19,7 +19,7 @@ from trainer.checkpoint.parts import Part
 from trainer.checkpoint.state import FileDigest
 from trainer.checkpoint.store import sync_file
 
-FILES = 4  # of a rank, each written by a thread, which computes half the time and waits for the disk
+FILES = 4  # of a rank, each written by a thread: one waits for the disk while another computes
 _PIECE = 1 << 20  # bytes: digested while a core's cache still holds what was written
 
 
