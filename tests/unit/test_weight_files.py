@@ -1,6 +1,9 @@
 """How files of weights are written and read: past the page cache, in one pass, and checked piece by piece."""
 
+import errno
+import fcntl
 import itertools
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +45,28 @@ def test_a_file_past_the_page_cache_has_what_was_written(tmp_path: Path, size: i
     with DirectFile(str(tmp_path / "b"), size) as file, ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda piece: write(*piece), pieces))
     assert (tmp_path / "b").read_bytes() == data
+
+
+def test_a_filesystem_that_refuses_direct_writes_gets_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As network filesystems do that open such a file all the same; and that lay nothing out beforehand."""
+    pwrite = os.pwrite
+
+    def only_through_the_cache(file: int, data: memoryview, offset: int) -> int:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return pwrite(file, data, offset)
+
+    def refuse(*arguments: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "pwrite", only_through_the_cache)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    data = random.Random(1).randbytes((5 << 20) + 17)
+    with DirectFile(str(tmp_path / "a"), len(data)) as file:
+        region = file.region()
+        region.write(data)
+        region.close()
+    assert (tmp_path / "a").read_bytes() == data
 
 
 def test_a_file_is_digested_as_it_is_read_in_any_order(tmp_path: Path) -> None:
