@@ -1,5 +1,6 @@
 """Shared by all tests: no hub, short waits, one Spark session, and which tests may run beside each other."""
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ os.environ.setdefault(
     "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m -XX:+UseSerialGC"
     " -Dspark.sql.codegen.wholeStage=false -Dspark.sql.codegen.factoryMode=NO_CODEGEN",
 )
+
+MOST_THREADS = 150  # of a process: one run of the trainer has 70
 
 # Groups of tests that share daemons or a Spark session, the longest first: runs of the pipeline with faults, on the
 # daemons of a cluster; runs in a local session; and what needs HDFS alone, on daemons of its own: in one group with the
@@ -79,3 +82,13 @@ def spark() -> Iterator["SparkSession"]:
 
     yield spark_session()
     end_session()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """Free models of earlier tests, which hold process groups in reference cycles that Python finds late.
+
+    Each group's thread in gloo wakes a hundred times a second: 500 of them took most of a core.
+    """
+    if len(os.listdir("/proc/self/task")) > MOST_THREADS:
+        gc.collect()
