@@ -20,7 +20,7 @@ def work(config: TrainConfig) -> None:
         try:
             run.require_agreement()
         except UserError as error:
-            print(error)
+            os.write(1, f"{error}\n".encode())  # at once: the other rank writes into the same pipe
 
 
 if __name__ == "__main__":
