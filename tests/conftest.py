@@ -31,7 +31,7 @@ MOST_THREADS = 150  # of a process: one run of the trainer has 70
 
 # Groups of tests that share daemons or a Spark session, the longest first: runs of the pipeline with faults, on the
 # daemons of a cluster; runs in a local session; and what needs HDFS alone, on daemons of its own: in one group with the
-# first, all other tests had ended when that group had a third of its time to go.
+# first, all other tests had ended when that group had a quarter of its time to go.
 _GROUPS = ("cluster", "spark", "hdfs")
 
 
