@@ -1,7 +1,7 @@
 """7B and 72B, text and VL, on 8, 64 and 512 H100s, from the layout's own formulas: the table of docs/scale.md.
 
 usage: python -m benchmarks.many_gpus [--packs 16]
-Needs no GPU. The layout is the fastest one that fits, whether or not the trainer has the code for it yet.
+Needs no GPU. The layout is the one that a run gets: the fastest of those that fit.
 """
 
 import argparse

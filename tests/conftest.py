@@ -30,8 +30,8 @@ os.environ.setdefault(
 MOST_THREADS = 150  # of a process: one run of the trainer has 70
 
 # Groups of tests that share daemons or a Spark session, the longest first: runs of the pipeline with faults, on the
-# daemons of a cluster; runs in a local session; and what needs HDFS alone, on daemons of its own: in one group with the
-# first, all other tests had ended when that group had a quarter of its time to go.
+# daemons of a cluster; runs in a local session; and tests that need HDFS but no Spark, on daemons of their own. When
+# they were in the first group, its process ran alone for the last quarter of the time.
 _GROUPS = ("cluster", "spark", "hdfs")
 
 

@@ -25,7 +25,7 @@ from tests.support.qwen_assets import tiny_text_folder, tiny_vl_folder
 from tests.support.training_job import write_job
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
-from trainer.kernels.shared_vocabulary import VocabularyPart
+from trainer.kernels.vocabulary_shard import VocabularyShard
 from trainer.optim.optimizer import learning_rate
 from trainer.runtime import Runtime
 from trainer.trainer import Run, Trainer
@@ -215,7 +215,7 @@ def layer_faults(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, list[str
     for what, (name, fault) in VOCABULARY_FAULTS.items():
         for part in trainer.model.vocabulary._parts:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(VocabularyPart, name, only_of(part, getattr(VocabularyPart, name), fault))
+                patch.setattr(VocabularyShard, name, only_of(part, getattr(VocabularyShard, name), fault))
                 wrong = different(gradients(trainer, packs), right)
             caught.setdefault(f"vocabulary: {what}", []).append(
                 "caught" if wrong else "gradients are as they should be"
@@ -224,8 +224,8 @@ def layer_faults(trainer: Trainer, packs: Sequence[Batch]) -> dict[str, list[str
     return caught
 
 
-Exchange = Callable[[VocabularyPart, Tensor], Tensor]
-SCATTER_SUM = VocabularyPart.scatter_sum
+Exchange = Callable[[VocabularyShard, Tensor], Tensor]
+SCATTER_SUM = VocabularyShard.scatter_sum
 # Embedding and output head: what is forgotten, or done twice -> the method, and what it returns then.
 VOCABULARY_FAULTS: dict[str, tuple[str, Exchange]] = {
     "gather forgotten": ("gather", lambda part, values: torch.cat([values] * part.ranks)),
@@ -234,7 +234,7 @@ VOCABULARY_FAULTS: dict[str, tuple[str, Exchange]] = {
 }
 
 
-def only_of(part: VocabularyPart, right: Exchange, fault: Exchange) -> Exchange:
+def only_of(part: VocabularyShard, right: Exchange, fault: Exchange) -> Exchange:
     """`fault` for this part's calls, `right` for another's."""
     return lambda self, values: fault(self, values) if self is part else right(self, values)
 

@@ -44,12 +44,11 @@ class ShardedLayers(Shards):
         super().__init__(owners, groups, device=device, storage=storage)
 
         count, part, whole = len(layers), self.row.part, self.row.part * self.ranks
-        gathered = torch.uint8 if fp8 else self._dtype
+        zeros = partial(torch.zeros, dtype=torch.uint8 if fp8 else self._dtype, device=device)
         if fp8:
             # Between nodes a layer is cast when its turn comes to be gathered, which saves a byte a parameter.
-            turns = torch.zeros(2, part, dtype=gathered, device=device)
-            self._published = readable(count, part) if self._reads else turns
-        self._rows = [torch.zeros(whole, dtype=gathered, device=device) for _ in range(2)]
+            self._published = readable(count, part) if self._reads else zeros(2, part)
+        self._rows = [zeros(whole) for _ in range(2)]
         kept = whole if self.trains else 0
         self._row_gradients = [torch.empty(kept, dtype=self._dtype, device=device) for _ in range(2)]
         self._received = torch.empty(part if self.trains else 0, dtype=self._dtype, device=device)

@@ -11,7 +11,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from trainer.kernels.shared_vocabulary import LookUpShared, SharedCrossEntropy, VocabularyPart
+from trainer.kernels.vocabulary_shard import ShardedCrossEntropy, ShardedLookUp, VocabularyShard
 from trainer.optim.shards import Owner, ShardGroups, Shards
 
 
@@ -31,7 +31,7 @@ class ShardedVocabulary(Shards):
         first = self.rank * self.row.part // width
         rows = slice(max(vocabulary - first, 0))  # of the last rank; another one has fewer than these
         self._parts = [
-            VocabularyPart(
+            VocabularyShard(
                 first, weights.view(-1, width)[rows], gradients.view(len(gradients) // width, width)[rows], self.group
             )
             for weights, gradients in zip(self.weights, self.gradients, strict=True)
@@ -42,11 +42,11 @@ class ShardedVocabulary(Shards):
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [T] -> embeddings [T, H]."""
-        embeddings: Tensor = LookUpShared.apply(ids, self.weights[0], self._parts[0])
+        embeddings: Tensor = ShardedLookUp.apply(ids, self.weights[0], self._parts[0])
         return embeddings
 
     def cross_entropy(self, hidden_states: Tensor, labels: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return what LinearCrossEntropy does, of the decoder's output [T, 1, H]; GPTModel's output processor."""
         arguments = hidden_states[:, 0], self.weights[-1], labels, self._parts[-1], torch.is_grad_enabled()
-        losses: tuple[Tensor, Tensor] = SharedCrossEntropy.apply(*arguments)
+        losses: tuple[Tensor, Tensor] = ShardedCrossEntropy.apply(*arguments)
         return losses

@@ -166,6 +166,6 @@ class Shards:
             yield weights, [(places[p.matrix], p.first, slice(p.begin, p.end)) for p in self._pieces]
 
     def named_parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield this rank's part of each row, with a name for people."""
+        """Yield this rank's part of each row with the name that error messages give it."""
         for row, weights in enumerate(self.weights):
             yield f"{self.row_name(row)}, part {self.rank + 1} of {self.ranks}", weights

@@ -44,7 +44,7 @@ class MemoryModel:
         """
         if weight_shards > 1:
             state = self._sharded_state(weight_shards, node, data_parallel, compute)
-            logits = self._shared_logits(min(weight_shards, node))
+            logits = self._sharded_logits(min(weight_shards, node))
         else:
             state = self._state(tensor_parallel, data_parallel, compute)
             logits = self._logits(tensor_parallel, tokens)
@@ -81,7 +81,7 @@ class MemoryModel:
     def _vision(self, patches: int, compute: Compute) -> float:
         return patches * self._costs.patch_bytes(compute)
 
-    def _shared_logits(self, shards: int) -> float:
+    def _sharded_logits(self, shards: int) -> float:
         # Of a chunk of all ranks' tokens: the logits of this rank's rows; decoder outputs, their gradient, their sum.
         return 2 * CHUNK * (self._model.vocab_size / shards + 3 * self._model.hidden_size)
 

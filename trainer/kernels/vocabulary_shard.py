@@ -18,7 +18,7 @@ from trainer.kernels.loss import add_weight_gradient
 
 
 @dataclass(frozen=True)
-class VocabularyPart:
+class VocabularyShard:
     """This rank's rows of a table, those of the vocabulary from `first` on."""
 
     first: int
@@ -58,11 +58,11 @@ class VocabularyPart:
         return rows * here, here
 
 
-class LookUpShared(torch.autograd.Function):
+class ShardedLookUp(torch.autograd.Function):
     """Return table[ids]: [T, H]. `parameter`: what autograd takes for the table; gradients go into `part`."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, parameter: Tensor, part: VocabularyPart) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, parameter: Tensor, part: VocabularyShard) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.part = part
         chunks = []
@@ -81,7 +81,7 @@ class LookUpShared(torch.autograd.Function):
         return None, None, None
 
 
-class SharedCrossEntropy(torch.autograd.Function):
+class ShardedCrossEntropy(torch.autograd.Function):
     """Return what LinearCrossEntropy does, with an output head of which `part` is this rank's.
 
     hidden [T, H]; `parameter`: what autograd takes for the head; labels [T] int64, IGNORED where not trained.
@@ -89,7 +89,7 @@ class SharedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, parameter: Tensor, labels: Tensor, part: VocabularyPart, gradients: bool
+        ctx: Any, hidden: Tensor, parameter: Tensor, labels: Tensor, part: VocabularyShard, gradients: bool
     ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         to_hidden, to_weight = (gradients and needed for needed in ctx.needs_input_grad[:2])
