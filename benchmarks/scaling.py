@@ -12,6 +12,7 @@ nodes on a slow network: NCCL without NVLink and shared memory, over loopback so
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -102,14 +103,19 @@ def line(row: str, gpus: int, result: dict[str, Any]) -> str:
 
 
 def _curves(args: argparse.Namespace, out: Path) -> None:
-    """The same batches from the same weights, on each number of GPUs, with whole weights and with sharded ones."""
+    """The same batches from the same weights under each kept layout; those that OUT has already are not run again.
+
+    One GPU computes them with one pack a micro-batch and with two: how far these differ is noise of reductions.
+    """
     from benchmarks.loss_curves import write
 
-    losses: dict[str, list[float]] = {}
+    losses = _read_curves(out / "losses.csv")
     for gpus in args.gpus:
-        for shards in sorted({1, gpus}):
-            name = f"{gpus} GPU(s), {'sharded' if shards > 1 else 'whole'} weights"
-            result = _launch(f"{CURVE}:{8 // gpus}:{shards}", gpus, args.seconds * 4)
+        for kind, layout in curves(gpus).items():
+            name = f"{gpus} GPU{'s' * (gpus > 1)}, {kind}"
+            if name in losses:
+                continue
+            result = _launch(f"{CURVE}:{8 // gpus}:{json.dumps(layout)}", gpus, args.seconds * 4)
             if "error" in result:
                 print(f"{name}: {result['error']}", flush=True)
                 continue
@@ -117,8 +123,24 @@ def _curves(args: argparse.Namespace, out: Path) -> None:
             write(losses, out)
     first, *others = losses or [""]
     for name in others:
-        apart = [abs(a - b) for a, b in zip(losses[first], losses[name], strict=True)]
-        print(f"{name} beside {first}: {sum(apart) / len(apart):.4f} apart in the mean, {max(apart):.4f} at most")
+        apart = [b - a for a, b in zip(losses[first], losses[name], strict=True)]
+        distance = sum(map(abs, apart)) / len(apart)
+        print(f"{name} - {first}: {sum(apart) / len(apart):+.4f} in the mean, {distance:.4f} without signs")
+
+
+def curves(gpus: int) -> dict[str, dict[str, int]]:
+    """Return the layouts of the curves on `gpus` GPUs: what they change of one pack a micro-batch and whole weights."""
+    if gpus == 1:
+        return {"one pack a micro-batch": {}, "two packs a micro-batch": {"micro_batch": 2}}
+    return {"whole weights": {}, "sharded": {"weight_shards": gpus}, "tensor parallel": {"tensor_parallel": gpus}}
+
+
+def _read_curves(path: Path) -> dict[str, list[float]]:
+    if not path.exists():
+        return {}
+    with path.open() as file:
+        (_, *names), *rows = csv.reader(file)
+    return {name: [float(row[1 + column]) for row in rows] for column, name in enumerate(names)}
 
 
 def _launch(row: str, gpus: int, seconds: int) -> dict[str, Any]:
@@ -196,18 +218,18 @@ def choose(number: int) -> Callable[[Any], Any]:
 
 
 def _curve(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Losses of each step."""
+    """Return the losses of a curve's steps."""
     import torch
 
     from trainer.optim.optimizer import learning_rate
     from trainer.runtime import Runtime
     from trainer.trainer import Run, Trainer
 
-    model, packs, shards = args.child.split(":")
+    model, packs, changes = args.child.split(":", 2)
     config = _config(args, folder, model, int(packs)).model_copy(update={"steps": args.steps, "warmup_steps": 20})
     run = Run.prepare(config, int(os.environ["WORLD_SIZE"]), torch.cuda.is_available())
-    layout = replace(run.layout, weight_shards=int(shards), tensor_parallel=1, micro_batch=1)
-    start = Runtime.start(seed=config.seed, weight_shards=layout.weight_shards)
+    layout = replace(run.layout, **{"weight_shards": 1, "tensor_parallel": 1, "micro_batch": 1} | json.loads(changes))
+    start = Runtime.start(seed=config.seed, tensor_parallel=layout.tensor_parallel, weight_shards=layout.weight_shards)
     with start as runtime, Trainer(replace(run, layout=layout), runtime) as trainer:
         batches = islice(trainer.stream.batches(0), args.steps)
         losses = [trainer.train_step(b, learning_rate(config, n, args.steps)).loss for n, b in enumerate(batches)]
