@@ -105,7 +105,7 @@ def line(row: str, gpus: int, result: dict[str, Any]) -> str:
 def _curves(args: argparse.Namespace, out: Path) -> None:
     """The same batches from the same weights under each kept layout; those that OUT has already are not run again.
 
-    One GPU computes them with one pack a micro-batch and with two: how far these differ is noise of reductions.
+    One GPU computes them with one, two and four packs a micro-batch: how far these differ is noise of reductions.
     """
     from benchmarks.loss_curves import write
 
@@ -131,7 +131,7 @@ def _curves(args: argparse.Namespace, out: Path) -> None:
 def curves(gpus: int) -> dict[str, dict[str, int]]:
     """Return the layouts of the curves on `gpus` GPUs: what they change of one pack a micro-batch and whole weights."""
     if gpus == 1:
-        return {"one pack a micro-batch": {}, "two packs a micro-batch": {"micro_batch": 2}}
+        return {f"{packs} packs a micro-batch": {"micro_batch": packs} for packs in (1, 2, 4)}
     return {"whole weights": {}, "sharded": {"weight_shards": gpus}, "tensor parallel": {"tensor_parallel": gpus}}
 
 
