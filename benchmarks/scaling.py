@@ -131,7 +131,7 @@ def _curves(args: argparse.Namespace, out: Path) -> None:
 def curves(gpus: int) -> dict[str, dict[str, int]]:
     """Return the layouts of the curves on `gpus` GPUs: what they change of one pack a micro-batch and whole weights."""
     if gpus == 1:
-        return {f"{packs} packs a micro-batch": {"micro_batch": packs} for packs in (1, 2, 4)}
+        return {f"{packs} pack{'s' * (packs > 1)} a micro-batch": {"micro_batch": packs} for packs in (1, 2, 4)}
     return {"whole weights": {}, "sharded": {"weight_shards": gpus}, "tensor parallel": {"tensor_parallel": gpus}}
 
 
