@@ -5,7 +5,8 @@ DATA is what text_data.py or vision_data.py wrote, of which only the model folde
 small Qwen2.5-VL of vision_curves.py for the other. Packs are made here (unrepeated_data.py), one a step. A seed decides
 the random weights and the order of the packs; both precisions have the same. Each curve is a separate process, which
 imports while the one before trains; no new one is started that would end after `--seconds`. Writes OUT/losses.csv,
-OUT/losses.svg and prints means; the last figure is the loss of 16 held-out packs.
+OUT/losses.svg and prints means; the last figure is the loss of 16 held-out packs. Curves that are in OUT/losses.csv
+already are not run again.
 """
 
 import argparse
@@ -179,10 +180,24 @@ def write(curves: Curves, steps: int, out: Path) -> None:
     (out / "losses.svg").write_text(draw(curves, steps))
 
 
+def read(path: Path) -> Curves:
+    """Return what `write` has written there."""
+    if not path.exists():
+        return {}
+    with path.open() as file:
+        (_, *names), *rows = csv.reader(file)
+    keys = [(precision, int(seed)) for precision, _, seed in map(str.split, names)]
+    return {key: [float(row[1 + column]) for row in rows] for column, key in enumerate(keys)}
+
+
 def main(args: argparse.Namespace) -> None:
-    begun, out, curves = time.monotonic(), Path(args.out), Curves()
+    begun, out = time.monotonic(), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    wanted = [(precision, seed) for seed in args.seeds for precision in PRECISIONS]
+    curves = read(out / "losses.csv")
+    wanted = [key for seed in args.seeds for precision in PRECISIONS if (key := (precision, seed)) not in curves]
+    if not wanted:
+        print(table(curves, args.steps))
+        return
     with tempfile.TemporaryDirectory() as work:
         children = [Child.start(*wanted[0], work)]
         try:
