@@ -1,9 +1,12 @@
 """Why a row is not trained on: one Check a reason code, with its rule, its limit, and its line in docs/datasets.md."""
 
+import json
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from typing import Any
 
 MIN_SIDE = 28  # pixels: a token of Qwen2.5-VL; to Qwen3-VL's, of 32, a side is enlarged, as transformers does
@@ -140,11 +143,11 @@ def _image_count(candidate: Candidate) -> str | None:
 
 def _text(candidate: Candidate) -> str | None:
     for number, message in enumerate(candidate.messages or ()):
-        if _is_trained(message) and not message.get("extra") and not _all_text([message]).strip():
+        if _is_trained(message) and says_nothing(_all_text([message])) and not visible(_in_fields(message)):
             return f"message {number} is an empty answer of the assistant"
     text = candidate.text or "" if candidate.messages is None else _text_after_images(candidate.messages)
-    text += "".join(message.get("extra", "") for message in candidate.messages or () if _is_trained(message))  # calls
-    length = len(text.strip())
+    text += "".join(_in_fields(message) for message in candidate.messages or () if _is_trained(message))
+    length = len(visible(text))
     if length < candidate.min_text:
         return f"{length} characters after the last image, {candidate.min_text} are needed: {text!r}"
     return None
@@ -230,6 +233,34 @@ _BASE64 = re.compile(r"(?:[A-Za-z0-9+/]|\\/){100,}={0,2}")
 def without_base64(text: str, kept: int = 24) -> str:
     """Return `text` with runs of 100 and more base64 characters cut to their first `kept` and their length."""
     return _BASE64.sub(lambda run: f"{run[0][:kept]}<{len(run[0])} characters>", text)
+
+
+# White space, and what shows as little: zero-width spaces and joiners, byte order marks, marks of direction, control
+# characters, variation selectors, fillers. All of them are in these two ranges of Unicode.
+_INVISIBLE = "".join(
+    character
+    for character in map(chr, chain(range(0x1D180), range(0xE0000, 0xE1000)))
+    if character.isspace() or unicodedata.category(character) in ("Cc", "Cf")
+) + "".join(map(chr, [0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x2800, 0x3164, 0xFFA0,
+                      *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]))  # fmt: skip
+
+
+def visible(text: str) -> str:
+    """Return `text` without white space and other characters that show nothing at its ends."""
+    return text.strip(_INVISIBLE)
+
+
+def says_nothing(answer: str) -> bool:
+    """Whether an assistant's answer, raw or as its template renders it, would train an end of turn alone."""
+    thought, closed, rest = visible(answer).removeprefix("<think>").partition("</think>")
+    return not visible(thought) and not (closed and visible(rest))
+
+
+def _in_fields(message: Message) -> str:
+    """What a message says beside its content: its tool calls, as JSON, and its thinking."""
+    extra = json.loads(message.get("extra") or "{}")
+    calls = extra.get("tool_calls")
+    return (json.dumps(calls) if calls else "") + (extra.get("reasoning_content") or "")
 
 
 def _is_trained(message: Message) -> bool:

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 
 from kanyun.vision import grid_thw, image_tokens
 from pipeline.chat_template import ChatTemplate
-from pipeline.checks import Reason
+from pipeline.checks import Reason, says_nothing
 from pipeline.tokenizer_settings import END_OF_DOCUMENT, Settings
 
 IMAGE_TOKENS = ("<|image_pad|>", "<|video_pad|>")  # the processor takes them for media, wherever they come from
@@ -82,7 +82,7 @@ class Encoder:
             rendered.text.encode()  # raises for half of a surrogate pair, an escape in arguments that came as text
         except Exception as error:  # a template is a program: whatever it raises is about this row
             return "", Rejected(Reason.PROCESSOR_FAILED, f"chat template: {error}")
-        if not all(rendered.text[start:end].strip() for start, end in rendered.answers):
+        if any(says_nothing(rendered.text[start:end]) for start, end in rendered.answers):
             return "", Rejected(Reason.TEXT_TOO_SHORT, "an assistant turn is empty as the chat template renders it")
         return rendered.text, rendered.answers
 

@@ -11,6 +11,8 @@ from pipeline.checks import malformed
 from pipeline.readers.base import ROWS, Bytes, RawRow, Reader, Split, table_rows
 
 _FILE_MAGIC = b"ARROW1"
+_FILE_START = 8  # the magic and two bytes of padding
+_FOOTER_END = 4 + len(_FILE_MAGIC)  # behind the footer: its size and the magic again
 # Lists, and texts, of all layouts.
 _LISTS = {
     types.is_list: pa.list_,
@@ -86,13 +88,22 @@ def _field_as_bytes(field: pa.Field) -> pa.Field:
 
 
 def _batches(data: Bytes) -> Iterator[pa.RecordBatch]:
+    """A file is a stream between its magic and its footer. Read as one: a damaged footer may not know of all batches.
+
+    Raises ArrowException and OSError.
+    """
     is_file = data.read(len(_FILE_MAGIC)) == _FILE_MAGIC
     end = data.seek(0, io.SEEK_END)
-    data.seek(0)
-    if not is_file:
-        while data.tell() < end:  # `cat` joins streams
-            yield from pa.ipc.open_stream(data)
-        return
-    file = pa.ipc.open_file(data)
-    for number in range(file.num_record_batches):
-        yield file.get_batch(number)
+    data.seek(_FILE_START if is_file else 0)
+    while data.tell() < end:  # `cat` joins streams
+        yield from pa.ipc.open_stream(data)
+        if is_file:
+            _check_footer(data.read())
+            return
+
+
+def _check_footer(rest: bytes) -> None:
+    """Raises ArrowInvalid if what is behind a file's stream is no footer: rows may lie there."""
+    size, magic = rest[-_FOOTER_END : -len(_FILE_MAGIC)], rest[-len(_FILE_MAGIC) :]
+    if magic != _FILE_MAGIC or int.from_bytes(size, "little") + _FOOTER_END != len(rest):
+        raise pa.ArrowInvalid(f"the last {len(rest)} bytes of the file are no footer")

@@ -16,6 +16,7 @@ from pipeline.readers import IMAGES, SUFFIXES, holds_rows
 
 HIDDEN = (".", "_", "cache-")  # how files and folders start that are no data; the last is what datasets.map leaves
 HIDDEN_NAMES = "files of rows, and folders, with names that begin with `.`, `_` or `cache-`"
+EMPTY = "files of rows that are empty"  # of a format that is never so, what is left of an upload that failed
 NO_FILE = "pipes, devices and links to nothing"
 LINK = "links to folders around or within the raw folder"
 _IMAGES = tuple(f".{suffix}" for suffix in IMAGES)
@@ -50,6 +51,8 @@ class Listing:
         self.count += 1
         if holds_rows(name):
             self.files.append((name, entry.size))
+            if not entry.size:
+                self.leave_out(EMPTY, 1, 0)
         elif not name.lower().endswith(_IMAGES):
             suffix = _SUFFIX.search(name.lower())
             self.leave_out(suffix[0] if suffix else "no suffix", 1, entry.size)

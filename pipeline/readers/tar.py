@@ -17,6 +17,7 @@ from pipeline.readers.lines import damage
 
 IMAGES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "heic")
 TEXTS = (".json", ".txt")
+_KNOWN = (*TEXTS, *(f".{suffix}" for suffix in IMAGES))
 _BLOCK = 512  # bytes: what a tar is made of
 _DAMAGE = (tarfile.TarError, EOFError, OSError)  # errors of the storage are UserErrors
 _LINKS = 16  # followed from one member
@@ -29,7 +30,8 @@ class WebDataset(Reader):
     - every other member under what follows its first dot (`jpg`, `txt` ...): as text if it is `txt`, else as bytes,
     - in `images`, where `KEY.json` names no images, all members with the suffix of an image, in the order of the tar.
 
-    An image may be named as a member is (`KEY.jpg`). A link has the bytes of the member that it leads to.
+    An image may be named as a member is (`KEY.jpg`). A link has the bytes of the member that it leads to. What is
+    hidden is left out, see `_is_hidden`.
     """
 
     suffixes = (".tar", ".tgz", *(f".tar{compressed}" for compressed in COMPRESSED))
@@ -123,7 +125,7 @@ def _after_zeros(tar: tarfile.TarFile) -> int | None:
 def _members(tar: tarfile.TarFile, links: _Links) -> Iterator[_Member]:
     most = max(MAX_IMAGE_BYTES, MAX_ROW) + 1  # one byte over a limit tells as well as all of them that it is over it
     for info in _infos(tar):
-        if posixpath.basename(info.name).startswith("."):
+        if _is_hidden(posixpath.basename(info.name)):
             continue
         name = posixpath.normpath(info.name)  # `tar -r` appends x.json to a tar of ./x.jpg
         if info.isreg():
@@ -133,6 +135,11 @@ def _members(tar: tarfile.TarFile, links: _Links) -> Iterator[_Member]:
         elif info.islnk() or info.issym():
             place = links.place(info)
             yield _Member(info.offset, name, _read(tar, *place, most) if place else None)
+
+
+def _is_hidden(file: str) -> bool:
+    """What a Mac or an editor leaves. A member that is called `.jpg` or `.json` is one of a row whose key is empty."""
+    return file.startswith("._") or (file.startswith(".") and not file.lower().endswith(_KNOWN))
 
 
 def _read(tar: tarfile.TarFile, offset: int, size: int, most: int) -> bytes:

@@ -99,6 +99,34 @@ def test_an_assistant_turn_must_be_trained_and_say_something() -> None:
         assert reason_of(On.CANDIDATE, candidate([message("user", "<image>"), calling], images=1)) is None
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["\u200b\u200b\u200b\u200b", "\ufeff\n \u200d\u2060", "\u00ad" * 9, "\u200e\u202a\u202c\u2066", "\x00\x01\x7f\x85",
+     "\ufe0f\u3164\u2800\u115f", "\U000e0020\U000e0100", "<think>\n\u200b\n</think>\n\n\ufeff", "<think></think>"],
+)  # fmt: skip
+def test_an_answer_that_shows_nothing_is_empty(answer: str) -> None:
+    user, yes = message("user", "A question?"), message("assistant", "Yes.")
+    empty = ("text_too_short", "message 1 is an empty answer of the assistant")
+    for content in (answer, [{"type": "text", "text": one} for one in answer]):
+        assert verdict(On.CANDIDATE, candidate([user, message("assistant", content), user, yes])) == empty
+    for fields in ({"name": "bot"}, {"tool_call_id": "c1"}, {"reasoning_content": "\u200b"}):
+        assert verdict(On.CANDIDATE, candidate([user, message("assistant", answer, fields), user, yes])) == empty
+    for name, value in (("reasoning_content", "Hm."), ("tool_calls", [{"function": {"name": "f", "arguments": {}}}])):
+        said = message("assistant", answer, {name: value})
+        assert reason_of(On.CANDIDATE, candidate([user, said, user, yes])) is None
+    assert (
+        reason_of(On.CANDIDATE, candidate([user, message("assistant", f"{answer}👩\u200d👧{answer}"), user, yes]))
+        is None
+    )
+
+
+def test_a_text_that_shows_nothing_is_too_short() -> None:
+    found = verdict(On.CANDIDATE, Candidate(None, "\ufeff\u200b\u00ad" * 9, 0, "the row", 4))
+    assert found is not None
+    assert (found[0], found[1][:40]) == ("text_too_short", "0 characters after the last image, 4 are")
+    assert reason_of(On.CANDIDATE, Candidate(None, "\ufeff四个字。\u200b", 0, "the row", 4)) is None
+
+
 def test_image_parts_and_images_must_agree() -> None:
     two = chat(("user", "<image><image>what?"), ("assistant", "a"))
     assert reason_of(On.CANDIDATE, candidate(two, images=2)) is None

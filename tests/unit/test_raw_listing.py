@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kanyun.errors import UserError
-from pipeline.readers.raw_folder import HIDDEN_NAMES, LINK, NO_FILE, RawFolder
+from pipeline.readers.raw_folder import EMPTY, HIDDEN_NAMES, LINK, NO_FILE, RawFolder
 
 
 def listed(raw: Path) -> tuple[list[tuple[str, int]], str]:
@@ -110,8 +110,11 @@ def test_what_is_left_out_is_counted_by_suffix(raw: Path) -> None:
         (raw / name).write_bytes(b"bytes")
     (raw / "_more").mkdir()
     (raw / ".git").mkdir()
+    (raw / "f.parquet").touch()
+    (raw / "g.jsonl.gz").touch()
     assert RawFolder(str(raw)).listing.left_out() == {
         HIDDEN_NAMES: "3 (10 bytes)",
+        EMPTY: "2 (0 bytes)",
         ".crc": "1 (5 bytes)",
         ".json": "1 (5 bytes)",
         ".txt": "2 (10 bytes)",

@@ -92,6 +92,26 @@ def test_any_byte_of_an_arrow_stream(column: pa.Array, tmp_path: Path) -> None:
     assert sum(_told_of_each_byte(tmp_path / "a.arrow", 0)) > 20
 
 
+@pytest.mark.parametrize("changed", [0, 1])
+def test_no_byte_of_an_arrow_file_hides_its_rows(changed: int, tmp_path: Path) -> None:
+    """Its footer tells where the batches are: of one that says 0 batches, or an empty footer, no row was read."""
+    table = pa.table({"x": ["one", "two", "three"]})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    whole = (tmp_path / "a.arrow").read_bytes()
+    for number, byte in enumerate(whole):
+        damaged = bytes([byte ^ 1 if changed else 0])
+        (tmp_path / "b.arrow").write_bytes(whole[:number] + damaged + whole[number + 1 :])
+        rows = rows_of(tmp_path / "b.arrow")
+        assert len(rows) >= 3 or any(isinstance(row.fields, RowError) for row in rows), number
+    footer = int.from_bytes(whole[-10:-6], "little")
+    (tmp_path / "c.arrow").write_bytes(whole[: -footer - 10])
+    *rows, last = rows_of(tmp_path / "c.arrow")
+    assert [fields(row)["x"] for row in rows] == ["one", "two", "three"]
+    assert isinstance(last.fields, RowError)
+    assert last.fields.evidence == "c.arrow is no Arrow data from row 3 on: the last 0 bytes of the file are no footer"
+
+
 def test_any_byte_of_a_parquet_footer(tmp_path: Path) -> None:
     """To ask it where a column starts ended the process, and a count of rows may be any number."""
     table = pa.table({"text": [f"row {n}" for n in range(9)], "messages": [[{"role": "user"}]] * 9})

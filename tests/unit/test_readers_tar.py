@@ -134,6 +134,17 @@ def test_one_name_in_two_spellings(tmp_path: Path) -> None:
     assert second.fields.evidence == "the tar has 2 members named b.jpg"
 
 
+def test_members_that_are_a_suffix_alone_are_rows(tmp_path: Path) -> None:
+    """Tools that name members by a key that is empty write them; what a Mac or an editor leaves is no row."""
+    turns = json.dumps({"messages": []}).encode()
+    members = [(".jpg", b"1"), (".json", turns), ("s/.JPG", b"2"), ("s/.left.png", b"3"), ("s/.json", turns)]
+    left = [("._.json", b"mac"), ("s/._0.jpg", b"mac"), (".DS_Store", b"mac"), (".0.json.swp", b"vi")]
+    (tmp_path / "a.tar").write_bytes(tar([*members, *left]))
+    first, second = rows_of(tmp_path / "a.tar")
+    assert fields(first) == {"jpg": b"1", "images": [b"1"], "messages": []}
+    assert fields(second) == {"jpg": b"2", "left.png": b"3", "images": [b"2", b"3"], "messages": []}
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
 def test_tars_joined_by_cat_are_read_to_the_end(suffix: str, tmp_path: Path) -> None:
     """Joined before they were compressed, or afterwards, with the zeros between them that xz allows."""
