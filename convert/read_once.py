@@ -1,6 +1,8 @@
 """Files that are read and digested in one pass."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -25,8 +27,10 @@ class ReadOnce:
         self._total, self._at, self._lock = xxhash.xxh3_128(), 0, threading.Lock()
 
     def read(self, begin: int, memory: Tensor) -> None:
-        """Fill `memory` [n] uint8 with the bytes from `begin`. Raises UserError if the file ends before."""
-        with FileIO(self._path) as file:  # opened each time: many ranks' files are more than a process may hold open
+        """Fill `memory` [n] uint8 with the bytes from `begin`. Raises DamagedError as `check`, UserError if the file
+        ends before.
+        """
+        with self._opened() as file:
             with self._lock:
                 ahead = begin >= self._at
                 if ahead:
@@ -36,16 +40,29 @@ class ReadOnce:
                 read_into(file, begin, memory)
 
     def check(self) -> None:
-        """Digest what is left. Raises DamagedError if the file has not its digest."""
+        """Digest what is left. Raises DamagedError if the file has not its digest, or cannot be read."""
         if self._recorded is None:
             return
-        with FileIO(self._path) as file:
+        with self._opened() as file:
             self._digest_up_to(file, self._recorded.size)
         if self._total.hexdigest() != self._recorded.xxh3:
             raise DamagedError(
                 f"{self._path} is damaged (its digest is {self._total.hexdigest()}, recorded is "
                 f"{self._recorded.xxh3}): use another checkpoint"
             )
+
+    @contextmanager
+    def _opened(self) -> Iterator[FileIO]:
+        """Open the file each time, as many ranks' files are more than a process may hold open.
+
+        A run that goes on may have deleted it: its newer checkpoint is then as good.
+        """
+        try:
+            with FileIO(self._path) as file:
+                yield file
+        except OSError as error:
+            reason = error.strerror or error
+            raise DamagedError(f"{self._path} cannot be read ({reason}): use another checkpoint") from error
 
     def _read_on(self, file: FileIO, memory: Tensor) -> None:
         for piece in pieces(memory):  # digested while a core's cache holds it

@@ -170,9 +170,14 @@ def claimed(path: str) -> Iterator[Claim]:
 def open_output(path: str) -> Folder:
     """Return the output folder: a new or empty one, or a run's, which a copy may have made of its checkpoints alone.
 
-    Raises UserError if it holds something else.
+    Raises UserError if it holds something else, or its checkpoints cannot be reached.
     """
     output = Folder(path)
+    if "checkpoints" in output.names() and not output.is_folder("checkpoints"):
+        raise UserError(
+            f"{output.path}/checkpoints is no folder, or a link to a disk that is not mounted: mount it, or choose "
+            "another output folder"
+        )
     names = [name for name in output.names() if not name.startswith((".", "_writer-"))]
     if names and RUN not in names and not checkpoint.steps_of(output)[-1:] > [checkpoint.step_name(0)]:
         raise UserError(f"{output.path} holds something else ({names[0]}): choose an empty or new output folder")
@@ -195,6 +200,11 @@ def _resumed(config: TrainConfig, output: Folder, damaged: Mapping[str, str]) ->
         return search.newest, (*search.passed_over, made_since)
     if wanted.isdecimal():
         chosen = checkpoint.checkpoints_of(output) / checkpoint.step_name(int(wanted))
+        if not chosen.exists():
+            there = ", ".join(checkpoint.steps_of(output)) or "none"
+            raise UserError(
+                f"{output.path} has no checkpoint of step {wanted}: set `resume` to one that is there ({there})"
+            )
         checkpoint.require_whole(chosen)
     else:
         chosen = checkpoint.resolve(wanted)

@@ -116,3 +116,62 @@ def test_attempts_of_killed_conversions_are_removed_and_running_ones_kept(tmp_pa
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [names["other"], "out"]
     assert not list(out.iterdir())
+
+
+def test_what_a_killed_conversion_was_about_to_replace_comes_back(tmp_path: Path) -> None:
+    out, source = tmp_path / "out", tmp_path / "hf"
+    for name in ("_attempt-out-0123abcd", "_attempt-out-0123abcd-replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    with pytest.raises(UserError, match="out exists"), new_folder(out, source, overwrite=False):
+        pass
+    assert [path.name for path in out.iterdir()] == ["_attempt-out-0123abcd-replaced"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_process_wrote_meanwhile_is_not_replaced(tmp_path: Path, overwrite: bool) -> None:
+    """Another conversion; or a run, whose checkpoints stay even if the folder was to be replaced."""
+    out = tmp_path / "out"
+    name = "run.json" if overwrite else "config.json"
+    with pytest.raises(UserError, match="out "), new_folder(out, tmp_path / "hf", overwrite) as attempt:
+        (attempt / "mine").touch()
+        out.mkdir()
+        (out / name).touch()
+    assert [path.name for path in out.iterdir()] == [name]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_link_as_output_stays_one(tmp_path: Path, exists: bool) -> None:
+    link, out = tmp_path / "link", tmp_path / "disk" / "out"
+    (out if exists else out.parent).mkdir(parents=True)
+    link.symlink_to(out)
+    for overwrite in (False, True):
+        with new_folder(link, tmp_path / "hf", overwrite) as attempt:
+            assert attempt.parent == out.parent  # on its disk
+            (attempt / "mine").touch()
+        assert link.is_symlink()
+        assert [path.name for path in out.iterdir()] == ["mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_an_output_that_cannot_be_renamed_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="is a mount point"), new_folder(Path("/proc"), tmp_path, overwrite=True):
+        pass
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with (
+        pytest.raises(UserError, match="holds the folder you are in"),
+        new_folder(tmp_path / "out", tmp_path / "hf", overwrite=False),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_names_the_output_and_not_the_attempt(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^no room in {tmp_path}/out/x$"):  # noqa: SIM117
+        with new_folder(tmp_path / "out", tmp_path / "hf", overwrite=False) as attempt:
+            raise UserError(f"no room in {attempt}/x")

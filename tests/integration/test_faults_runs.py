@@ -117,9 +117,12 @@ def test_a_full_disk_stops_no_training_until_the_third_time(job: dict[str, Any],
         done = launch(values)
         assert done.returncode == 2, done.stderr
         assert re.search(
-            r"checkpoint step_00000003 was not written \(.*/out has 0\.\d MB free, \d\.\d MB are needed", done.stdout
+            r"checkpoint step_00000003 was not written \(.*/out/checkpoints has 0\.\d MB free, \d\.\d MB are needed",
+            done.stdout,
         )
-        assert re.search(r"/out has room for \d\.\d MB of checkpoints, keep_last 1 and the one being", done.stdout)
+        assert re.search(
+            r"/out/checkpoints has room for \d\.\d MB of checkpoints, keep_last 1 and the one being", done.stdout
+        )
         assert "error: 3 saves in a row failed; the last: checkpoint step_00000005 was not written" in done.stderr
         assert "Traceback" not in done.stderr
         newest = checkpoint.latest(Folder(values["output"]))

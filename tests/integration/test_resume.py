@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from convert.hf_writer import HFWriter
 from convert.to_hf import to_hf
 from kanyun.errors import UserError
 from kanyun.fingerprint import fingerprint
@@ -115,6 +117,38 @@ def test_conversion_takes_the_newest_checkpoint_without_damage_and_says_so(
         to_hf(str(root / "step_00000006"), tmp_path / "c")
 
 
+def test_a_checkpoint_that_a_run_deletes_while_it_is_converted(
+    text_run: dict[str, Any], job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run with `keep_last: 1` does at its next save. What is whole then is converted."""
+    root, add = copy_of(text_run, job), HFWriter.add
+
+    def deleted_before(writer: HFWriter, name: str, tensor: torch.Tensor) -> None:
+        shutil.rmtree(root / "step_00000008", ignore_errors=True)
+        add(writer, name, tensor)
+
+    monkeypatch.setattr(HFWriter, "add", deleted_before)
+    to_hf(job["output"], tmp_path / "a")
+    to_hf(str(root / "step_00000006"), tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    monkeypatch.setattr(HFWriter, "add", lambda *arguments: shutil.rmtree(root / "step_00000006", ignore_errors=True))
+    with pytest.raises(UserError, match=r"step_00000006/__0_0.distcp cannot be read \(No such file or directory\)"):
+        to_hf(str(root / "step_00000006"), tmp_path / "c")
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/nowhere/disk"), Path.touch])
+def test_checkpoints_that_cannot_be_reached_are_no_start_at_step_0(
+    make: Callable[[Path], None], text_run: dict[str, Any], job: dict[str, Any]
+) -> None:
+    root = copy_of(text_run, job)
+    shutil.rmtree(root)
+    make(root)
+    before = metrics_of(job)
+    with pytest.raises(UserError, match="out/checkpoints is no folder, or a link to a disk that is not mounted"):
+        Run.prepare(TrainConfig(**job), world_size=1, cuda=False)
+    assert metrics_of(job) == before
+
+
 @pytest.mark.parametrize("key", ["init", "continue_from"])
 def test_another_run_s_newest_checkpoint_with_a_flipped_byte_is_passed_over(
     key: str, text_run: dict[str, Any], job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -180,7 +214,7 @@ def test_resume_chooses_a_step_once(text_run: dict[str, Any], job: dict[str, Any
     (aside,) = root.glob("aside-*")
     elsewhere = Run.prepare(TrainConfig(**job | {"resume": str(aside / "step_00000006")}), world_size=1, cuda=False)
     assert elsewhere.start.step == 6
-    with pytest.raises(UserError, match=r"step_00000005 has no state\.json"):
+    with pytest.raises(UserError, match=r"out has no checkpoint of step 5: .* \(step_0000000\d, .*step_00000008\)"):
         Run.prepare(TrainConfig(**job | {"resume": 5}), world_size=1, cuda=False)
 
 
@@ -318,7 +352,7 @@ def test_a_save_of_eight_ranks_is_converted_and_goes_on_with_1_2_and_4(
 
 
 def noted_run(ranks: int, values: dict[str, Any], notes: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Train with so many ranks; return the sample ids of each step."""
+    """Train with `ranks` ranks; return the sample ids of each step."""
     notes.mkdir()
     monkeypatch.setenv("NOTES", str(notes))
     run_ranks(ranks, NOTING, *command(values)[1:])

@@ -1,9 +1,11 @@
 """Checkpoints: what comes back, what a crash leaves behind, what is refused."""
 
+import errno
 import io
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
+from kanyun.storage.local import LocalBackend
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State, writer
@@ -118,6 +121,56 @@ def test_a_crash_at_any_point_leaves_the_one_before(
 
     save(output, state(model, 3), model, None, Folder(str(hf)))
     assert names(output) == ["latest", "step_00000003"]  # nothing is left of the attempt
+
+
+def test_hidden_folders_of_others_stay(output: Folder, model: LanguageModel, hf: Path) -> None:
+    save(output, state(model, 1), model, None, Folder(str(hf)))
+    root = Path(output.path, "checkpoints")
+    for name in (".best/step_00000001", ".snapshot", ".attempt-step_00000002", ".removed-step_00000001", ".attempt"):
+        (root / name).mkdir(parents=True)
+    for name in (".latest.tmp", ".nfs000000000001"):
+        (root / name).write_text("step")
+    save(output, state(model, 2), model, None, Folder(str(hf)))
+    assert names(output) == [".attempt", ".best", ".nfs000000000001", ".snapshot", "latest", "step_00000002"]
+    assert (root / ".best/step_00000001").is_dir()
+
+
+def test_checkpoints_may_link_to_a_larger_disk(
+    output: Folder, model: LanguageModel, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    output.make()
+    Path(output.path, "checkpoints").symlink_to(larger)
+    disk_usage = shutil.disk_usage
+
+    def usage(path: str) -> Any:
+        inside = Path(path).resolve().is_relative_to(larger)
+        return disk_usage(path)._replace(free=10**9 if inside else 1000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert save(output, state(model, 1), model, None, Folder(str(hf))).exists()
+
+
+@pytest.mark.parametrize("name", [".metadata", "state.json", "latest"])
+def test_a_disk_that_gets_full_in_a_small_file(
+    name: str, output: Folder, model: LanguageModel, hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last files of a checkpoint, one sentence says what is free and needed; the hint is not worth one."""
+    create = LocalBackend.create
+
+    def full(backend: LocalBackend, path: str) -> Any:
+        if path.endswith(f".{name}.tmp"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return create(backend, path)
+
+    monkeypatch.setattr(LocalBackend, "create", full)
+    if name == "latest":
+        assert save(output, state(model, 1), model, None, Folder(str(hf))).exists()
+        return
+    with pytest.raises(UserError, match=r"/out/checkpoints has \d.* free, \d\.\d MB are needed: make room there"):
+        save(output, state(model, 1), model, None, Folder(str(hf)))
+    assert names(output) == []
 
 
 def crash_at(at: str, patch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,9 @@ import fcntl
 import itertools
 import os
 import random
+import resource
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,6 +70,50 @@ def test_a_filesystem_that_refuses_direct_writes_gets_others(tmp_path: Path, mon
         region.write(data)
         region.close()
     assert (tmp_path / "a").read_bytes() == data
+
+
+def test_direct_writes_that_are_refused_to_several_threads_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread goes on through the cache while the write of another is being refused."""
+    pwrite, together = os.pwrite, threading.Barrier(2)
+
+    def is_direct(file: int) -> int:
+        return fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT
+
+    def only_through_the_cache(file: int, data: memoryview, offset: int) -> int:
+        if not is_direct(file):
+            return pwrite(file, data, offset)
+        if together.wait():
+            while is_direct(file):
+                time.sleep(0.001)
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "pwrite", only_through_the_cache)
+    data = random.Random(1).randbytes(2 << 20)
+
+    def write(begin: int) -> None:
+        region = file.region(begin)
+        region.write(data[begin : begin + (1 << 20)])
+        region.close()
+
+    with DirectFile(str(tmp_path / "a")) as file, ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (0, 1 << 20)))
+    assert (tmp_path / "a").read_bytes() == data
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20])
+def test_errors_of_an_open_file_name_it(tmp_path: Path, size: int) -> None:
+    """A file too large for its filesystem, whether it is laid out beforehand or not."""
+    path, (soft, hard) = str(tmp_path / "a"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{path}'"), DirectFile(path, size) as file:
+            region = file.region()
+            region.write(bytes(1 << 20))
+            region.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_file_is_digested_as_it_is_read_in_any_order(tmp_path: Path) -> None:

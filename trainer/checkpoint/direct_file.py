@@ -9,12 +9,23 @@ import fcntl
 import mmap
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 BLOCK = 4096  # bytes: offset, size and memory of a direct write are multiples
 _BUFFER = 4 << 20  # bytes that one write takes
 _DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Name the file in errors of calls that know it by its number alone. Raises OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 class DirectFile:
@@ -26,6 +37,7 @@ class DirectFile:
 
     def __init__(self, path: str, size: int = 0) -> None:
         """`size`: bytes that are known to come; so the disk lays them out at once, and regions are written at once."""
+        self._path = path
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
             self._file = os.open(path, flags | _DIRECT, 0o666)
@@ -33,9 +45,11 @@ class DirectFile:
             self._file = os.open(path, flags, 0o666)
         if size:
             try:
-                os.posix_fallocate(self._file, 0, size)
+                with naming(path):
+                    os.posix_fallocate(self._file, 0, size)
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # those that cannot lay out what is to come
+                    self._let_go()
                     raise
         self._edges: dict[int, bytearray] = {}  # number of a block -> its bytes, which several regions may share
         self._lock, self._mine = threading.Lock(), threading.local()
@@ -56,7 +70,8 @@ class DirectFile:
             for number, edge in sorted(self._edges.items()):
                 buffer[:] = edge
                 self.write_blocks(buffer, number * BLOCK)
-            os.ftruncate(self._file, self._size)  # the last block may be longer
+            with naming(self._path):
+                os.ftruncate(self._file, self._size)  # the last block may be longer
         finally:
             self._let_go()
 
@@ -72,10 +87,12 @@ class DirectFile:
     def write_blocks(self, blocks: memoryview, offset: int) -> None:
         """Write whole blocks from memory that begins at a page."""
         while blocks:  # a call may write less, but whole blocks
+            # Asked for before: once it is refused, another thread may change it at any time.
+            flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
             try:
-                written = os.pwrite(self._file, blocks, offset)
+                with naming(self._path):
+                    written = os.pwrite(self._file, blocks, offset)
             except OSError as error:
-                flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
                 if error.errno != errno.EINVAL or not flags & _DIRECT:
                     raise
                 fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~_DIRECT)

@@ -20,7 +20,7 @@ from trainer.checkpoint.model_parts import Saved, parts_of
 from trainer.checkpoint.parts import HostBuffer, Part, buffer_size
 from trainer.checkpoint.state import State
 from trainer.checkpoint.store import checkpoints_of, step_name
-from trainer.checkpoint.together import JointWriter, Save, amount
+from trainer.checkpoint.together import JointWriter, Save, amount, disk_of
 from trainer.host_memory import host_room
 
 MOST_FAILURES = 3  # saves that fail in a row end the run
@@ -129,11 +129,12 @@ class Saver:
         if self._writer.rank != 0 or not self._output.is_local:
             return []
         kept = sum(size for _, size in checkpoints_of(self._output).files())
-        room, needed = shutil.disk_usage(self._output.path).free + kept, (self._keep_last + 1) * total
+        disk = disk_of(self._output)
+        room, needed = shutil.disk_usage(disk).free + kept, (self._keep_last + 1) * total
         if room >= needed:
             return []
         return [
-            f"{self._output.path} has room for {amount(room)} of checkpoints, keep_last {self._keep_last} and the "
+            f"{disk} has room for {amount(room)} of checkpoints, keep_last {self._keep_last} and the "
             f"one being written need {amount(needed)}: make room, or set keep_last lower"
         ]
 

@@ -19,10 +19,13 @@ from dataclasses import dataclass, field
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
+from trainer.checkpoint.direct_file import naming
 from trainer.checkpoint.state import Marker, State
 
 LATEST = "latest"
 _STEP = re.compile(r"step_\d{8}")
+# What a killed run leaves; other hidden names are people's, or a filesystem's (.snapshot, .nfs...).
+_LEFTOVER = re.compile(r"\.(attempt|removed)-step_\d{8}|\.latest\.tmp")
 
 
 class DamagedError(UserError):
@@ -193,7 +196,7 @@ def remove_leftovers(output: Folder) -> None:
     """Delete what a killed run had begun to write, or to delete."""
     root = checkpoints_of(output)
     for name in root.names():
-        if name.startswith("."):
+        if _LEFTOVER.fullmatch(name):
             root.delete(name)
 
 
@@ -211,7 +214,8 @@ def sync(folder: Folder, *, files: bool = True) -> None:
 def sync_file(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

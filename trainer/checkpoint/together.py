@@ -24,6 +24,7 @@ from trainer.checkpoint.state import STATE, FileDigest, Marker, State
 from trainer.checkpoint.store import (
     attempt_folder,
     begin_attempt,
+    checkpoints_of,
     publish,
     require_whole,
     step_name,
@@ -60,14 +61,14 @@ class JointWriter:
     def write(self, save: Save) -> str | None:
         """Write a checkpoint. Return what went wrong on some rank, or None."""
         attempt = attempt_folder(self.output, save.name)
-        sizes = self._gather(sum(part.size for part in save.parts))
-        error = self._from_first(lambda: self._begin(save, sum(sizes)))
+        size = sum(self._gather(sum(part.size for part in save.parts)))
+        error = self._from_first(lambda: self._begin(save, size), size)
         if error is None:
-            written, failed = _attempted(lambda: self._write_parts(attempt, save, sum(sizes)))
+            written, failed = self._attempted(lambda: write_parts(attempt, self.rank, save.parts), size)
             outcomes = self._gather((written, failed))
             errors = [failed for _, failed in outcomes if failed is not None]
             ranks = [written for written, _ in outcomes if written is not None]
-            error = errors[0] if errors else self._from_first(lambda: self._publish(attempt, save, ranks))
+            error = errors[0] if errors else self._from_first(lambda: self._publish(attempt, save, ranks), size)
         if error is not None and self.rank == 0:
             with suppress(UserError, OSError):
                 attempt.delete()
@@ -76,17 +77,7 @@ class JointWriter:
     def _begin(self, save: Save, size: int) -> None:
         begin_attempt(self.output, save.name)
         if self.output.is_local:
-            require_room(self.output.path, size)
-
-    def _write_parts(self, attempt: Folder, save: Save, size: int) -> tuple[list[Record], dict[str, FileDigest]]:
-        """Raises UserError with the bytes that are free and needed, too, if the disk became full meanwhile."""
-        try:
-            return write_parts(attempt, self.rank, save.parts)
-        except (UserError, OSError) as error:
-            cause = error.__cause__ or error
-            if self.output.is_local and isinstance(cause, OSError) and cause.errno in (ENOSPC, EDQUOT):
-                raise UserError(_no_room(self.output.path, size)) from error
-            raise
+            require_room(disk_of(self.output), size)
 
     def _publish(
         self, attempt: Folder, save: Save, ranks: Sequence[tuple[list[Record], dict[str, FileDigest]]]
@@ -116,13 +107,28 @@ class JointWriter:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def _from_first(self, action: Any) -> str | None:
+    def _from_first(self, action: Any, size: int) -> str | None:
         """Call `action` on rank 0. Return on every rank what went wrong there, or None."""
-        outcome: list[Any] = [_attempted(action)[1] if self.rank == 0 else None]
+        outcome: list[Any] = [self._attempted(action, size)[1] if self.rank == 0 else None]
         if self.group is not None:
             dist.broadcast_object_list(outcome, src=0, group=self.group)
         error: str | None = outcome[0]
         return error
+
+    def _attempted(self, action: Any, size: int) -> tuple[Any, str | None]:
+        """Call `action`. Return its result and None, or None and its error as a sentence.
+
+        `size`: bytes of the checkpoint, which the sentence names if the disk is full.
+        """
+        try:
+            return action(), None
+        except (UserError, OSError) as error:
+            cause = error.__cause__ or error
+            if self.output.is_local and isinstance(cause, OSError) and cause.errno in (ENOSPC, EDQUOT):
+                return None, _no_room(disk_of(self.output), size)
+            return None, str(error)
+        except Exception:
+            return None, traceback.format_exc()
 
 
 def _wait_until_whole(attempt: Folder) -> None:
@@ -147,6 +153,12 @@ def write_alone(output: Folder, state: State, parts: Sequence[Part], hf: Folder)
         raise UserError(error)
 
 
+def disk_of(output: Folder) -> str:
+    """Return a path on the disk that a run's checkpoints go to: their folder may be a link to a larger one."""
+    root = checkpoints_of(output)
+    return root.path if root.exists() else output.path
+
+
 def require_room(path: str, size: int) -> None:
     """Raises UserError if the disk of a local path has less than `size` bytes free."""
     if shutil.disk_usage(path).free < size:
@@ -160,13 +172,3 @@ def _no_room(path: str, size: int) -> str:
 def amount(count: float) -> str:
     """Return a number of bytes as text, in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _attempted(action: Any) -> tuple[Any, str | None]:
-    """Call `action`. Return its result and None, or None and its error as a sentence."""
-    try:
-        return action(), None
-    except (UserError, OSError) as error:
-        return None, str(error)
-    except Exception:
-        return None, traceback.format_exc()
