@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+    sys.exit(__doc__)
 folder = Path(sys.argv[1])
 manifest = json.loads((folder / "manifest.json").read_text())
 assert manifest["format_version"] == 4

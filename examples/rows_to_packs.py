@@ -12,6 +12,8 @@ from kanyun.naming import discover
 from kanyun.preview import preview
 from pipeline.recipe import Recipe, RecipeDataset
 
+if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+    sys.exit(__doc__)
 out = Path(sys.argv[1]).absolute()
 digits, documents = out / "raw/digits", out / "raw/documents"
 for folder in (digits, documents):

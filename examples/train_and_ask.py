@@ -8,6 +8,8 @@ from pathlib import Path
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+    sys.exit(__doc__)
 out = Path(sys.argv[1]).absolute()
 config = {
     "model": str(out / "model"),

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it. They may be called from any folder: relative IN and OUT are the caller's.
-# DRY_RUN=1 prints the command that a script would run, and runs nothing.
+# DRY_RUN=1 prints the commands that a script would run, and runs none.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-.venv/bin/python}
@@ -20,9 +20,18 @@ need() {
   fi
 }
 
+# call COMMAND...: one of several commands of a script.
+call() {
+  if [[ -n ${DRY_RUN:-} ]]; then
+    printf '%q ' "$@" && echo
+  else
+    "$@"
+  fi
+}
+
 # run COMMAND...: the last thing that a script does.
 run() {
-  [[ -z ${DRY_RUN:-} ]] || { printf '%q ' "$@" && echo && exit 0; }
+  [[ -z ${DRY_RUN:-} ]] || { call "$@" && exit 0; }
   exec "$@"
 }
 

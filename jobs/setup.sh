@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Make .venv with the exact versions of constraints.txt, and see that Java 17 or 21 is there. `make setup` calls this once.
 # usage: jobs/setup.sh
+# example: jobs/setup.sh && source .venv/bin/activate
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/common.sh"
+need 0 "$@"
+cd "$root"
 
 # Prints the first Python 3.12 or 3.13 that really runs (a pyenv shim may exist without its version).
 find_python() {
@@ -38,15 +41,15 @@ fi
 ((missing == 0)) || exit 2
 
 if ((java < 17)); then
-  apt-get update
+  call apt-get update
   # Debian 12 has 17, Debian 13 only 21.
   for jre in openjdk-17-jre-headless openjdk-21-jre-headless; do
-    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$jre" && break
+    call env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$jre" && break
   done
 fi
 
 if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
-  echo "making .venv with $("$python" --version)"
-  "$python" -m venv --clear .venv
+  echo "making .venv with $("$python" --version)" >&2
+  call "$python" -m venv --clear .venv
 fi
-.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+run .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'

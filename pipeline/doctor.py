@@ -10,7 +10,18 @@ from kanyun.cli import doctor
 from kanyun.cli.doctor import Finding, missing, ok
 from kanyun.errors import UserError
 
-_PACKAGES = ("pyspark", "pandas", "pyarrow", "pillow", "transformers", "tokenizers", "torch", "torchvision", "jinja2")
+# What pip brings for `extra="pipeline"`: tests/unit/test_commands.py compares.
+_PACKAGES = (
+    "pyspark",
+    "pandas",
+    "pillow",
+    "transformers",
+    "torch",
+    "torchvision",
+    "jinja2",
+    "pyyaml",
+    "venv-pack",
+)
 
 
 def findings(folders: Sequence[str]) -> Iterator[Finding]:

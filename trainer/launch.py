@@ -1,4 +1,7 @@
-"""torchrun for trainer/main.py: python trainer/launch.py [torchrun's options] -- CONFIG.yaml [key=value ...]
+"""torchrun for trainer/main.py.
+
+usage: python trainer/launch.py [torchrun's options] -- CONFIG.yaml [key=value ...]
+example: python trainer/launch.py --standalone --nproc-per-node 8 -- jobs/recipes/qwen2_5_7b.yaml output=runs/7b
 
 What it adds: SIGTERM and SIGUSR1 reach the ranks as SIGUSR1 (torchrun itself would kill them after 30 s, in the middle
 of a save); the exit code is that of the rank that failed first, and its sentence is the last thing printed; ranks that
@@ -15,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import determine_local_world_size, parse_args, run
 
+from kanyun.errors import UserError, run_cli
 from trainer.stopping import HUNG, PREEMPTED
 
 WRONG_INPUT = 2
@@ -34,10 +38,12 @@ class Launcher:
             signal.signal(number, self._forward)
 
     def run(self, restarts: int) -> int:
-        """Return the exit code."""
+        """Return the exit code. Raises UserError."""
+        torchrun = parse_args(self._args)
+        check_processes(torchrun.nproc_per_node)
         while True:
             try:
-                run(parse_args(self._args))
+                run(torchrun)
             except ChildFailedError as error:
                 _, failure = error.get_first_failure()
                 code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
@@ -72,6 +78,16 @@ def _sentence(failure: ProcessFailure) -> str:
     return f"a rank hung (exit code {HUNG})" if failure.exitcode == HUNG else f"exit code {failure.exitcode}, see above"
 
 
+def check_processes(number: str) -> None:
+    """Raise UserError unless torchrun takes `number` for the ranks of this node."""
+    try:
+        ranks = determine_local_world_size(number)
+    except ValueError as error:
+        raise UserError(f"NPROC (--nproc-per-node) is {number!r}: {error}; give a number, or gpu") from error
+    if ranks < 1:
+        raise UserError(f"NPROC (--nproc-per-node) is {number!r}: a node has at least one rank")
+
+
 def this_machine() -> list[str]:
     """Return torchrun's options for one node: a process for each GPU, or one on the CPU; NPROC says otherwise."""
     import torch
@@ -81,13 +97,21 @@ def this_machine() -> list[str]:
 
 
 def restarts() -> int:
-    return int(os.environ.get("RESTARTS", "3"))
+    """Return how often failed ranks are started again. Raises UserError."""
+    text = os.environ.get("RESTARTS", "3")
+    if not text.isdecimal():
+        raise UserError(f"RESTARTS is {text!r}: a number is needed, 0 for none")
+    return int(text)
 
 
-def main() -> None:
+def main() -> int:
+    if "--" not in sys.argv:
+        asked = sys.argv[1:] in (["-h"], ["--help"])
+        print(__doc__, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     at = sys.argv.index("--")
-    sys.exit(Launcher(sys.argv[1:at], sys.argv[at + 1 :]).run(restarts()))
+    return Launcher(sys.argv[1:at], sys.argv[at + 1 :]).run(restarts())
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -4,6 +4,7 @@ The tokenizer is a byte-level BPE trained on the demo's own text, with Qwen's pr
 template, so that the model needs 2,048 embeddings instead of 151,936 and learns within minutes on a laptop.
 
 usage: make_model.py RAW OUT FAMILY    FAMILY: qwen2_5_vl or qwen3_vl
+example: python jobs/demo/make_model.py demo/raw demo/model qwen3_vl
 """
 
 import json

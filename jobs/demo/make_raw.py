@@ -6,10 +6,11 @@
   validation/...    messages   97 further scans, for the loss printed during training
   heldout/...       messages   300 further scans, which only score.py looks at
 
-Among the good rows lies one planted bad row for each reason code; raw/planted.json says which and why, and check.py
+Among the good rows lies one planted bad row for each reason code; raw/planted.json says which and why, and result.py
 compares it with the pipeline's quarantine.
 
 usage: make_raw.py OUT
+example: python jobs/demo/make_raw.py demo
 """
 
 import io
@@ -185,6 +186,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     main(Path(sys.argv[1]))

@@ -1,6 +1,7 @@
 """Put the demo's result together: check it, print the table, write demo/result.json. Exit code 1 if something is wrong.
 
 usage: result.py DEMO
+example: python jobs/demo/result.py demo
 """
 
 import json
@@ -108,6 +109,6 @@ def main(demo: Path) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     sys.exit(main(Path(sys.argv[1])))

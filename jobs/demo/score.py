@@ -1,6 +1,7 @@
 """Score a Hugging Face folder on the held-out scans with transformers alone: nothing of ours is imported here.
 
 usage: score.py HF_FOLDER HELD_OUT RESULT.json
+example: python jobs/demo/score.py demo/hf demo/heldout/digits demo/score.json
 """
 
 import json

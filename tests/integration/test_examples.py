@@ -23,6 +23,16 @@ def test_an_example_is_short_and_says_how_it_is_started(path: Path) -> None:
     assert f"python -m examples.{path.stem} OUT" in lines[0]
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_an_example_without_a_folder_says_how_it_is_started(
+    path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [path.name, *arguments])
+    with pytest.raises(SystemExit, match=f"python -m examples.{path.stem} OUT"):
+        runpy.run_module(f"examples.{path.stem}", run_name="__main__")
+
+
 def test_from_five_rows_to_answers(
     spark: "SparkSession", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

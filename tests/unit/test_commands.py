@@ -73,6 +73,29 @@ def test_the_script_that_torchrun_starts_has_a_help(
     assert load_config(str(ROOT / config), changes).output == "runs/7b"
 
 
+def test_the_launcher_has_a_help_and_refuses_wrong_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainer.launch import check_processes, main, restarts
+
+    monkeypatch.setattr(sys, "argv", ["trainer/launch.py", "--help"])
+    assert main() == 0
+    example = re.findall("^example: python trainer/launch.py .* -- (.*)$", capsys.readouterr().out, re.MULTILINE)
+    config, *changes = example[0].split()
+    assert load_config(str(ROOT / config), changes).output == "runs/7b"
+    monkeypatch.setattr(sys, "argv", ["trainer/launch.py", config])
+    assert main() == 2
+    out, said = capsys.readouterr()
+    assert (out, "\nusage: " in said) == ("", True)
+    check_processes("2")
+    for number in ("two", "0"):
+        with pytest.raises(UserError, match=rf"NPROC \(--nproc-per-node\) is '{number}': "):
+            check_processes(number)
+    monkeypatch.setenv("RESTARTS", "some")
+    with pytest.raises(UserError, match="RESTARTS is 'some': a number is needed"):
+        restarts()
+
+
 def test_a_layout_is_told_to_a_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from trainer.layout import main, parser
 
@@ -257,6 +280,14 @@ def test_hadoop_settings_disk_and_folders(tmp_path: Path, monkeypatch: pytest.Mo
     assert doctor.reachable(str(tmp_path / "raw")).state == "missing"
     monkeypatch.setattr(doctor, "LEAST_DISK", 1e18)
     assert re.search(r"GB free, less than 1000000000 GB: make room", doctor.disk("disk", str(tmp_path / "a")).sentence)
+
+
+@pytest.mark.parametrize(
+    ("module", "extras"), [("pipeline.doctor", ["pipeline"]), ("trainer.cli.doctor", ["trainer", "convert"])]
+)
+def test_a_doctor_looks_for_every_package_that_pip_brings(module: str, extras: list[str]) -> None:
+    brought = {name for extra in extras for name in PROJECT["optional-dependencies"][extra]}
+    assert set(importlib.import_module(module)._PACKAGES) == brought - {"kanyun[trainer]"}
 
 
 def test_a_doctor_says_what_is_missing_and_ends_with_1(

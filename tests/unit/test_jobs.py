@@ -1,5 +1,7 @@
 """The scripts of jobs/: what they would run, here and on each kind of cluster; recipes."""
 
+import argparse
+import importlib
 import os
 import re
 import shutil
@@ -30,16 +32,42 @@ def test_scripts_stop_at_the_first_error(script: Path) -> None:
     assert "\nset -euo pipefail\n" in script.read_text()
 
 
-USED = [path for path in ROOT.glob("jobs/*.sh") if path.stem not in ("common", "setup", "setup_gpu", "demo")]
+USED = [path for path in ROOT.glob("jobs/*.sh") if path.stem != "common"]
+WITHOUT_ARGUMENTS = ("setup", "setup_gpu", "demo")
 
 
 @pytest.mark.parametrize("script", USED, ids=lambda path: path.stem)
 def test_help_shows_usage_and_an_example(script: Path) -> None:
     lines = dry(f"{script} --help").splitlines()
-    usage = next(line for line in lines if line.startswith(f"usage: jobs/{script.name} "))
-    assert re.match(rf"example: .*jobs/{script.name} ", lines[lines.index(usage) + 1])
+    usage = next(line for line in lines if re.match(rf"usage: jobs/{script.name}\b", line))
+    assert re.match(rf"example: .*jobs/{script.name}\b", lines[lines.index(usage) + 1])
     assert not any(line.startswith(("#", "set ", "source ")) for line in lines)
-    assert dry(str(script), code=2) == usage
+    if script.stem not in WITHOUT_ARGUMENTS:
+        assert dry(str(script), code=2) == usage
+
+
+def options(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z-]*", text))
+
+
+@pytest.mark.parametrize(
+    ("script", "module", "command"),
+    [
+        ("spark_preprocess", "pipeline", "preprocess"),
+        ("spark_filter", "pipeline", "filter"),
+        ("spark_sample", "pipeline", "sample"),
+        ("spark_build_dataset", "pipeline", "build"),
+        ("spark_packing", "pipeline", "pack"),
+        ("spark_run", "pipeline", "run"),
+        ("convert_to_megatron", "convert", "to-megatron"),
+        ("convert_to_huggingface", "convert", "to-hf"),
+    ],
+)
+def test_usage_names_every_option_of_the_command(script: str, module: str, command: str) -> None:
+    top = importlib.import_module(f"{module}.__main__").parser()
+    (commands,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
+    usage = next(line for line in dry(f"jobs/{script}.sh --help").splitlines() if line.startswith("usage: "))
+    assert options(usage) == options(commands.choices[command].format_usage())
 
 
 @pytest.mark.parametrize(
@@ -120,6 +148,44 @@ def test_a_bare_machine_says_all_that_is_missing(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert python.startswith("Python 3.12 or 3.13 with venv is missing: install one")
     assert java.startswith("Java 17 or 21 is missing, which Spark needs; there is none: install it")
+
+
+def test_set_up_prints_what_it_would_install(tmp_path: Path) -> None:
+    (tmp_path / "python3.12").write_text("#!/bin/sh\necho Python 3.12.9\n")
+    (tmp_path / "java").write_text("#!/bin/sh\necho 'openjdk version \"21.0.1\"' >&2\n")
+    for tool in tmp_path.iterdir():
+        tool.chmod(0o755)
+    *_, install = dry("jobs/setup.sh", {"PATH": f"{tmp_path}:/usr/bin:/bin"}).splitlines()
+    assert install.strip() == (
+        ".venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e .\\[dev\\]"
+    )
+
+
+def test_set_up_for_a_gpu_prints_what_it_would_install() -> None:
+    build, engine = dry("jobs/setup_gpu.sh", {"PYTHON": sys.executable}).splitlines()
+    pip = f"{sys.executable} -m pip install --disable-pip-version-check -c constraints.txt"
+    assert build.startswith(f"{pip} ninja ")
+    assert engine.startswith(f"env NVTE_BUILD_USE_NVIDIA_WHEELS=1 {pip} --no-build-isolation transformer-engine")
+
+
+@pytest.mark.parametrize(("argument", "family"), [("", "qwen2_5_vl"), ("qwen3_vl", "qwen3_vl")])
+def test_the_demo_prints_its_commands(argument: str, family: str) -> None:
+    lines = [line.strip() for line in dry(f"jobs/demo.sh {argument}").splitlines()]
+    assert lines == [
+        "rm -rf demo",
+        f"{PYTHON} jobs/demo/make_raw.py demo",
+        f"{PYTHON} jobs/demo/make_model.py demo/raw demo/model {family}",
+        f"{PYTHON} -m pipeline run jobs/recipes/demo.yaml",
+        f"{PYTHON} -m pipeline run jobs/recipes/demo_validation.yaml",
+        f"{PYTHON} -m kanyun verify demo/pipeline/packed",
+        f"{PYTHON} -m kanyun info demo/pipeline/packed",
+        f"{PYTHON} -m kanyun preview demo/pipeline/packed demo/preview.html",
+        "jobs/train_vision.sh jobs/recipes/demo_train.yaml",
+        f"{PYTHON} -m convert to-hf demo/train demo/hf",
+        f"{PYTHON} jobs/demo/score.py demo/hf demo/heldout/digits demo/score.json",
+        f"{PYTHON} jobs/demo/result.py demo",
+    ]
+    assert dry("jobs/demo.sh qwen9", code=2).startswith("usage: jobs/demo.sh [FAMILY]")
 
 
 @pytest.mark.parametrize("script", ["pretrain", "train_vision"])

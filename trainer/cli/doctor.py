@@ -14,7 +14,21 @@ from kanyun.cli.doctor import Finding, missing, ok, unused
 from kanyun.errors import UserError
 from trainer.planning.gpus import find_gpu
 
-_PACKAGES = ("torch", "megatron-core", "transformers", "omegaconf", "pydantic", "tensorboard")
+# What pip brings for `extra="convert"`: tests/unit/test_commands.py compares.
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "omegaconf",
+    "pydantic",
+    "tensorboard",
+    "safetensors",
+    "torchvision",
+    "pillow",
+    "jinja2",
+    "nvtx",
+    "psutil",
+)
 _LEAST_SHARED = 4e9  # bytes of /dev/shm: NCCL's buffers between eight GPUs, and the workers' batches
 _BUSY = 2e9  # bytes of a GPU that is another process's
 
