@@ -105,19 +105,18 @@ def slurm_train(facts: TrainFacts) -> str:
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@{facts.grace_seconds}
 # Run it in the root of the repository, on a disk that all nodes share: sbatch {facts.name}.sh
-set -uo pipefail
+set -euo pipefail
 {exports}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MASTER_ADDR
 for _ in {{1..{MOST_RESTARTS}}}; do
   # A rank that fails ends the step on all nodes; the next step goes on from the last checkpoint.
   srun --kill-on-bad-exit=1 {shlex.join(facts.command)} &
   step=$! told=1 code=0
-  trap 'kill -USR1 "$step"; told=1' USR1 TERM
+  trap 'kill -USR1 "$step" || true; told=1' USR1 TERM
   while ((told)); do # a signal, which srun hands on to the ranks, ends the wait before the step
-    told=0
-    wait "$step"
-    ended=$?
+    told=0 ended=0
+    wait "$step" || ended=$?
     ((ended == 127)) || code=$ended
   done
   case $code in

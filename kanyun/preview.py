@@ -98,7 +98,8 @@ def _pack(pack: Pack, manifest: Manifest, tokenizer: Tokenizer) -> str:
         )
     if pack.tokens < manifest.length:
         bar.append(f"<div class=tail title='{manifest.length - pack.tokens} padding'>padding</div>")
-    title = f"pack {pack.pack_id}: {pack.tokens:,} tokens, {len(pack.images)} images, {pack.patches:,} patches"
+    images_text = "1 image" if len(pack.images) == 1 else f"{len(pack.images)} images"
+    title = f"pack {pack.pack_id}: {pack.tokens:,} tokens, {images_text}, {pack.patches:,} patches"
     return f"<h2>{title}</h2><div class=bar>{''.join(bar)}</div>{''.join(details)}"
 
 

@@ -352,7 +352,7 @@ def test_a_save_of_eight_ranks_is_converted_and_goes_on_with_1_2_and_4(
 
 
 def noted_run(ranks: int, values: dict[str, Any], notes: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Train with so many ranks; return the sample ids of each step."""
+    """Train with `ranks` ranks; return the sample ids of each step."""
     notes.mkdir()
     monkeypatch.setenv("NOTES", str(notes))
     run_ranks(ranks, NOTING, *command(values)[1:])

@@ -157,10 +157,11 @@ def test_a_disk_that_gets_full_in_a_small_file(
     name: str, output: Folder, model: LanguageModel, hf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the last files of a checkpoint, one sentence says what is free and needed; the hint is not worth one."""
-    create = LocalBackend.create
+    create, disk_usage = LocalBackend.create, shutil.disk_usage
 
     def full(backend: LocalBackend, path: str) -> Any:
         if path.endswith(f".{name}.tmp"):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: disk_usage(path)._replace(free=5000))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         return create(backend, path)
 
@@ -168,9 +169,38 @@ def test_a_disk_that_gets_full_in_a_small_file(
     if name == "latest":
         assert save(output, state(model, 1), model, None, Folder(str(hf))).exists()
         return
-    with pytest.raises(UserError, match=r"/out/checkpoints has \d.* free, \d\.\d MB are needed: make room there"):
+    with pytest.raises(UserError, match=r"/out/checkpoints has 0\.0 MB free, \d\.\d MB are needed: make room there"):
         save(output, state(model, 1), model, None, Folder(str(hf)))
     assert names(output) == []
+
+
+def test_a_quota_or_inodes_that_are_used_up(
+    output: Folder, model: LanguageModel, hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the disk has room, and making more would help nobody."""
+
+    def full(backend: LocalBackend, path: str) -> Any:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), path)
+
+    monkeypatch.setattr(LocalBackend, "create", full)
+    sentence = r"free, \d\.\d MB are needed \(Disk quota exceeded\): see to your quota, and to inodes \(df -i\)"
+    with pytest.raises(UserError, match=sentence):
+        save(output, state(model, 1), model, None, Folder(str(hf)))
+
+
+@pytest.mark.parametrize("change", [{"size": "many"}, {"size": -1}, {"size": True}, {"xxh3": 5}, {"xxh3": None}])
+def test_a_state_with_files_of_other_values_is_damaged(
+    change: dict[str, Any], output: Folder, model: LanguageModel, hf: Path
+) -> None:
+    """By hand, as its own digest is left out."""
+    step = save(output, state(model, 1), model, None, Folder(str(hf)))
+    values = json.loads(step.read("state.json"))
+    del values["digest"]
+    values["files"]["__0_0.distcp"] |= change
+    step.write("state.json", json.dumps(values).encode())
+    (listed,) = list_steps(output.path)
+    assert "state.json is damaged (a file is {" in listed.fault
+    assert [sentence == listed.fault for sentence in faults(step)] == [True]
 
 
 def crash_at(at: str, patch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,11 @@ class FileDigest:
     size: int  # bytes
     xxh3: str  # 128 bits, hexadecimal
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value of another kind than state.json has."""
+        if type(self.size) is not int or self.size < 0 or not isinstance(self.xxh3, str):
+            raise ValueError(f"a file is {asdict(self)}")
+
 
 @dataclass(frozen=True)
 class Marker:

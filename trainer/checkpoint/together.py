@@ -125,7 +125,7 @@ class JointWriter:
         except (UserError, OSError) as error:
             cause = error.__cause__ or error
             if self.output.is_local and isinstance(cause, OSError) and cause.errno in (ENOSPC, EDQUOT):
-                return None, _no_room(disk_of(self.output), size)
+                return None, _full(disk_of(self.output), size, cause)
             return None, str(error)
         except Exception:
             return None, traceback.format_exc()
@@ -167,6 +167,13 @@ def require_room(path: str, size: int) -> None:
 
 def _no_room(path: str, size: int) -> str:
     return f"{path} has {amount(shutil.disk_usage(path).free)} free, {amount(size)} are needed: make room there"
+
+
+def _full(path: str, size: int, error: OSError) -> str:
+    """Return a sentence on a write that was refused for want of room, of which the disk itself may have enough."""
+    if shutil.disk_usage(path).free < size:
+        return _no_room(path, size)
+    return f"{_no_room(path, size).partition(':')[0]} ({error.strerror}): see to your quota, and to inodes (df -i)"
 
 
 def amount(count: float) -> str:

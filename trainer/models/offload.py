@@ -33,7 +33,7 @@ class ActivationOffload:
     def __init__(self, layers: nn.ModuleList, *, count: int, width: int) -> None:
         assert 0 < count <= len(layers) // 2, "the copies hide behind the other layers"
         self._width = width
-        self._behind = len(layers) - count  # a layer's copy out may take as long as so many layers' forward passes
+        self._behind = len(layers) - count  # a layer's copy out may take the time of as many layers' forward passes
         # Copies back begin in the middle of the backward pass. One takes as long as N / 2K layers at most, if PCIe
         # carries K layers' inputs out in the forward pass of N layers, which takes half as long as the backward pass.
         self._lead = len(layers) // 2 - count + 1
