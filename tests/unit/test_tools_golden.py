@@ -134,7 +134,7 @@ DROPS_RESULTS = IGNORES_ALL.replace("{% for m in messages %}", "{% for m in mess
         (IGNORES_ALL, {"messages": [u("hi"), a("ho", TOWN)]}, "processor_failed", "call 'get_weather' of message 1"),
         (DROPS_RESULTS, {"messages": [u("hi"), a("x"), result("rain"), a("y")]}, "processor_failed", "print message 2"),
         (QWEN3, {"messages": [u("hi"), a("<think>x</think>"), u("hi"), a("y")]}, "text_too_short", "empty as the chat"),
-        (QWEN3, {"messages": [u("hi"), a("<think>x</think>\u200b"), u("hi"), a("y")]}, "text_too_short", "empty as the"),
+        (QWEN3, {"messages": [u("hi"), a("<think>x</think>\u200b"), u("hi"), a("y")]}, "text_too_short", "empty as"),
         (QWEN2_5, {"messages": [u("hi"), a("", {"function": {"name": "f", "arguments": "{"}})]}, "processor_failed",
          "the arguments of f are no JSON"),
         (QWEN2_5, {"messages": [u("hi"), a("", {"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}})]},
