@@ -119,8 +119,11 @@ def _holder(port: int) -> str:
 
 
 def lives(process: psutil.Process) -> bool:
-    """False for one that ended and whose parent has not asked how: a worker keeps some of its executors so."""
-    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    """False for one that ended and whose parent has not asked how, too: a worker keeps some of its executors so."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # it ended between the two
+        return False
 
 
 def end(processes: list[psutil.Process], number: signal.Signals = signal.SIGTERM) -> None:

@@ -5,12 +5,14 @@ Real HDFS and Spark daemons; faults are made by tests/support/faulty_pipeline.py
 
 import os
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
 from pyspark.sql import SparkSession
 
 from jobs.cluster import Cluster
+from jobs.daemons import lives
 from tests.support.fault_runs import OUTPUTS, PACKED, FaultRun
 from tests.support.spark_sessions import spark_on_cluster
 
@@ -71,11 +73,17 @@ def test_drivers_killed_in_preprocess_and_in_pack_run_again_and_a_second_one_ref
 def wait_for_end_of_executors(cluster: Cluster) -> None:
     """Wait until executors, and their Python workers, have ended by themselves, as their driver is gone."""
     deadline = time.monotonic() + 60
-    while cluster.executors() or any("pyspark" in " ".join(child.cmdline()) for child in below(cluster)):
+    while cluster.executors() or any("pyspark" in command for command in commands_below(cluster)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def below(cluster: Cluster) -> list[psutil.Process]:
-    children = [child for process in cluster.running().values() for child in process.children(recursive=True)]
-    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+def commands_below(cluster: Cluster) -> list[str]:
+    """Return the command lines of what the daemons have started, and that in turn."""
+    found = []
+    for daemon in cluster.running().values():
+        with suppress(psutil.NoSuchProcess):
+            for process in filter(lives, daemon.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                    found.append(" ".join(process.cmdline()))
+    return found
