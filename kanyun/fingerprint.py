@@ -126,6 +126,15 @@ def check_model(folder: Folder) -> None:
             )
 
 
+def check_images(folder: Folder) -> None:
+    """Raise UserError if this is an image model that lacks its image settings: it cannot be given samples with images.
+
+    Texts need none of them.
+    """
+    if (_json(folder, "config.json") or {}).get("vision_config") and _processor(folder) is None:
+        raise UserError(f"{folder.uri} has no preprocessor_config.json, which samples with images need: {_RESTORE}")
+
+
 def difference(one: dict[str, Any] | None, other: dict[str, Any] | None) -> tuple[str, str]:
     """Return what differs between two `Fingerprint.processor`, of each: ("patch_size 16", "patch_size 14").
 

@@ -131,7 +131,8 @@ def _audio(row: Mapping[str, object]) -> str | None:
 
 
 def _has(row: Mapping[str, object], *names: str) -> str | None:
-    return next((f"the row has {name}: {row[name]!r:.200}" for name in names if row.get(name)), None)
+    values = ((name, row.get(name)) for name in names)  # "[]": a list as JSON text
+    return next((f"the row has {name}: {value!r:.200}" for name, value in values if value and value != "[]"), None)
 
 
 def _image_count(candidate: Candidate) -> str | None:

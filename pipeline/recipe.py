@@ -18,6 +18,7 @@ from typing import Any, get_origin
 import yaml
 
 from kanyun.errors import UserError
+from kanyun.fingerprint import check_images
 from kanyun.storage import Folder
 from pipeline.datasets import dataset
 from pipeline.flow import INDEX, Done, write_index
@@ -87,6 +88,8 @@ class Recipe:
             known = {name: getattr(self, name) for name in entry.options if hasattr(self, name)}
             stage = entry.load().for_command(source, (out / entry.output / path).uri, **known | settings)
             report = stage.run(overwrite)
+            if report.has_images:
+                check_images(Folder(self.tokenizer))
             done.append(Done(posixpath.relpath(Folder(stage.output).path, out.path), report, path))
             return stage.output
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from pipeline.checks import MIN_TEXT, Message, malformed
 from pipeline.datasets.conversation import conversation, message
-from pipeline.datasets.fields import need
+from pipeline.datasets.fields import from_json, need
 from pipeline.datasets.parts import images, place
 from pipeline.datasets.tools import tools
 
@@ -62,7 +62,10 @@ class Dataset:
 
 
 def field[T](row: Row, name: str, kind: type[T]) -> T:
-    """Return the row's field, which must be there and of this type. Raises RowError."""
+    """Return the row's field, which must be there and of this type; lists and objects also as JSON text.
+
+    Raises RowError.
+    """
     if name not in row:
         raise malformed(f"the row has no field {name!r}, it has {', '.join(map(repr, row)) or 'none'}")
-    return need(row[name], name, kind)
+    return need(from_json(row[name], name) if kind in (list, dict) else row[name], name, kind)

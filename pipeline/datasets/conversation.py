@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.checks import Message, malformed
-from pipeline.datasets.fields import need
+from pipeline.datasets.fields import from_json, need
 from pipeline.datasets.parts import content
 from pipeline.datasets.tools import extra_fields, is_trained, openai_calls
 
@@ -30,7 +30,8 @@ def conversation(turns: list[Any], system: Any = None) -> list[Message]:
     """
     messages: list[Message] = []
     for turn in turns:
-        role = need(turn, "a message", dict).get("from")
+        turn = need(from_json(turn, "a message"), "a message", dict)
+        role = turn.get("from")
         name, value = (turn.get("role"), "content") if role is None else (role, "value")
         name = need(name, "a message's role", str)
         if name in CALLS:

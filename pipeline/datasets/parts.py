@@ -5,11 +5,12 @@ import binascii
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from pipeline.checks import Message, Part, Reason, RowError, malformed
-from pipeline.datasets.fields import need
+from pipeline.datasets.fields import from_json, need
 
 MARKER = "<image>"
 IMAGE_FIELDS = ("images", "image")  # of a row, in this order
@@ -27,14 +28,26 @@ Image = str | bytes  # a path relative to the raw file, or the encoded image
 
 
 def images(value: Any) -> tuple[Image, ...]:
-    """Return a row's images: null, or a list of paths, data URIs, encoded bytes, or {"bytes": ..., "path": ...}."""
+    """Return a row's images: null, or a list of paths, data URIs, encoded bytes, or {"bytes": ..., "path": ...}.
+
+    The list may be its JSON text. Raises RowError.
+    """
+    value = _listed(value)
     return () if value is None else tuple(map(_image, need(value, "images", list)))
 
 
 def image_fields(row: Mapping[str, Any]) -> tuple[Image, ...]:
     """Return the images in the first of IMAGE_FIELDS that the row has: a list of them, or one alone."""
-    value = next((row[name] for name in IMAGE_FIELDS if not _is_none(row.get(name))), None)
+    value = next((value for name in IMAGE_FIELDS if not _is_none(value := _listed(row.get(name)))), None)
     return images(value if isinstance(value, list | None) else [value])
+
+
+def _listed(value: Any) -> Any:
+    """Return `value`, or the list that it is the JSON text of. A path may begin with a bracket, too."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(RowError):
+            return from_json(value, "images")
+    return value
 
 
 def _is_none(value: Any) -> bool:

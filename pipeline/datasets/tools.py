@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.checks import malformed
-from pipeline.datasets.fields import need
+from pipeline.datasets.fields import from_json, need
 
 _EXTRA = ("tool_call_id", "name", "reasoning_content")  # what templates read of a message, beside its tool_calls
 # ms-swift's and OpenAI's, then axolotl's (message_field_training).
@@ -48,11 +48,10 @@ def calls_in(value: Any) -> list[dict[str, Any]]:
 
     Raises RowError.
     """
-    value = _parsed(value, "tool calls")
-    value = [value] if isinstance(value, dict) else value
+    value = from_json(value, "tool calls") or []
     calls = []
-    for one in need([] if value is None else value, "a message's tool_calls", list):
-        call = need(_parsed(one, "a tool call"), "a tool call", dict)
+    for one in need([value] if isinstance(value, dict) else value, "a message's tool_calls", list):
+        call = need(from_json(one, "a tool call"), "a tool call", dict)
         function = need(call.get("function", call), "a tool call's function", dict)
         need(function.get("name"), "a tool call's function name", str)
         calls.append(call)
@@ -72,15 +71,5 @@ def tools(value: Any, functions: Any = None) -> str | None:
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
-    parsed = _parsed(value, "tools")
-    listed = need([] if parsed is None else parsed, "tools", list)
-    return [need(_parsed(tool, "a tool"), "a tool", dict) for tool in listed]
-
-
-def _parsed(value: Any, what: str) -> Any:
-    if not isinstance(value, str) or not value.strip():
-        return value or None
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise malformed(f"{what}: a text that is no JSON ({error}): {value!r:.200}") from error
+    listed = need(from_json(value, "tools") or [], "tools", list)
+    return [need(from_json(tool, "a tool"), "a tool", dict) for tool in listed]

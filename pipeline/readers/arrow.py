@@ -13,6 +13,7 @@ from pipeline.readers.base import ROWS, Bytes, RawRow, Reader, Split, table_rows
 _FILE_MAGIC = b"ARROW1"
 _FILE_START = 8  # the magic and two bytes of padding
 _FOOTER_END = 4 + len(_FILE_MAGIC)  # behind the footer: its size and the magic again
+_PADDED = 64  # bytes
 # Lists, and texts, of all layouts.
 _LISTS = {
     types.is_list: pa.list_,
@@ -38,7 +39,10 @@ class ArrowTable(Reader):
         try:
             for batch in _batches(Bytes(root, split)):
                 batch.validate()  # its lengths
-                if damage := _damage(batch):
+                if not len(batch) and _has_data(batch):
+                    yield RawRow(position, "", malformed(f"{split.file}: a record batch with data says it has no rows"))
+                    position += 1
+                elif damage := _damage(batch):
                     for row in range(position, position + len(batch)):
                         yield RawRow(row, "", malformed(f"{split.file}: the record batch is damaged: {damage}"))
                 else:
@@ -47,6 +51,11 @@ class ArrowTable(Reader):
                 position += len(batch)
         except (pa.ArrowException, OSError) as error:
             yield RawRow(position, "", malformed(f"{split.file} is no Arrow data from row {position} on: {error}"))
+
+
+def _has_data(batch: pa.RecordBatch) -> bool:
+    """Whether a buffer is longer than the one offset, padded, that an empty column may have."""
+    return any(buffer and buffer.size > _PADDED for column in batch.columns for buffer in column.buffers())
 
 
 def _damage(batch: pa.RecordBatch) -> Exception | None:

@@ -15,6 +15,7 @@ from pipeline.schema import VERSIONS
 
 REPORT = "report.json"
 PAGE = "report.html"
+IMAGES_A_ROW = "images a row"  # the title of their distribution, in all stages that look at images
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ class Report:
     def digest(self) -> str:
         """Identifies the stage's output in the input digest of the next."""
         return digest_of(canonical([self.stage, self.settings, self.input, self.run]))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the stage's rows have images, as far as it has looked."""
+        return any(shown.title == IMAGES_A_ROW and shown.most > 0 for shown in self.distributions)
 
     def summary(self) -> str:
         counts = self.counts

@@ -15,7 +15,7 @@ from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
 from pipeline.checks import Reason
 from pipeline.encoder import Encoded, Encoder, Rejected
-from pipeline.reports.report import Report
+from pipeline.reports.report import IMAGES_A_ROW, Report
 from pipeline.schema import BUILT, QUARANTINE
 from pipeline.spark import map_rows
 from pipeline.stages.base import Attempt, Stage
@@ -38,7 +38,7 @@ class BuildStage(Stage):
     """
 
     name, after, schema, quarantines = "build", "sample", BUILT, True
-    distributions = {"tokens a row": "tokens", "patches a row": "patches", "images a row": "size(images)"}  # noqa: RUF012
+    distributions = {"tokens a row": "tokens", "patches a row": "patches", IMAGES_A_ROW: "size(images)"}  # noqa: RUF012
 
     tokenizer: str  # Hugging Face folder
     length: int

@@ -8,6 +8,7 @@ from pyspark.sql import functions as F
 
 from kanyun.errors import UserError
 from pipeline.checks import Reason
+from pipeline.reports.report import IMAGES_A_ROW
 from pipeline.schema import SAMPLE
 from pipeline.stages.base import Attempt, Stage
 
@@ -34,7 +35,7 @@ class FilterStage(Stage):
     distributions = {  # noqa: RUF012
         "characters a row": "length(coalesce(text, concat_ws('', flatten(messages.content).text)))",
         "messages a row": "size(messages)",
-        "images a row": "size(images)",
+        IMAGES_A_ROW: "size(images)",
     }
 
     near_duplicates: str = "keep"  # keep | drop

@@ -23,7 +23,7 @@ from pipeline.datasets.parts import MARKER
 from pipeline.images.blobs import ImageCopier
 from pipeline.readers import RawRow, Split, encodable, plan, read
 from pipeline.readers.raw_folder import RawFolder
-from pipeline.reports.report import Report, RowCounts
+from pipeline.reports.report import IMAGES_A_ROW, Report, RowCounts
 from pipeline.schema import SAMPLE
 from pipeline.spark import BATCH_ROWS, arrow_schema, map_rows
 from pipeline.stages.base import Attempt, Stage
@@ -42,7 +42,7 @@ class PreprocessStage(Stage):
     distributions = {  # noqa: RUF012
         "bytes a raw row": "octet_length(raw)",
         "messages a row": "size(messages)",
-        "images a row": "size(images)",
+        IMAGES_A_ROW: "size(images)",
         "long side of an image, pixels": "transform(images, image -> greatest(image.width, image.height))",
         "short side of an image, pixels": "transform(images, image -> least(image.width, image.height))",
         "bytes an image": "images.size",

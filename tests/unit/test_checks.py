@@ -159,7 +159,7 @@ def test_a_marker_in_a_row_without_images(question: str, answer: str, places: in
     [
         ({"videos": ["a.mp4"]}, "video"),
         ({"video": "a.mp4"}, "video"),
-        ({"videos": [], "audio": None}, None),
+        ({"videos": [], "audio": None, "audios": "[]"}, None),
         ({"audios": ["a.wav"]}, "audio"),
         ({"audio": {"bytes": b"1"}}, "audio"),
     ],

@@ -216,6 +216,18 @@ def test_what_a_message_carries_beside_its_content() -> None:
         assert dataset("llava").sample({"conversations": [], "tools": none}).tools is None
 
 
+@pytest.mark.parametrize(("name", "key"), [("messages", "messages"), ("llava", "conversations")])
+def test_lists_as_json_text(name: str, key: str) -> None:
+    """As databases, CSV files and many exports to parquet have them, all of a list or each object."""
+    turns = [{"role": "user", "content": "<image>é?"}, {"role": "assistant", "content": "A \n[1]."}]
+    expected = dataset(name).sample({key: turns, "images": ["a.jpg"]}).placed()
+    for messages in (json.dumps(turns), f" {json.dumps(turns, ensure_ascii=False)}\n", [*map(json.dumps, turns)]):
+        for images in ({"images": '["a.jpg"]'}, {"images": "[]", "image": "a.jpg"}, {"image": ' ["a.jpg"]'}):
+            assert dataset(name).sample({key: messages, **images, "tools": "[]"}).placed() == expected
+    for path in ("[1].jpg", "[a]", "{1}.jpg"):
+        assert dataset(name).sample({key: "[]", "image": path}).images == (path,)
+
+
 def test_llava_has_one_image_several_or_none() -> None:
     turns = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "ho"}]
     for given_image, expected in (("a", ("a",)), (["a", "b"], ("a", "b")), (None, ()), ({"bytes": b"1"}, (b"1",))):
@@ -235,9 +247,13 @@ def test_a_document_is_taken_as_it_is() -> None:
     [
         ("messages", {}, "no field 'messages', it has none"),
         ("messages", {"messages": None}, "messages is null, a list is needed"),
-        ("messages", {"messages": "hello"}, "messages is a string, a list is needed: 'hello'"),
+        (
+            "messages",
+            {"messages": "hello"},
+            "messages: a text that is no JSON (Expecting value: line 1",
+        ),
         ("messages", {"messages": {"role": "user"}}, "messages is an object"),
-        ("messages", {"messages": ["hello"]}, "a message is a string"),
+        ("messages", {"messages": ["hello"]}, "a message: a text that is no JSON ("),
         ("messages", {"messages": [{"role": "user", "content": None}]}, "content is null"),
         ("messages", {"messages": [{"role": "user", "content": 7}]}, "content is a number"),
         ("messages", {"messages": [{"role": 3, "content": "x"}]}, "role is a number"),
@@ -282,7 +298,7 @@ def test_a_document_is_taken_as_it_is() -> None:
         ("llava", {"conversations": [], "system": ["Be brief."]}, "the row's system is a list"),
         ("messages", {"messages": [], "tools": [1]}, "a tool is a number"),
         ("messages", {"messages": [], "tools": "[{"}, "tools: a text that is no JSON ("),
-        ("messages", {"messages": [], "tools": "{}"}, "tools is an object"),
+        ("messages", {"messages": [], "tools": '{"name": "f"}'}, "tools is an object"),
         (
             "messages",
             {"messages": [{"role": "assistant", "content": "", "tool_calls": ["f"]}]},

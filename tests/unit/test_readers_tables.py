@@ -156,6 +156,23 @@ def test_a_damaged_record_batch_costs_its_own_rows(tmp_path: Path) -> None:
         assert row.fields.evidence.startswith("c.arrow: the record batch is damaged: ")
 
 
+def test_a_record_batch_that_says_it_has_no_rows(tmp_path: Path) -> None:
+    """All of its counts became 0. Batches that are truly empty have no more than an offset."""
+    with pa.ipc.new_stream(tmp_path / "a.arrow", pa.schema([("text", pa.string())])) as writer:
+        for rows in (2, 71, 0, 1):
+            writer.write_batch(pa.record_batch([pa.array([f"{rows} rows"] * rows, pa.string())], ["text"]))
+    whole, count = (tmp_path / "a.arrow").read_bytes(), (71).to_bytes(8, "little")
+    assert whole.count(count) == 2
+    (tmp_path / "b.arrow").write_bytes(whole.replace(count, bytes(8)))
+    *first, lost, last = rows_of(tmp_path / "b.arrow")
+    assert [(row.position, fields(row)["text"]) for row in (*first, last)] == [
+        *[(n, "2 rows") for n in range(2)],
+        (3, "1 rows"),
+    ]
+    assert isinstance(lost.fields, RowError)
+    assert lost.fields.evidence == "b.arrow: a record batch with data says it has no rows"
+
+
 def test_columns_of_one_name_and_none_at_all(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], ["text", "n", "n"])
     pq.write_table(twice, tmp_path / "a.parquet")
