@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from typing import Any
 
 from kanyun.storage import Folder
@@ -40,17 +39,22 @@ class WebDataset(Reader):
     def rows(self, root: Folder, split: Split) -> Iterator[RawRow]:
         stream, decompressed = open_raw(root, split)
         links = _Links(lambda: tarfile.open(fileobj=open_raw(root, split)[0], mode="r:"))  # noqa: SIM115
+        sample: list[_Member] = []
         after = 0  # the last row
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for key, members in groupby(_members(tar, links), lambda member: _key(member.name)):
-                    row = _row(key, list(members))
-                    yield row
-                    after = row.position + 1
+                for member in _members(tar, links):
+                    if sample and _key(member.name) != _key(sample[0].name):
+                        yield _row(sample)
+                        after, sample = sample[0].offset + 1, []
+                    sample.append(member)
+                if sample:
+                    yield _row(sample)
                 end, rest = tar.offset, _after_zeros(tar) is not None
         except _DAMAGE as error:
             cause = (decompressed and decompressed.error) or error
-            yield RawRow(after, "", malformed(f"{split.file} is damaged after its byte {after}: {cause}"))
+            wrong = malformed(f"{split.file} is damaged after its byte {after}: {cause}")
+            yield RawRow(after, _text(sample), wrong)  # what was read of a sample, which may have had more members
             return
         yield from damage(decompressed)
         if rest:  # tarfile takes a header that it cannot read for the end
@@ -157,7 +161,8 @@ def _suffix(name: str) -> str:
     return posixpath.basename(name).partition(".")[2]
 
 
-def _row(key: str, members: list[_Member]) -> RawRow:
+def _row(members: list[_Member]) -> RawRow:
+    key = _key(members[0].name)
     named = {posixpath.basename(member.name): member.data or b"" for member in members}
     try:
         _refuse_odd(members)
@@ -165,9 +170,15 @@ def _row(key: str, members: list[_Member]) -> RawRow:
         in_full = {member.name: member.data or b"" for member in members}
         return RawRow(members[0].offset, row_text(fields), fields, named | in_full)
     except (RowError, RecursionError) as error:
-        texts = {name: data.decode(errors="backslashreplace") for name, data in named.items() if name.endswith(TEXTS)}
         wrong = error if isinstance(error, RowError) else malformed(f"{key}.json is nested too deeply: {error}")
-        return RawRow(members[0].offset, row_text(named | texts), wrong)
+        return RawRow(members[0].offset, _text(members), wrong)
+
+
+def _text(members: list[_Member]) -> str:
+    """Return members of which no row can be made as a row's text."""
+    named = {posixpath.basename(member.name): member.data or b"" for member in members}
+    texts = {name: data.decode(errors="backslashreplace") for name, data in named.items() if name.endswith(TEXTS)}
+    return row_text(named | texts)
 
 
 def _refuse_odd(members: list[_Member]) -> None:
