@@ -14,11 +14,12 @@ from pyspark.sql import SparkSession
 from kanyun.errors import UserError
 from kanyun.reader import PackedDataset
 from kanyun.storage import Folder
+from pipeline.recipe import Recipe, RecipeDataset
 from pipeline.reports.report import Report
 from pipeline.stages.filter import FilterStage
 from pipeline.stages.preprocess import PreprocessStage
 from pipeline.stages.sample import SampleStage
-from tests.support.qwen_assets import tiny_vl_folder
+from tests.support.qwen_assets import tiny_tokenizer_folder, tiny_vl_folder
 from tests.support.spark_sessions import JAVA_OPTIONS
 
 
@@ -82,6 +83,18 @@ def test_an_output_that_is_a_link_is_followed(raw: Path, tmp_path: Path, spark: 
     assert PreprocessStage(str(raw), str(tmp_path / "out"), "messages").run().counts.rows_out == 2
     with pytest.raises(UserError, match=r"the output .*space holds the input"):
         FilterStage(str(tmp_path / "disk/space"), str(tmp_path / "out")).run()
+
+
+def test_an_image_model_without_image_settings_is_told_once_there_are_images(
+    raw: Path, tmp_path: Path, spark: SparkSession
+) -> None:
+    """Its texts can be packed; images are known after the first stage, which no setting of the model changes."""
+    model = tiny_tokenizer_folder(tmp_path / "hf", vision=False)
+    (model / "config.json").write_text(json.dumps({"vision_config": {"patch_size": 14}}))
+    datasets = {"a": RecipeDataset(str(raw), "messages")}
+    with pytest.raises(UserError, match=r"hf has no preprocessor_config\.json, which samples with images need"):
+        Recipe(str(tmp_path / "out"), str(model), 256, datasets).run(overwrite=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["preprocess"]
 
 
 def test_outputs_that_cannot_be_replaced_are_refused_before_any_work(raw: Path, tmp_path: Path) -> None:
