@@ -19,6 +19,7 @@ from jobs.daemons import free_ports
 from jobs.hadoop import SPARK_HOME, minicluster_jar
 from kanyun.manifest import Manifest
 from kanyun.naming import discover
+from tests.support.spark_sessions import JAVA_OPTIONS
 from tests.support.yarn import Yarn, yarn_on
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +37,12 @@ def yarn(cluster: Cluster, tmp_path: Path) -> Iterator[Yarn]:
 
 def here(cluster: Cluster, yarn: Yarn) -> dict[str, str]:
     """What README says of a site, its data and its model -> the same on this machine."""
-    jars = f"--conf spark.yarn.jars=local:{SPARK_HOME}/jars/*"  # or each job sends 400 MB to HDFS
+    options = (
+        "--num-executors 1 --executor-memory 1g --conf spark.executor.extraJavaOptions=-XX:TieredStopAtLevel=1"
+        f" --conf spark.yarn.jars=local:{SPARK_HOME}/jars/*"  # or each job sends 400 MB to HDFS
+    )
     return {
-        "--num-executors 40 --executor-cores 4 --executor-memory 8g": f"--num-executors 2 --executor-memory 1g {jars}",
+        "--num-executors 40 --executor-cores 4 --executor-memory 8g": options,
         "/etc/hadoop/conf": str(yarn.conf),
         "hdfs://namenode:9820": cluster.hdfs,
         " raw/charts ": " demo/validation/digits ",
@@ -56,12 +60,12 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """That of a new shell: without what tests/conftest.py sets, and what make hands down to every make. `make
-    cluster-up` starts its daemons in `cache`, beside those that run already."""
+    """That of a new shell: without what tests/conftest.py sets (but its quick starts of Java), and what make hands down
+    to every make. `make cluster-up` starts its daemons in `cache`, beside those that run already."""
     tests = ("SPARK_", "KANYUN_", "HF_", "OMP_", "MAKE", "MFLAGS", "ARGS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(tests)}
     ports = {name.upper(): str(port) for name, port in free_ports().items()}
-    return kept | ports | {"KANYUN_CACHE": str(cache)}
+    return kept | ports | {"KANYUN_CACHE": str(cache), "SPARK_SUBMIT_OPTS": JAVA_OPTIONS}
 
 
 @pytest.mark.timeout(7200)
