@@ -1,6 +1,6 @@
 """A stranger's path: README's commands from top to bottom, in a copy of the repository, with this machine as the site.
 
-`make test-readme` runs it; it takes the time of both demos and a quarter of an hour, and `-s` shows what it is at.
+`make test-readme` runs it; it takes the time of both demos and of six jobs on YARN, and `-s` shows what it is at.
 README_DEMO=FOLDER takes a demo/ that is there already. Blocks are the same in both languages, which
 tests/unit/test_documents.py holds, so they are run once.
 """
