@@ -22,7 +22,7 @@ from tests.support.training_job import (
     train,
 )
 from trainer.config import TrainConfig
-from trainer.trainer import Run
+from trainer.run import Run, open_output
 
 
 def test_the_newest_whole_checkpoint_is_taken_and_nothing_is_lost(
@@ -122,6 +122,17 @@ def test_checkpoints_that_cannot_be_reached_are_no_start_at_step_0(
     with pytest.raises(UserError, match="out/checkpoints is no folder, or a link to a disk that is not mounted"):
         Run.prepare(TrainConfig(**job), world_size=1, cuda=False)
     assert metrics_of(job) == before
+
+
+def test_an_output_may_be_a_disk_or_have_a_link_to_one_before_the_first_run(tmp_path: Path) -> None:
+    out, larger = tmp_path / "out", tmp_path / "larger"
+    larger.mkdir()
+    (out / "lost+found").mkdir(parents=True)
+    (out / "checkpoints").symlink_to(larger)
+    assert open_output(str(out)).path == str(out)
+    (larger / "somebody's").touch()
+    with pytest.raises(UserError, match=r"/out holds something else \(checkpoints\): choose an empty or new output"):
+        open_output(str(out))
 
 
 @pytest.mark.parametrize("key", ["init", "continue_from"])

@@ -74,8 +74,9 @@ def test_resume_chooses_a_step_once(text_run: dict[str, Any], job: dict[str, Any
     (aside,) = root.glob("aside-*")
     elsewhere = Run.prepare(TrainConfig(**job | {"resume": str(aside / "step_00000006")}), world_size=1, cuda=False)
     assert elsewhere.start.step == 6
-    with pytest.raises(UserError, match=r"out has no checkpoint of step 5: .* \(step_0000000\d, .*step_00000008\)"):
-        Run.prepare(TrainConfig(**job | {"resume": 5}), world_size=1, cuda=False)
+    for form in (5, "step_00000005"):
+        with pytest.raises(UserError, match=r"out has no checkpoint of step 5: .* \(step_0000000\d, .*_00000008\)"):
+            Run.prepare(TrainConfig(**job | {"resume": form}), world_size=1, cuda=False)
 
 
 def test_more_steps_say_what_becomes_of_the_learning_rate(text_run: dict[str, Any], job: dict[str, Any]) -> None:
