@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from jobs.daemons import (
     Settings,
     configure,
     end,
+    free_ports,
     get_json,
     lives,
     refuse_taken_ports,
@@ -252,13 +252,7 @@ class Cluster:
 def temporary_cluster(state: Path, **settings: Any) -> Iterator[Cluster]:
     """A cluster on free ports for a `with` block. It ends with the block, and with this process however that ends;
     its folder is removed, unless the process was killed."""
-    sockets = {name: socket.socket() for name in Settings().ports}
-    for s in sockets.values():
-        s.bind((HOST, 0))
-    ports = {name: s.getsockname()[1] for name, s in sockets.items()}
-    for s in sockets.values():
-        s.close()
-    cluster = Cluster(state, Settings(**ports | settings), tied=True)
+    cluster = Cluster(state, Settings(**free_ports() | settings), tied=True)
     cluster.up()
     try:
         yield cluster

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import random
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import psutil
 
 from jobs.hadoop import HEAP, JAVA_OPTIONS, SPARK_HOME, write_conf
 from kanyun.errors import UserError
+from pipeline.spark import archive_options
 
 HOST = "127.0.0.1"
 DATANODES = ("datanode-1", "datanode-2")
@@ -41,13 +43,26 @@ class Settings:
 def refuse_taken_ports(settings: Settings) -> None:
     """Raises UserError, which names the process that listens there."""
     for name, port in settings.ports.items():
-        with socket.socket() as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                s.bind((HOST, port))
-            except OSError as error:
-                option = f"--{name.replace('_', '-')} N, or {name.upper()}=N of make"
-                raise UserError(f"port {port} is taken{_holder(port)}: choose another by {option}") from error
+        if not _is_free(port):
+            option = f"--{name.replace('_', '-')} N, or {name.upper()}=N of make"
+            raise UserError(f"port {port} is taken{_holder(port)}: choose another by {option}")
+
+
+def free_ports() -> dict[str, int]:
+    """Ports for Settings that nobody uses, none of those that Linux gives to connections (by default from 32768 on):
+    one of these may be another program's before its daemon binds it, and while a killed daemon is away."""
+    candidates = random.SystemRandom().sample(range(20_000, 30_000), 100)
+    return dict(zip(Settings().ports, filter(_is_free, candidates), strict=False))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((HOST, port))
+        except OSError:
+            return False
+    return True
 
 
 def configure(state: Path, settings: Settings, hdfs: str) -> None:
@@ -88,7 +103,7 @@ def spark_daemon(state: Path, name: str, *args: str | int) -> tuple[list[str], d
     command = [SPARK_HOME / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", *options]
     env = {
         "SPARK_HOME": str(SPARK_HOME),
-        "SPARK_DAEMON_JAVA_OPTS": " ".join([*JAVA_OPTIONS, f"-Djava.io.tmpdir={state / 'tmp'}"]),
+        "SPARK_DAEMON_JAVA_OPTS": " ".join([*JAVA_OPTIONS, *archive_options(), f"-Djava.io.tmpdir={state / 'tmp'}"]),
         "SPARK_DAEMON_MEMORY": HEAP,
         "SPARK_WORKER_DIR": str(state / name),
         "SPARK_LOCAL_DIRS": str(state / "spark-local"),
