@@ -21,6 +21,7 @@ from torch import Tensor
 from transformer_engine.pytorch import DotProductAttention
 
 from benchmarks.train_text import flash_attention
+from kanyun.cli.parser import Parser
 from trainer.kernels.rope import rotary_2d
 from trainer.models.qwen2_5.sizes import SIZES
 from trainer.models.qwen2_5.vision_layers_te import TEVisionLayers, rotated
@@ -144,4 +145,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    Parser(description=__doc__, example="python benchmarks/attention.py").parse_args()
     main()

@@ -15,7 +15,6 @@ Python. The rest is fixed cost: a plan, counts, a report, the vocabulary. It tak
 usage: python -m benchmarks.build_text [--bytes N]
 """
 
-import argparse
 import json
 import os
 import sysconfig
@@ -36,6 +35,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from benchmarks.one_core import pin
+from kanyun.cli.parser import Parser
 from pipeline.encoder import Encoder
 from pipeline.spark import BATCH_ROWS, spark_session
 from pipeline.stages.build import BuildStage, build_batch
@@ -159,7 +159,7 @@ def measure(kind: str, folder: Path, size: int, tokenizer: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python -m benchmarks.build_text --bytes 2000000")
     parser.add_argument("--bytes", type=int, default=8_000_000, help="of raw rows")
     args = parser.parse_args()
     pin()

@@ -4,7 +4,6 @@ A table stands between `<!-- cards NAME -->` and `<!-- /cards -->`; tests/unit/t
 the cards say.
 """
 
-import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from kanyun.cli.parser import Parser
 
 ROOT = Path(__file__).parents[1]
 FILES = ("README.md", "README.zh.md", "benchmarks/README.md")
@@ -147,7 +148,7 @@ def rendered(page: str) -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    Parser(description=__doc__, example="python -m benchmarks.card_tables").parse_args()
     for name in FILES:
         file = ROOT / name
         file.write_text(rendered(file.read_text()))

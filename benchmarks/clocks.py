@@ -6,12 +6,13 @@ the GPU was busy, and the share of them with each reason: "power cap" means that
 only way to be faster, "idle" or none that the clock is as high as it goes.
 """
 
-import argparse
 import csv
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
+
+from kanyun.cli.parser import Parser
 
 FIELDS = ("clocks.sm", "clocks.mem", "power.draw.instant", "power.limit", "temperature.gpu", "temperature.memory")
 BUSY = "utilization.gpu"
@@ -60,7 +61,10 @@ def main(out: Path, command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__,
+        example="python benchmarks/clocks.py clocks.csv -- python benchmarks/train_text.py DATA --ours-only",
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("command", nargs="+", help="after --")
     args = parser.parse_args()

@@ -14,7 +14,6 @@ The start of a command, before it reads a weight, is timed by one on a tiny mode
 The last two folders are compared by digests. The disk needs room for three models.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from kanyun.cli.parser import Parser
 from kanyun.storage import Folder
 from tests.support.qwen_assets import tiny_text_folder
 from tests.support.random_models import write_model
@@ -55,7 +55,7 @@ class Took:
 
 def main() -> None:
     sizes = {name.removeprefix("Qwen2.5-"): size for name, size in published_sizes().items()}
-    parser = argparse.ArgumentParser(description="Conversion beside copies of the same bytes.")
+    parser = Parser(description=__doc__, example="python benchmarks/conversions.py 3B /local/disk --cold")
     parser.add_argument("model", choices=sizes, metavar="MODEL", help=", ".join(sizes))
     parser.add_argument("folder", type=Path, help="on the disk to read and write")
     parser.add_argument("--cold", action="store_true", help="drop what is read from the page cache before")

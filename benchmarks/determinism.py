@@ -21,6 +21,7 @@ import xxhash
 
 from benchmarks.side_by_side import train
 from benchmarks.train_text import config_of
+from kanyun.cli.parser import Parser
 from trainer.checkpoint.store import step_name
 from trainer.config import TrainConfig
 from trainer.planning import planner
@@ -93,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python benchmarks/determinism.py DATA --equal 0.5B --cost 1.5B")
     parser.add_argument("data")
     parser.add_argument("--equal", default="0.5B")
     parser.add_argument("--cost", default="1.5B")

@@ -6,7 +6,6 @@ it takes as long as its FLOPs or its bytes need, whichever is longer; the gradie
 train_text.py --profile says what kernels take.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.profiles import ATTENTION, BANDWIDTH, PRODUCTS
 from benchmarks.train_text import LENGTH
+from kanyun.cli.parser import Parser
 from trainer.models.config import Compute
 from trainer.models.qwen2_5.sizes import SIZES
 from trainer.models.registry import costs_of
@@ -60,7 +60,7 @@ def floors(size: str, packs: int, fp8: bool) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python benchmarks/floors.py 1.5B --fp8")
     parser.add_argument("model", choices=[name.removeprefix("Qwen2.5-") for name in SIZES if "VL" not in name])
     parser.add_argument("--packs", type=int, default=1)
     parser.add_argument("--fp8", action="store_true")

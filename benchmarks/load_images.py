@@ -22,6 +22,7 @@ from PIL import Image
 
 from benchmarks.train_text import LENGTH
 from benchmarks.vision_data import crop, pictures
+from kanyun.cli.parser import Parser
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
 from trainer.data.batch import BatchFormat
@@ -93,6 +94,6 @@ def main(data: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    parser = Parser(description=__doc__, example="python benchmarks/load_images.py DATA")
+    parser.add_argument("data", type=Path)
+    main(parser.parse_args().data)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.train_text import LENGTH, config_of, packed_attention
+from kanyun.cli.parser import Parser
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.optim.optimizer import learning_rate
@@ -162,13 +163,14 @@ def write(losses: dict[str, list[float]], out: Path) -> None:
 
 def main(
     about: str | None,
+    example: str,
     auto: str,
     steps: int,
     config: Callable[[argparse.Namespace, Path], TrainConfig],
     transformers: Callable[[argparse.Namespace, TrainConfig], list[float]],
 ) -> None:
     """The command line: all RUNS, each in a separate process. `auto`: transformers' class for the model."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=about, example=example)
     parser.add_argument("data")
     parser.add_argument("out")
     parser.add_argument("--steps", type=int, default=steps)
@@ -196,4 +198,5 @@ def main(
 
 
 if __name__ == "__main__":
-    main(__doc__, "AutoModelForCausalLM", 300, config, transformers)
+    example = "python benchmarks/loss_curves.py DATA OUT --steps 100"
+    main(__doc__, example, "AutoModelForCausalLM", 300, config, transformers)

@@ -29,6 +29,7 @@ from benchmarks.train_text import LENGTH, SIZES, model_folder, text_config
 from benchmarks.unrepeated_data import make
 from benchmarks.vision_curves import small
 from benchmarks.vision_models import hf_config
+from kanyun.cli.parser import Parser
 from trainer.config import TrainConfig
 from trainer.models.config import ModelConfig
 
@@ -222,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python benchmarks/losses.py DATA OUT --seeds 0 1")
     parser.add_argument("data")
     parser.add_argument("out")
     parser.add_argument("--steps", type=int, default=1000)

@@ -4,8 +4,7 @@ usage: python -m benchmarks.many_gpus [--packs 16]
 Needs no GPU. The layout is the one that a run gets: the fastest of those that fit.
 """
 
-import argparse
-
+from kanyun.cli.parser import Parser
 from kanyun.errors import UserError
 from trainer.layout import recomputed, sharding
 from trainer.models.registry import published_sizes
@@ -49,6 +48,6 @@ def table(packs: int = 16) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python -m benchmarks.many_gpus --packs 32")
     parser.add_argument("--packs", type=int, default=16, help="packs a GPU and step (16)")
     print("\n".join(table(parser.parse_args().packs)))

@@ -9,7 +9,6 @@ usage: python -m benchmarks.pack_bytes [FOLDER]     (needs 5 GB there; a tempora
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 from pyspark import TaskContext
 
 from benchmarks.made import write_built
+from kanyun.cli.parser import Parser
 from pipeline.schema import BUILT
 from pipeline.spark import arrow_schema
 from pipeline.stages.pack import PackStage
@@ -124,8 +124,10 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(Path(sys.argv[1]).absolute())
+    parser = Parser(description=__doc__, example="python -m benchmarks.pack_bytes /local/disk")
+    parser.add_argument("folder", type=Path, nargs="?")
+    if folder := parser.parse_args().folder:
+        main(folder.absolute())
     else:
         with tempfile.TemporaryDirectory() as temporary:
             main(Path(temporary))

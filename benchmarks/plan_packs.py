@@ -9,7 +9,6 @@ Peers, called as their frameworks call them; a missing one is named and skipped:
 usage: python -m benchmarks.plan_packs [--peers DIR]
 """
 
-import argparse
 import importlib.util
 import re
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kanyun.cli.parser import Parser
 from pipeline.stages.bin_packing import DEFAULT_VISION_SLACK, lower_bound, mean_demand, pack
 from tests.support.packed_data import many_sizes, useful_patches
 
@@ -172,7 +172,7 @@ def _two(tokens: np.ndarray, patches: np.ndarray, slack: float) -> tuple[float, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python -m benchmarks.plan_packs --peers /tmp/peers")
     parser.add_argument("--peers", default="/tmp/peers", metavar="DIR", help="where pip put the peers")
     planners: dict[str, Any] = {"ours": ours} | peers(parser.parse_args().peers)
     one_budget(planners)

@@ -9,7 +9,6 @@ The peer needs packages that the project does not install, and is skipped withou
 usage: python -m benchmarks.preprocess [--peers DIR] [--images N]
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.one_core import SCALES, pin, seconds, show
+from kanyun.cli.parser import Parser
 from kanyun.storage import Folder
 from pipeline.reports.report import Report
 from pipeline.spark import spark_session
@@ -97,7 +97,7 @@ def peer(peers: str) -> Run | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python -m benchmarks.preprocess --images 200")
     parser.add_argument("--peers", default="/tmp/peers")
     parser.add_argument("--images", type=int, default=100, help="at 1x")
     args = parser.parse_args()

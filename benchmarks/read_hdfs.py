@@ -16,6 +16,7 @@ from hdfs_native import Client
 
 from benchmarks.made import GRID, IMAGE_BYTES
 from jobs.cluster import temporary_cluster
+from kanyun.cli.parser import Parser
 from kanyun.manifest import Counts
 from kanyun.reader import PackedDataset
 from kanyun.schema import Sample
@@ -88,4 +89,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    Parser(description=__doc__, example="python -m benchmarks.read_hdfs").parse_args()
     main()

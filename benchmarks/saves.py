@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 
+from kanyun.cli.parser import Parser
 from kanyun.storage import Folder
 from trainer.checkpoint import State
 from trainer.checkpoint.model_parts import parts_of
@@ -62,7 +63,7 @@ def sizes() -> dict[str, ModelConfig]:
 
 def main() -> None:
     models = sizes()
-    parser = argparse.ArgumentParser(description="Stall and whole time of a save.")
+    parser = Parser(description=__doc__, example="python benchmarks/saves.py VL-3B /local/disk")
     parser.add_argument("model", choices=models, metavar="MODEL", help=", ".join(models))
     parser.add_argument("folder", type=Path, help="on the disk to write to")
     parser.add_argument("--saves", type=int, default=2)

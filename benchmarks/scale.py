@@ -10,7 +10,6 @@ run again, so that a run of hours can be stopped, or made with --steps in parts.
 usage: python -m benchmarks.scale --rows N --images N [--cores N] [--steps N] [FOLDER]     (8 kB of disk a row)
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ import psutil
 import yaml
 
 from benchmarks.scale_data import write_raw
+from kanyun.cli.parser import Parser
 from kanyun.manifest import Manifest
 from kanyun.storage import Folder
 from pipeline.reports.report import Report
@@ -266,7 +266,7 @@ def _event_log(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python -m benchmarks.scale --rows 100000 --images 10000 /local/scale")
     parser.add_argument("--rows", type=int, default=20_000, help="of text")
     parser.add_argument("--images", type=int, default=2_000, help="rows with a picture")
     parser.add_argument("--cores", type=int, default=2, help="of Spark's local mode")

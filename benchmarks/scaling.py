@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
 
+from kanyun.cli.parser import Parser
+
 ROWS = ["1.5B:2", "1.5B:8", "3B:2", "3B:8", "7B:8", "7B:16", "7B:8:bf16", "VL-3B:8", "VL-3B:8:6", "1.5B:8:sockets"]
 BIG = ["VL-7B:4", "14B:4", "32B:4"]  # for four GPUs or more
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
@@ -50,7 +52,7 @@ CURVE = "0.5B"  # the model of the loss curves, 8 packs a step on any number of 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python benchmarks/scaling.py DATA OUT --gpus 1 2 --rows 7B:8 1.5B:8")
     parser.add_argument("data")
     parser.add_argument("out")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])

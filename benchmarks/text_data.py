@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pydoc_data.topics import topics
 
+from kanyun.cli.parser import Parser
 from pipeline.recipe import Recipe, RecipeDataset
 from tests.support.qwen_assets import real_tokenizer_folder
 
@@ -46,6 +47,8 @@ def main(out: Path, megabytes: float) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]).resolve(), float(sys.argv[2]) if len(sys.argv) > 2 else 6.0)
+    parser = Parser(description=__doc__, example="python benchmarks/text_data.py OUT 12")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("megabytes", type=float, nargs="?", default=6.0)
+    args = parser.parse_args()
+    main(args.out.resolve(), args.megabytes)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import Peer, main, train
+from kanyun.cli.parser import Parser
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.models.config import ModelConfig
@@ -169,5 +170,5 @@ PEERS = {
 }
 
 if __name__ == "__main__":
-    about = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = Parser(description=__doc__, example="python benchmarks/train_text.py DATA --models 1.5B --ours-only")
     main(about, "model", ["0.5B", "1.5B", "3B"], ours, PEERS)

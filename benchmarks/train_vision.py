@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks.side_by_side import Peer, main, train
 from benchmarks.train_text import LENGTH, flash_attention, model_folder
 from benchmarks.vision_models import FAMILIES, SIZES, add_kernels, hf_config
+from kanyun.cli.parser import Parser
 from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.models.config import ModelConfig
@@ -169,6 +170,6 @@ def train_peer(args: argparse.Namespace, config: TrainConfig, checkpointed: bool
 
 
 if __name__ == "__main__":
-    about = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = Parser(description=__doc__, example="python benchmarks/train_vision.py DATA --size Qwen3-VL-4B --rows 4")
     about.add_argument("--size", default="Qwen2.5-VL-3B")
     main(about, "row", ["2", "4", "6"], ours, {"liger": Peer("Hugging Face + Liger", peer)})

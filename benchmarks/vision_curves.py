@@ -63,4 +63,5 @@ def transformers(args: argparse.Namespace, config: TrainConfig) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(__doc__, "AutoModelForImageTextToText", 200, config, transformers)
+    example = "python benchmarks/vision_curves.py DATA OUT --steps 100"
+    main(__doc__, example, "AutoModelForImageTextToText", 200, config, transformers)

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.text_data import LENGTH, documents
 from benchmarks.vision_models import FAMILIES, SIZES, hf_config
+from kanyun.cli.parser import Parser
 from kanyun.fingerprint import fingerprint
 from kanyun.storage import Folder
 from kanyun.vision import grid_thw, image_tokens
@@ -155,7 +156,9 @@ def main(out: Path, packs: int, family: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    _, given, count, name = [*sys.argv, *("", "16", "qwen2_5_vl")[len(sys.argv) - 1 :]]
-    main(Path(given).resolve(), int(count), name)
+    parser = Parser(description=__doc__, example="python benchmarks/vision_data.py OUT 16 qwen3_vl")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("packs", type=int, nargs="?", default=16)
+    parser.add_argument("family", nargs="?", default="qwen2_5_vl", choices=FAMILIES)
+    args = parser.parse_args()
+    main(args.out.resolve(), args.packs, args.family)

@@ -54,7 +54,7 @@ def check_generation(folder: Path) -> None:
     try:
         if path.exists() and not isinstance(json.loads(path.read_text("utf-8")), dict):
             raise ValueError("it is no object of names and values")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): download it again, or delete it") from error
 
 

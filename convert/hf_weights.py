@@ -19,7 +19,8 @@ from torch import Tensor
 from convert.checks import Shape, refuse, require_finite, shape_faults
 from convert.memory import PIECE, Scratch, is_finite, pieces, read_into
 from kanyun.errors import UserError
-from trainer.models.config import ModelConfig
+from kanyun.storage import Folder
+from trainer.models.config import ModelConfig, no_model
 from trainer.models.names import Row
 from trainer.models.registry import family_of
 
@@ -179,17 +180,20 @@ def _files(folder: Path) -> list[str]:
         if (folder / name).is_symlink():
             target = (folder / name).readlink()
             raise UserError(f"{folder / name} links to {target}, which does not exist: download the model again")
-    raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}: give a Hugging Face folder with safetensors weights")
+    raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}: {no_model(Folder(str(folder)))}")
 
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        content = json.loads(index.read_text("utf-8"))
+        names = set(content["weight_map"].values())
         if not names:
             raise ValueError("its weight_map is empty")
         if odd := [name for name in names if not (isinstance(name, str) and name)]:
             raise ValueError(f"its weight_map names {odd[0]!r} as a file")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(content["metadata"], dict):  # transformers reads it, too
+            raise ValueError("its metadata is no object of names and values")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{index} is damaged ({reason}): download it again, beside its shards") from error
     return sorted(names)

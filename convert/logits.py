@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convert.checks import TensorShapes
 from convert.hf_weights import COMPUTED, HFWeights
-from convert.meaning import require_same_meaning
+from convert.meaning import accepted, require_same_meaning
 from kanyun.errors import UserError
 from kanyun.schema import Pack
 from trainer import checkpoint
@@ -113,15 +113,17 @@ def make_input(folder: Path) -> Input:
     from transformers import AutoProcessor, AutoTokenizer
 
     if ModelConfig.from_hf(str(folder)).vision is None:
-        ids = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")["input_ids"]
+        with accepted(f"the tokenizer of {folder}"):
+            ids = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")["input_ids"]
         return Input(ids[0], {"input_ids": ids}, np.empty((0, 3), np.int32), [])
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
     picture = Image.fromarray(np.asarray(smooth) // 2 + rng.integers(0, 128, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
     stream = io.BytesIO()
     picture.save(stream, "PNG")
-    processor = AutoProcessor.from_pretrained(folder)
-    processed = dict(processor(text=[IMAGE + TEXT], images=[picture], return_tensors="pt"))
+    with accepted(f"the processor of {folder}"):
+        processor = AutoProcessor.from_pretrained(folder)
+        processed = dict(processor(text=[IMAGE + TEXT], images=[picture], return_tensors="pt"))
     grid = processed["image_grid_thw"].numpy().astype(np.int32)
     return Input(processed["input_ids"][0], processed, grid, [stream.getvalue()])
 
@@ -145,7 +147,8 @@ def transformers_logits(folder: Path, sample: Input) -> Tensor:
     require_same_meaning(folder, config)
     HFWeights(folder, config).require(rows, TensorShapes.of(folder, config, rows).hf)
     loader: Any = transformers.AutoModelForImageTextToText if config.vision else transformers.AutoModelForCausalLM
-    model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with accepted(str(folder)):
+        model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(name for name in info[fault] if not COMPUTED.search(str(name))):
             raise UserError(f"{folder}: transformers reports {fault} {names[:5]}: convert the model again")

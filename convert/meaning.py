@@ -32,16 +32,13 @@ def require_same_meaning(folder: Path, config: ModelConfig) -> None:
     """
     import transformers
 
-    try:
+    with accepted(f"{folder}/config.json"):
         settings = transformers.AutoConfig.from_pretrained(folder)
         text = settings.get_text_config()
-    except Exception as error:  # any error of its validators is about config.json
-        raise UserError(f"transformers refuses {folder}/config.json ({_last_line(error)}): correct it") from error
     rope = text.rope_parameters
-    rope_type = "default" if rope["rope_type"] == "mrope" else rope["rope_type"]
     other_layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     meanings = {
-        "rope type": (rope_type, "default"),
+        "rope type": (rope["rope_type"], "default"),
         "rope_theta": (rope["rope_theta"], config.rope_theta),
         "rms_norm_eps": (text.rms_norm_eps, config.norm_eps),
         "hidden_act": (text.hidden_act, "silu"),
@@ -49,7 +46,8 @@ def require_same_meaning(folder: Path, config: ModelConfig) -> None:
         "layer_types": (min(other_layers, default="full_attention"), "full_attention"),
     }
     if config.vision:
-        meanings["mrope_section"] = (list(rope["mrope_section"]), list(config.mrope_section))
+        section = list(config.mrope_section)  # where config.json has none, the family's default is transformers'
+        meanings["mrope_section"] = (list(rope.get("mrope_section", section)), section)
         meanings["in_channels"] = (settings.vision_config.in_channels, config.vision.channels)
     for name, (theirs, ours) in meanings.items():
         if theirs != ours:
@@ -66,5 +64,11 @@ def require_same_meaning(folder: Path, config: ModelConfig) -> None:
         )
 
 
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+@contextmanager
+def accepted(file: str) -> Iterator[None]:
+    """Raise UserError for whatever error transformers raises in the block, in which it reads `file`."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise UserError(f"transformers refuses {file} ({reason}): correct it") from error

@@ -267,5 +267,5 @@ def _json(folder: Folder, name: str) -> dict[str, Any] | None:
         if not isinstance(value, dict):
             raise ValueError("it is no object of names and values")
         return value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder.uri}/{name} is not JSON ({error}): save the tokenizer folder again") from error

@@ -11,17 +11,7 @@ from kanyun.cli.doctor import Finding, missing, ok
 from kanyun.errors import UserError
 
 # What pip brings for `extra="pipeline"`: tests/unit/test_commands.py compares.
-_PACKAGES = (
-    "pyspark",
-    "pandas",
-    "pillow",
-    "transformers",
-    "torch",
-    "torchvision",
-    "jinja2",
-    "pyyaml",
-    "venv-pack",
-)
+_PACKAGES = ("pyspark", "pandas", "pillow", "jinja2", "pyyaml", "venv-pack")
 
 
 def findings(folders: Sequence[str]) -> Iterator[Finding]:

@@ -20,7 +20,7 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import determine_local_world_size, parse_args, run
 
-from kanyun.errors import UserError, run_cli
+from kanyun.errors import UserError, run_cli, say_error
 from trainer.stopping import HUNG, PREEMPTED
 
 WRONG_INPUT = 2
@@ -50,7 +50,7 @@ class Launcher:
                 if self._told and code == 128 + signal.SIGUSR1:  # told before it could listen
                     code = PREEMPTED
                 again = restarts > 0 and not self._told and code != WRONG_INPUT
-                print(f"error: {_sentence(failure)}{'; starting again' if again else ''}", file=sys.stderr, flush=True)
+                say_error(f"{_sentence(failure)}{'; starting again' if again else ''}")
                 if not again:
                     return code
                 restarts -= 1
@@ -61,7 +61,7 @@ class Launcher:
         self._told = True
         ranks = psutil.Process().children()
         if not ranks:  # none was started yet: nothing is to be saved
-            print("error: told to stop before the first step: the same command starts", file=sys.stderr, flush=True)
+            say_error("told to stop before the first step: the same command starts")
             sys.exit(PREEMPTED)
         for rank in ranks:
             rank.send_signal(signal.SIGUSR1)

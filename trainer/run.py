@@ -178,7 +178,9 @@ def open_output(path: str) -> Folder:
             f"{output.path}/checkpoints is no folder, or a link to a disk that is not mounted: mount it, or choose "
             "another output folder"
         )
-    names = [name for name in output.names() if not name.startswith((".", "_writer-"))]
+    names = [name for name in output.names() if not name.startswith((".", "_writer-", "lost+found"))]
+    if names == ["checkpoints"] and not (output / "checkpoints").names():
+        names = []  # made beforehand: a link to a larger disk
     if names and RUN not in names and not checkpoint.steps_of(output)[-1:] > [checkpoint.step_name(0)]:
         raise UserError(f"{output.path} holds something else ({names[0]}): choose an empty or new output folder")
     return output
@@ -198,12 +200,12 @@ def _resumed(config: TrainConfig, output: Folder, damaged: Mapping[str, str]) ->
     if search.newest is not None and checkpoint.read_state(search.newest).resume == wanted:
         made_since = f"{search.newest.name} was made since `resume: {wanted}` and is taken"
         return search.newest, (*search.passed_over, made_since)
-    if wanted.isdecimal():
-        chosen = checkpoint.checkpoints_of(output) / checkpoint.step_name(int(wanted))
+    if (number := wanted.removeprefix("step_")).isdecimal():
+        chosen = checkpoint.checkpoints_of(output) / checkpoint.step_name(int(number))
         if not chosen.exists():
             there = ", ".join(checkpoint.steps_of(output)) or "none"
             raise UserError(
-                f"{output.path} has no checkpoint of step {wanted}: set `resume` to one that is there ({there})"
+                f"{output.path} has no checkpoint of step {int(number)}: set `resume` to one that is there ({there})"
             )
         checkpoint.require_whole(chosen)
     else:

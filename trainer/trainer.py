@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Self
@@ -279,7 +279,8 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.runtime.rank == 0:
-            print(text, flush=True)
+            with suppress(OSError):  # a log on a full disk ends no run
+                print(text, flush=True)
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float32, device=self.runtime.device)

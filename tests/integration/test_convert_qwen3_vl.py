@@ -17,6 +17,7 @@ from convert.to_megatron import to_megatron
 from kanyun.errors import UserError
 from tests.support.qwen3_vl_assets import OTHER_TOWER, tiny_qwen3_vl_folder
 from tests.support.training_job import train, write_job
+from trainer.models.config import ModelConfig
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -123,6 +124,17 @@ def test_rows_are_added_for_a_tokenizers_new_tokens(tmp_path: Path, tied: bool) 
     to_megatron(tmp_path / "more", tmp_path / "megatron")
 
 
+@pytest.mark.parametrize("at_root", [True, False])
+def test_the_root_of_config_json_alone_ties_head_and_embedding(tmp_path: Path, at_root: bool) -> None:
+    """Unlike Qwen2.5-VL's, where the decoder's part may say so, too."""
+    source = qwen3_vl(tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": at_root}
+    config["text_config"]["tie_word_embeddings"] = not at_root
+    (source / "config.json").write_text(json.dumps(config))
+    assert transformers.AutoConfig.from_pretrained(source).tie_word_embeddings == at_root
+    assert ModelConfig.from_hf(str(source)).tied == at_root
+
+
 def test_trains_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     values = write_job(tmp_path, images=True, make_model=tiny_qwen3_vl_folder) | {"keep_last": 2}
     whole = train(values)
@@ -148,7 +160,7 @@ def test_trains_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
         ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}},
-            r"has mrope_section \[24, 20, 20\], whose sum is not half of head_dim 32",
+            r"has mrope_section \[24, 20, 20\], which are not whole numbers whose sum is half of head_dim 32",
         ),
         ({"num_position_embeddings": 35}, "has 35 num_position_embeddings, which is no square"),
         ({"deepstack_visual_indexes": [1, 4]}, r"\[1, 4\], which are not distinct blocks of 4"),

@@ -102,7 +102,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     (source / WEIGHTS).unlink()
     with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
         to_megatron(source, tmp_path / "out")
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is a Hugging Face folder, no checkpoint: `python -m convert to-megatron"):
         to_hf(str(source), tmp_path / "out")
     text, vision = (hf_model(tmp_path / name, vision=name == "b") for name in "ab")
     with pytest.raises(UserError, match=r"a text model .* a vision model"):

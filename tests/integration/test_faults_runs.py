@@ -135,13 +135,17 @@ def test_a_full_disk_stops_no_training_until_the_third_time(job: dict[str, Any],
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+KILLS = int(os.environ.get("SOAK_KILLS", "4"))  # `make soak` does 40, 15 of them inside of a save
+
+
 def kills() -> Iterator[tuple[bool, bool]]:
-    """(inside of a save, all ranks) of each; `make soak` does 40, 15 of them inside of a save."""
-    count = int(os.environ.get("SOAK_KILLS", "4"))
-    for number in range(count):
-        yield number < count * 15 // 40 + 1, number % 2 == 0
+    """(inside of a save, all ranks) of each."""
+    for number in range(KILLS):
+        print(f"kill {number + 1} of {KILLS}", flush=True)
+        yield number < KILLS * 15 // 40 + 1, number % 2 == 0
 
 
+@pytest.mark.timeout(600 + 90 * KILLS)  # seconds; on a busy machine a kill takes a minute
 def test_killed_at_random_moments_it_loses_nothing(text_run: dict[str, Any], job: dict[str, Any]) -> None:
     seed = int(os.environ.get("SOAK_SEED", time.time_ns() % 10**6))
     print(f"SOAK_SEED={seed}")

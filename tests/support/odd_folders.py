@@ -79,6 +79,10 @@ def index_text(change: Callable[[str], str]) -> Edit:
     return sharded(lambda folder, index: (folder / INDEX).write_text(change(json.dumps(index))) and None)
 
 
+def without_metadata(folder: Path, index: dict[str, Any]) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+
+
 def single_file_beside_shards(folder: Path, index: dict[str, Any]) -> None:
     tensors = {name: load_file(folder / file)[name] for name, file in index["weight_map"].items()}
     save_file(tensors | {NORM: tensors[NORM] + 1}, folder / WEIGHTS, metadata={"format": "pt"})
@@ -123,6 +127,23 @@ def folder_in_place_of(file: Path) -> None:
 def marked(name: str) -> Edit:
     """Return an edit that puts a byte order mark before a file's text."""
     return lambda folder: (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+
+
+def adapter(folder: Path) -> None:
+    """What peft saves of a model: the weights that were added, and no others."""
+    (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2.5-7B"}')
+
+
+def section(*frequencies: float) -> Edit:
+    """Return an edit of the frequencies of time, height and width."""
+
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        values["text_config"]["rope_parameters"]["mrope_section"] = frequencies
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return edit
 
 
 def pickled(folder: Path) -> None:
@@ -189,6 +210,8 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "index cut": ("tied", index_text(lambda text: text[:200]), f"{INDEX} is damaged (Unterminated string"),
     "index without map": ("tied", index_text(lambda text: '{"metadata": {}}'), f"{INDEX} is damaged (no 'weight_map')"),
     "index empty map": ("tied", index_text(lambda text: '{"weight_map": {}}'), "its weight_map is empty"),
+    "index without metadata": ("tied", sharded(without_metadata), f"{INDEX} is damaged (no 'metadata')"),
+    "index nested too deep": ("tied", index_text(lambda text: "[" * 10**5), f"{INDEX} is damaged (maximum recursion"),
     "index is a list": ("tied", index_text(lambda text: "[]"), f"{INDEX} is damaged"),
     "index names a number": (
         "tied",
@@ -207,6 +230,14 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         "generation_config.json is damaged ([Errno 21] Is a directory",
     ),
     "pickle": ("tied", pickled, "is a pickle"),
+    "adapter alone": ("tied", adapter, "it is a LoRA adapter, so merge it into its base model"),
+    "an image model's rope": (
+        "tied",
+        config(rope_parameters={"rope_type": "mrope", "rope_theta": 1e6}),
+        "means rope type mrope to transformers, and default to the trainer",
+    ),
+    "section of no whole numbers": ("vision", section(4.0, 2.0, 2.0), "has mrope_section [4.0, 2.0, 2.0], which are"),
+    "section below zero": ("vision", section(-2, 5, 5), "has mrope_section [-2, 5, 5], which are not whole numbers"),
     "yarn": ("tied", config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "has rope scaling 'yarn'"),
     "rope twice": (
         "tied",
@@ -253,6 +284,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         f"{INDEX} is damaged (Unexpected UTF-8 BOM",
     ),
     "no heads": ("tied", config(num_attention_heads=0), "config.json is damaged"),
+    "config nested too deep": (
+        "tied",
+        lambda folder: (folder / "config.json").write_text("[" * 10**5),
+        "config.json is damaged (maximum recursion depth",
+    ),
     "config is a list": ("tied", lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged"),
     "tokenizer is a list": (
         "tied",

@@ -127,3 +127,9 @@ def copy_of(finished: dict[str, Any], job: dict[str, Any]) -> Path:
     """Copy a finished run to the job's output; return its checkpoints."""
     shutil.copytree(finished["output"], job["output"])
     return Path(job["output"], "checkpoints")
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)

@@ -137,7 +137,7 @@ def test_bash_completes_commands_and_options(
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (UserError("no such folder"), 2),
+        (UserError("no such folder: a\nb\x1b[31m"), 2),
         (ModuleNotFoundError("No module named 'jinja2'", name="jinja2.sandbox"), 2),
         (KeyboardInterrupt(), 130),
     ],
@@ -159,6 +159,16 @@ def test_a_reader_that_went_away_is_no_error() -> None:
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -c 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert (done.stdout, done.stderr) == ("x141\n", "")
+
+
+def test_output_that_its_disk_refuses_is_one_sentence() -> None:
+    """And where the errors go to the same full disk, the exit code says it."""
+    code = "from kanyun.errors import run_cli\nrun_cli(lambda: print('x'))"
+    for errors, lines in (("", 1), ("2>&1", 0)):
+        command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} >/dev/full {errors}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stderr.count("\n")) == (2, lines)
+        assert not lines or done.stderr.startswith("error: a disk is full, perhaps that of the output ([Errno 28]")
 
 
 @pytest.mark.parametrize("module", MODULES)

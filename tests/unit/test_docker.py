@@ -62,6 +62,12 @@ def test_an_image_runs_as_a_user_and_keeps_no_secret(path: Path) -> None:
     assert not re.search(r"^(ARG|ENV).*(TOKEN|PASSWORD|SECRET|INDEX_URL)", text, re.MULTILINE)
 
 
+def test_both_images_have_the_same_pinned_base() -> None:
+    bases = {base for path in DOCKERFILES for base in re.findall(r"^ARG BASE=(.*)$", path.read_text(), re.MULTILINE)}
+    (base,) = bases
+    assert re.fullmatch(r"debian:trixie-\d{8}-slim", base)
+
+
 def test_one_version_everywhere() -> None:
     for path in (*DOCKERFILES, *ROOT.glob("docker/*.yaml"), *ROOT.glob("jobs/facts_*.yaml")):
         assert set(re.findall(r"kanyun-(?:pipeline|trainer):([\w.]+)", path.read_text())) == {VERSION}, path

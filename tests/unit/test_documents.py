@@ -217,3 +217,12 @@ def test_the_site_is_built_and_asks_nobody(tmp_path: Path) -> None:
         loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=[\"']?([^\"'\s>]+)", page.read_text())
         assert loaded
         assert [url for url in loaded if re.match(r"(?:https?:)?//", url)] == [], page
+
+
+def test_every_benchmark_has_an_example_in_its_help() -> None:
+    """They are read, not run: most of them import torch."""
+    scripts = {path.stem: path.read_text() for path in ROOT.glob("benchmarks/*.py")}
+    commands = {name: text for name, text in scripts.items() if "__main__" in text}
+    example = r'example ?= ?"python (?:-m benchmarks\.|benchmarks/)%s\b'
+    assert len(commands) > 20
+    assert [name for name, text in commands.items() if not re.search(example % name, text)] == []

@@ -135,7 +135,8 @@ def test_an_environment_is_packed_with_the_pinned_versions(tmp_path: Path) -> No
     venv, install, pack = dry(f"jobs/pack_env.sh {tmp_path}/env.tar.gz").split(" && ")
     assert venv == f"{PYTHON} -m venv ENV"
     assert install == f"ENV/bin/python -m pip install -c {ROOT}/constraints.txt {ROOT}\\[pipeline\\]"
-    assert pack == f"{PYTHON} -m venv_pack --prefix ENV --output {tmp_path}/env.tar.gz --force"
+    options = f"--prefix ENV --output {tmp_path}/env.tar.gz --exclude \\*/pyspark/jars/\\* --force --quiet"
+    assert pack == f"{PYTHON} -m venv_pack {options}"
 
 
 def test_a_bare_machine_says_all_that_is_missing(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from trainer.metrics import ASIDE, METRICS, Metrics, RankTimes, StepMetrics, process_age
-from trainer.metrics.lines import Lines
+from trainer.metrics.appended import AppendedFile
 from trainer.stopping import BAD_STEPS, FiniteGuard
 
 
@@ -27,16 +26,23 @@ def start(folder: Path, step: int) -> str:
         return metrics.notes
 
 
-def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
-    lines = Lines(Path("/dev/full"))
-    assert lines.write(line(1)) == lines.write(line(2)) == "[Errno 28] No space left on device"
-    os.dup2(os.open(tmp_path / METRICS, os.O_WRONLY | os.O_CREAT), lines._file.fileno())  # room again
-    assert lines.write(line(3)) == ""
-    assert (tmp_path / METRICS).read_text() == line(1) + line(2) + line(3)
-    assert lines.close() == ""
-    lost = Lines(Path("/dev/full"))
-    lost.write(line(1))
-    assert lost.close().startswith("1 line(s) of /dev/full could not be written ([Errno 28] No space left")
+def test_entries_wait_while_the_disk_refuses(tmp_path: Path) -> None:
+    """A full one writes a part of what it is given; where one is away, its mount point is empty."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    file, path = AppendedFile(disk / METRICS), disk / METRICS
+    path.write_text("0\n")
+    assert file.write(b"1\n") == ""
+    path.rename(tmp_path / "kept")
+    path.symlink_to("/dev/full")
+    assert file.write(b"2\n") == file.write(b"3\n") == "[Errno 28] No space left on device"
+    path.unlink()
+    assert file.write(b"4\n") == f"[Errno 2] No such file or directory: '{path}'"
+    assert list(disk.iterdir()) == []
+    assert file.close() == f"the last 3 entries of {path} are lost ([Errno 2] No such file or directory: '{path}')"
+    path.write_text("0\n1\n2")
+    assert file.write(b"5\n") == file.close() == ""
+    assert path.read_text() == "0\n1\n2\n3\n4\n5\n"
 
 
 def test_lines_of_steps_that_are_done_again_and_damaged_ones_move_aside(tmp_path: Path) -> None:

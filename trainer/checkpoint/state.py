@@ -93,11 +93,16 @@ class Marker:
             if digest is not None and digest != _digest(values):
                 raise ValueError("it does not have its own digest")
             values.pop("files", None)
+            if unknown := values.keys() - {field_.name for field_ in fields(State)}:
+                raise UserError(
+                    f"{step.uri}/{STATE} has {', '.join(sorted(unknown))}, which a newer version must have written: "
+                    "use that version, or another checkpoint"
+                )
             digests = None if files is None else {name: FileDigest(**file) for name, file in files.items()}
             return cls(State(**values), digests)
         except FileNotFoundError as error:
             raise UserError(f"{step.uri} has no {STATE}: it is not a whole checkpoint; use another one") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{step.uri}/{STATE} is damaged ({error}): use another checkpoint") from error
 
 

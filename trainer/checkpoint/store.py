@@ -114,6 +114,10 @@ def look_up(path: str, damaged: Mapping[str, str] | None = None) -> Search:
             return search
         if search.passed_over:
             raise UserError(f"{path} has no whole checkpoint ({'; '.join(search.passed_over)}): use another run")
+    if folder.exists("config.json"):
+        raise UserError(
+            f"{path} is a Hugging Face folder, no checkpoint: `python -m convert to-megatron {path} OUT` makes one"
+        )
     raise UserError(
         f"{path} is no checkpoint: give a run's output folder, or one step_... folder below its checkpoints/"
     )

@@ -28,8 +28,10 @@ from trainer.checkpoint.store import (
     publish,
     require_whole,
     step_name,
+    sync_file,
 )
 from trainer.checkpoint.writer import write_bytes, write_parts
+from trainer.report.history import METRICS
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class JointWriter:
         return error
 
     def _begin(self, save: Save, size: int) -> None:
+        self._require_claim()
         begin_attempt(self.output, save.name)
         if self.output.is_local:
             require_room(disk_of(self.output), size)
@@ -93,11 +96,20 @@ class JointWriter:
                 (attempt / "hf").write(name, self.hf.read(name))
         for name, size in (attempt / "hf").files():
             files[f"hf/{name}"] = FileDigest(size, (attempt / "hf").digest(name))
-        if self.owns is not None and not self.owns():
-            raise UserError(f"another run took this one for dead and writes {self.output.path}: end one of them")
+        self._require_claim()
+        if self.output.is_local and self.output.exists(METRICS):  # after a power cut, it has the steps up to this one
+            sync_file(f"{self.output.path}/{METRICS}")
         attempt.write(STATE, Marker(save.state, files).encode())
         _wait_until_whole(attempt)
         publish(self.output, attempt, save.name, self.keep_last)
+
+    def _require_claim(self) -> None:
+        """Raises UserError if the output is not this run's: nothing is written below the mount point of its disk."""
+        if self.owns is not None and not self.owns():
+            raise UserError(
+                f"{self.output.path} has lost this run's claim: mount its disk again if that is away; if another run "
+                "took this one for dead and writes there, end one of them"
+            )
 
     def _gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks."""

@@ -17,7 +17,7 @@ import torch
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from trainer.metrics.lines import Lines
+from trainer.metrics.appended import AppendedFile
 from trainer.metrics.trackers import TensorBoard, Tracker, scalars_of, services
 from trainer.report.history import METRICS, History
 from trainer.report.page import PAGE, page
@@ -77,12 +77,12 @@ class Metrics:
         if not output.is_local:
             self._local = Path(self._open.enter_context(TemporaryDirectory(prefix="kanyun-metrics-")))
             self._local.joinpath(METRICS).write_bytes(output.read(METRICS) if output.exists(METRICS) else b"")
-        self._lines = Lines(self._local / METRICS)
+        self._lines = AppendedFile(self._local / METRICS)
         self._refused = ""  # why the disk takes no lines, as last said
         self._unpublished = ""  # why the output took no files, as last said
         self._terminal = sys.stdout.isatty()
-        self._board = TensorBoard(self._local, start, self._say)
-        self._trackers: list[Tracker] = [self._board, *services(output.uri, self._config, self._say)]
+        board = TensorBoard(self._local, start, self._say)
+        self._trackers: list[Tracker] = [board, *services(output.uri, self._config, self._say)]
         for tracker in self._trackers:
             self._open.callback(tracker.close)
         self._shown = 0.0
@@ -92,7 +92,7 @@ class Metrics:
 
     def report(self, metrics: StepMetrics) -> None:
         line = _finite(asdict(metrics))
-        refused = self._lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        refused = self._lines.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
         if refused and refused != self._refused:
             self._say(f"{self._local / METRICS} cannot be written ({refused}): its lines wait in memory until it can")
         self._refused = refused
@@ -116,14 +116,13 @@ class Metrics:
             if time.monotonic() - self._drawn > 1000 * self._drawing:
                 self._draw()
             if not self._output.is_local:
-                self._board.flush()
                 for file in self._local.rglob("*"):
                     if file.is_file():
                         self._output.write(str(file.relative_to(self._local)), file.read_bytes())
         except (UserError, OSError) as error:
             refused = f"{'report.html' if self._output.is_local else 'metrics'} not written ({error})"
         if refused and refused != self._unpublished:
-            self._say(f"{refused}; the next save tries again")
+            self._say(refused)
         self._unpublished = refused
 
     def close(self) -> None:
@@ -239,6 +238,6 @@ def _step(line: bytes) -> int | None:
     """Return the step of a line of metrics.jsonl; None if it is damaged or was cut short."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return step if type(step) is int else None  # True is an int, too

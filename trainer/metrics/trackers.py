@@ -6,17 +6,19 @@ configured here. Each has a thread: training never waits for a service, and none
 
 import os
 import re
-import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from errno import ENOSPC
 from functools import partial
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from queue import Full, Queue
 from typing import Any, Protocol
+
+from trainer.metrics.appended import AppendedFile
 
 # Names in a line of metrics.jsonl -> group and name of a chart.
 SCALARS = {
@@ -41,7 +43,6 @@ BY_DATASET = {
     "tokens_by_dataset": "trained tokens by dataset",
 }
 WAITING = 1000  # steps that wait for a slow service; further ones are left out
-_ROOM = 1 << 20  # bytes: TensorBoard keeps some 100 kB before it writes them
 CLOSE_SECONDS = 60  # that the end of a run waits for them
 
 
@@ -65,40 +66,33 @@ def scalars_of(line: Mapping[str, Any]) -> dict[str, float]:
 class TensorBoard:
     """FOLDER/tensorboard; a run that resumes at step `start` hides what was written of later steps.
 
-    It is left out from the first time on that its disk refuses, as a full one does.
+    tensorboard's own writer has a thread, which prints a traceback and ends where a disk refuses.
     """
 
     def __init__(self, folder: Path, start: int, say: Callable[[str], None]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import: other ranks need not
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # 0.3 s: other ranks need not
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self._say, self._folder = say, folder
-        self._writer: Any = None
-        self._attempt(lambda: self._start(SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)))
-
-    def _start(self, writer: Any) -> None:
-        self._writer = writer
+        self._event, self._summary, self._say = Event, Summary, say
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = AppendedFile(folder / "tensorboard" / name)
+        self._write(file_version="brain.Event:2", step=start + 1)
+        self._write(session_log=SessionLog(status=SessionLog.START), step=start + 1)
 
     def log(self, scalars: dict[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            if self._writer:
-                self._attempt(partial(self._writer.add_scalar, name, value, step))
-
-    def flush(self) -> None:
-        if self._writer:
-            self._attempt(self._writer.flush)
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(summary=self._summary(value=values), step=step)
 
     def close(self) -> None:
-        if self._writer:
-            self._attempt(self._writer.close)
+        if lost := self._file.close():
+            self._say(lost)
 
-    def _attempt(self, action: Callable[[], object]) -> None:
-        try:
-            if shutil.disk_usage(self._folder).free < _ROOM:  # its own thread writes, and would print a traceback
-                raise OSError(ENOSPC, os.strerror(ENOSPC))
-            action()
-        except OSError as error:
-            self._writer = None
-            self._say(_left_out("TensorBoard", error))
+    def _write(self, **values: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = BytesIO()
+        RecordWriter(record).write(self._event(wall_time=time.time(), **values).SerializeToString())
+        self._file.write(record.getvalue())  # where its disk refuses, metrics.jsonl says so
 
 
 class Wandb:
@@ -202,14 +196,10 @@ class Background:
             tracker.close()
         except Exception as error:  # a service raises what it likes
             self._failed = True
-            self._say(_left_out(self.name, error))
+            reason = " ".join(str(error).split())[:300]
+            self._say(f"{self.name} is left out from now on ({type(error).__name__}: {reason}); training goes on")
             while self._queue.get():
                 pass
-
-
-def _left_out(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
-    return f"{name} is left out from now on ({type(error).__name__}: {reason}); training goes on"
 
 
 def services(run: str, config: dict[str, Any], say: Callable[[str], None]) -> list[Background]:

@@ -78,13 +78,20 @@ class ModelConfig:
 
         root = Folder(folder)
         if not root.exists("config.json"):
-            raise UserError(f"{root.uri} has no config.json: give a Hugging Face folder")
+            raise UserError(f"{root.uri} has no config.json: {no_model(root)}")
         try:
             values = json.loads(root.read("config.json"))
             return get_family(values["model_type"], where=root.uri).read_config(values, root)
-        except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
             fault = f"incomplete ({error!r})" if isinstance(error, KeyError) else f"damaged ({error})"
             raise UserError(f"{root.uri}/config.json is {fault}: download the model again") from error
+
+
+def no_model(folder: Folder) -> str:
+    """Return what to do about a folder that has no model of its own."""
+    if folder.exists("adapter_config.json"):
+        return "it is a LoRA adapter, so merge it into its base model (peft's merge_and_unload) and give that folder"
+    return "give a Hugging Face folder with safetensors weights"
 
 
 def _require_numbers(config: ModelConfig | VisionConfig) -> None:
@@ -103,17 +110,16 @@ def read_decoder(
 ) -> ModelConfig:
     """Return the part of a ModelConfig that every family's config.json spells alike; `options` are the other fields.
 
-    transformers 5 nests a vision-language model's decoder in text_config, older versions wrote it flat. `head_dim`:
-    None for hidden_size / heads, and then config.json must not say otherwise. `default_theta`: transformers', where
-    config.json has none. Raises UserError for an option that the trainer does not have.
+    `head_dim`: None for hidden_size / heads, and then config.json must not say otherwise. `default_theta`:
+    transformers', where config.json has none. Raises UserError for an option that the trainer does not have.
     """
-    text = {**values, **values.get("text_config", {})}
+    text = decoder_settings(values)
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}  # transformers' order
     scaling = rope.get("rope_type", rope.get("type", "default"))
     usual_head_dim = text["hidden_size"] // text["num_attention_heads"]
     other_head_dim = head_dim is None and text.get("head_dim") not in (None, usual_head_dim)
     head_dim = head_dim or usual_head_dim
-    quantization = text.get("quantization_config")
+    quantization = values.get("quantization_config") or text.get("quantization_config")
     refuse_options(
         folder,
         {
@@ -124,10 +130,12 @@ def read_decoder(
             f"hidden_act {text.get('hidden_act')!r}": text.get("hidden_act", "silu") != "silu",
         },
     )
-    if sum(rope.get("mrope_section") or [head_dim // 2]) != head_dim // 2:
+    # A text token has three equal positions, so for a text model any section gives plain RoPE.
+    section = options.setdefault("mrope_section", (head_dim // 2, 0, 0))
+    if sum(section) != head_dim // 2 or any(type(count) is not int or count < 0 for count in section):
         raise UserError(
-            f"{folder.uri}/config.json has mrope_section {rope['mrope_section']}, whose sum is not half of head_dim "
-            f"{head_dim}: download the model again"
+            f"{folder.uri}/config.json has mrope_section {list(section)}, which are not whole numbers whose sum is "
+            f"half of head_dim {head_dim}: download the model again"
         )
     fields = {
         "model_type": values["model_type"],
@@ -141,8 +149,6 @@ def read_decoder(
         "max_positions": text["max_position_embeddings"],
         "norm_eps": text["rms_norm_eps"],
         "rope_theta": float(rope.get("rope_theta") or text.get("rope_theta") or default_theta),
-        # A text token has three equal positions, so for a text model any section gives plain RoPE.
-        "mrope_section": (head_dim // 2, 0, 0),
         # transformers 5 reads it from the root, older versions wrote it into text_config: either says yes.
         "tied": bool(values.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         "initializer_range": text.get("initializer_range", 0.02),
@@ -150,6 +156,14 @@ def read_decoder(
         "vision": None,
     }
     return ModelConfig(**fields | options)
+
+
+def decoder_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the decoder's part of config.json: transformers 5 nests that of a vision-language model in text_config,
+    older versions wrote it flat. What is beside text_config means nothing to it.
+    """
+    nested: dict[str, Any] | None = values.get("text_config")
+    return values if nested is None else nested
 
 
 def vision_fields(vision: dict[str, Any], folder: Folder) -> dict[str, Any]:

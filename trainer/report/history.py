@@ -68,7 +68,7 @@ class History:
         folder = Folder(path)
         if not folder.exists(METRICS):
             raise UserError(f"{folder.path} has no {METRICS}: give the output folder of a run that has done a step")
-        history = cls(folder.path, json.loads(folder.read(RUN)) if folder.exists(RUN) else {})
+        history = cls(folder.path, _config(folder))
         for text in BytesIO(folder.read(METRICS)):
             if line := _line(text):
                 history._add(line)
@@ -98,9 +98,20 @@ class History:
         self.last = line
 
 
+def _config(folder: Folder) -> dict[str, Any]:
+    """Return the config of a run. Raises UserError if run.json is there and damaged."""
+    try:
+        config = json.loads(folder.read(RUN)) if folder.exists(RUN) else {}
+        if not isinstance(config, dict):
+            raise ValueError("it is no object of names and values")
+        return config
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder.path}/{RUN} is damaged ({error}): the run writes it anew; else delete it") from error
+
+
 def _line(text: bytes) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
-    except ValueError:  # cut short: it is being written
+    except (ValueError, RecursionError):  # cut short: it is being written; or damaged
         return None
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None

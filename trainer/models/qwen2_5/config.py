@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kanyun.storage import Folder
-from trainer.models.config import ModelConfig, VisionConfig, read_decoder, refuse_options, vision_fields
+from trainer.models.config import (
+    ModelConfig,
+    VisionConfig,
+    decoder_settings,
+    read_decoder,
+    refuse_options,
+    vision_fields,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def read_config(values: dict[str, Any], folder: Folder) -> ModelConfig:
     options: dict[str, Any] = {"qkv_bias": True, "qk_norm": False}
     if values["model_type"] == "qwen2_5_vl":
         options["default_theta"] = 1e6
-        text = {**values, **values.get("text_config", {})}
+        text = decoder_settings(values)
         time, height, width = (text.get("rope_scaling") or text["rope_parameters"])["mrope_section"]
         options["mrope_section"] = (time, height, width)
         options["image_token_id"] = values["image_token_id"]

@@ -45,6 +45,7 @@ def read_config(values: dict[str, Any], folder: Folder) -> ModelConfig:
         mrope_section=tuple(rope.get("mrope_section") or MROPE_SECTION),
         qkv_bias=False,
         qk_norm=True,
+        tied=bool(values.get("tie_word_embeddings")),  # transformers asks the root alone, unlike for Qwen2.5-VL
         image_token_id=values["image_token_id"],
         vision=_vision_config(vision, folder),
     )

@@ -1,0 +1,96 @@
+"""A disk that has no room, is read-only, or fails under a save: one sentence, and the checkpoint before stays whole."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kanyun.errors import UserError
+from kanyun.storage import Folder
+from kanyun.storage.local import LocalBackend
+from tests.support.checkpoints import names, write_step
+from trainer.checkpoint.faults import faults
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Folder:
+    return Folder(str(tmp_path / "out"))
+
+
+def test_checkpoints_may_link_to_a_larger_disk(output: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    output.make()
+    Path(output.path, "checkpoints").symlink_to(larger)
+    disk_usage = shutil.disk_usage
+
+    def usage(path: str) -> Any:
+        inside = Path(path).resolve().is_relative_to(larger)
+        return disk_usage(path)._replace(free=10**9 if inside else 1000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert write_step(output, 1).exists()
+
+
+@pytest.mark.parametrize("name", [".metadata", "state.json", "latest"])
+def test_a_disk_that_gets_full_in_a_small_file(name: str, output: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last files of a checkpoint, one sentence says what is free and needed; the hint is not worth one."""
+    create, disk_usage = LocalBackend.create, shutil.disk_usage
+
+    def full(backend: LocalBackend, path: str) -> Any:
+        if path.endswith(f".{name}.tmp"):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: disk_usage(path)._replace(free=5000))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return create(backend, path)
+
+    monkeypatch.setattr(LocalBackend, "create", full)
+    if name == "latest":
+        assert write_step(output, 1).exists()
+        return
+    with pytest.raises(UserError, match=r"/out/checkpoints has 0\.0 MB free, \d\.\d MB are needed: make room there"):
+        write_step(output, 1)
+    assert names(output) == []
+
+
+def test_a_quota_or_inodes_that_are_used_up(output: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the disk has room, and making more would help nobody."""
+
+    def full(backend: LocalBackend, path: str) -> Any:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), path)
+
+    monkeypatch.setattr(LocalBackend, "create", full)
+    sentence = r"free, \d\.\d MB are needed \(Disk quota exceeded\): see to your quota, and to inodes \(df -i\)"
+    with pytest.raises(UserError, match=sentence):
+        write_step(output, 1)
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open", "pwrite", "ftruncate", "fsync", "replace", "rename"])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_disk_that_refuses(call: str, number: int, output: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever call of the system is the first to fail, and whatever call fails then."""
+    before = write_step(output, 1)
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        name = path if isinstance(path, str) else f"fd {path}"
+        raise OSError(number, os.strerror(number), name)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, call, refuse)
+        with pytest.raises(UserError) as refused:
+            write_step(output, 2)
+    assert os.strerror(number) in str(refused.value)
+    assert f"{output.path}/checkpoints" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert faults(before) == []
+    write_step(output, 3)
+    assert names(output) == ["latest", "step_00000003"]
+
+
+def test_a_disk_that_is_away_is_not_written_below_its_mount_point(output: Folder) -> None:
+    output.make()
+    with pytest.raises(UserError, match="/out has lost this run's claim: mount its disk again if that is away; if"):
+        write_step(output, 1, owns=lambda: False)
+    assert output.names() == []
