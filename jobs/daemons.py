@@ -16,7 +16,6 @@ import psutil
 
 from jobs.hadoop import HEAP, JAVA_OPTIONS, SPARK_HOME, write_conf
 from kanyun.errors import UserError
-from pipeline.spark import archive_options
 
 HOST = "127.0.0.1"
 DATANODES = ("datanode-1", "datanode-2")
@@ -103,7 +102,7 @@ def spark_daemon(state: Path, name: str, *args: str | int) -> tuple[list[str], d
     command = [SPARK_HOME / "bin" / "spark-class", f"org.apache.spark.deploy.{kind}", *options]
     env = {
         "SPARK_HOME": str(SPARK_HOME),
-        "SPARK_DAEMON_JAVA_OPTS": " ".join([*JAVA_OPTIONS, *archive_options(), f"-Djava.io.tmpdir={state / 'tmp'}"]),
+        "SPARK_DAEMON_JAVA_OPTS": " ".join([*JAVA_OPTIONS, f"-Djava.io.tmpdir={state / 'tmp'}"]),
         "SPARK_DAEMON_MEMORY": HEAP,
         "SPARK_WORKER_DIR": str(state / name),
         "SPARK_LOCAL_DIRS": str(state / "spark-local"),

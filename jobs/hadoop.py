@@ -12,7 +12,7 @@ import pyspark
 from kanyun.errors import UserError
 
 CACHE = Path(os.environ.get("KANYUN_CACHE") or Path.home() / ".cache" / "kanyun")
-SPARK_HOME = Path(pyspark.__file__).resolve().parent
+SPARK_HOME = Path(pyspark.__file__).parent
 HEAP = "256m"  # of each daemon
 # A quick start rather than a quick hundredth hour.
 JAVA_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")

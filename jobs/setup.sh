@@ -52,5 +52,4 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
   echo "making .venv with $("$python" --version)" >&2
   call "$python" -m venv --clear .venv
 fi
-call .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
-run .venv/bin/python -m jobs.class_archive
+run .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -50,12 +50,11 @@ _SETTINGS = {
     # Pages are written with a checksum, which is not verified by default.
     "spark.hadoop.parquet.page.verify-checksum.enabled": "true",
 }
-# Spark's classes, read and verified by an earlier JVM (jobs/class_archive.py): a stage takes 10 s of CPU time, not 15.
-CLASS_ARCHIVE = Path(sys.prefix) / "spark.jsa"
 # For a session that spark-submit did not configure.
 _LOCAL_SETTINGS = {
     "spark.ui.enabled": "false",
     "spark.driver.memory": "2g",  # in local mode this is the memory of all tasks
+    "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={(_HERE / 'log4j2.properties').as_uri()}",
 }
 _INCUBATOR_WARNING = b"WARNING: Using incubator modules"
 # A UserError of a task in the text of Spark's error; and the errors of Hadoop's client in Java.
@@ -80,8 +79,6 @@ def spark_session() -> SparkSession:
         master = os.environ.get("SPARK_MASTER", "local[*]")
         builder = builder.master(master)
         settings |= _LOCAL_SETTINGS
-        log4j = f"-Dlog4j2.configurationFile={(_HERE / 'log4j2.properties').as_uri()}"
-        settings["spark.driver.extraJavaOptions"] = " ".join(f'"{option}"' for option in [log4j, *archive_options()])
         if master.startswith("local"):  # the name of a laptop or of a container may lead nowhere
             settings["spark.driver.host"] = "127.0.0.1"
             os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")  # else the JVM looks the name up, and ends
@@ -96,14 +93,6 @@ def spark_session() -> SparkSession:
         session.sparkContext.setLogLevel("ERROR")
     _ship_code(session)
     return session
-
-
-def archive_options() -> list[str]:
-    """Java's options that take Spark's classes from CLASS_ARCHIVE, if it exists.
-
-    Java takes an archive of the same Java and the same jars only; for a missing one it gives up its own classes', too.
-    """
-    return [f"-XX:SharedArchiveFile={CLASS_ARCHIVE}", "-Xlog:cds*=off"] if CLASS_ARCHIVE.exists() else []
 
 
 @contextmanager

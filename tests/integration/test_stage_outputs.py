@@ -9,7 +9,6 @@ import pytest
 from pyspark.sql import SparkSession
 
 from kanyun.errors import DatasetError, UserError
-from pipeline.spark import CLASS_ARCHIVE
 from pipeline.stages.filter import FilterStage
 from pipeline.stages.preprocess import PreprocessStage
 from tests.support.raw_rows import lines, write_lines
@@ -45,11 +44,6 @@ def test_finished_work_is_skipped_and_other_work_is_refused(
         PreprocessStage(str(raw), str(tmp_path / "notes"), "text").run()
     assert (tmp_path / "notes" / "mine.txt").read_text() == "keep"
     assert not [path for path in out.iterdir() if path.name.startswith("_attempt")]
-
-
-def test_java_takes_its_classes_from_the_archive_of_the_set_up(spark: SparkSession) -> None:
-    java: Any = spark.sparkContext._gateway
-    assert str(CLASS_ARCHIVE.resolve()) in Path(f"/proc/{java.proc.pid}/maps").read_text()
 
 
 def test_a_lost_row_is_found(spark: SparkSession, tmp_path: Path) -> None:

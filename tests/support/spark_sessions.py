@@ -13,8 +13,9 @@ from jobs.daemons import HOST
 from pipeline import spark
 
 # What tests/conftest.py says to Java, without what it says to Spark: executors are not to be told that.
-_OPTIONS = os.environ.get("SPARK_SUBMIT_OPTS", "").split()
-JAVA_OPTIONS = " ".join([*(o for o in _OPTIONS if not o.startswith("-Dspark.")), *spark.archive_options()])
+JAVA_OPTIONS = " ".join(
+    option for option in os.environ.get("SPARK_SUBMIT_OPTS", "").split() if not option.startswith("-Dspark.")
+)
 # Settings of `spark_on`: queries are compiled, as without tests/conftest.py.
 COMPILED = {"spark__sql__codegen__wholeStage": "true", "spark__sql__codegen__factoryMode": "FALLBACK"}
 

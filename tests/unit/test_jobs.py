@@ -156,11 +156,10 @@ def test_set_up_prints_what_it_would_install(tmp_path: Path) -> None:
     (tmp_path / "java").write_text("#!/bin/sh\necho 'openjdk version \"21.0.1\"' >&2\n")
     for tool in tmp_path.iterdir():
         tool.chmod(0o755)
-    *_, install, archive = dry("jobs/setup.sh", {"PATH": f"{tmp_path}:/usr/bin:/bin"}).splitlines()
+    *_, install = dry("jobs/setup.sh", {"PATH": f"{tmp_path}:/usr/bin:/bin"}).splitlines()
     assert install.strip() == (
         ".venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e .\\[dev\\]"
     )
-    assert archive.strip() == ".venv/bin/python -m jobs.class_archive"
 
 
 def test_set_up_for_a_gpu_prints_what_it_would_install() -> None:

@@ -80,7 +80,7 @@ class LayoutPlanner:
         if not layouts:
             raise UserError(self._does_not_fit(self._gpu, length, patches))
         if any(1 < layout.weight_shards <= self._node for layout in layouts):
-            # Between nodes NCCL would gather, which nobody has measured: only for what does not fit a node.
+            # Between nodes NCCL gathers, over networks that were not measured: only for what does not fit a node.
             layouts = [layout for layout in layouts if layout.weight_shards <= self._node]
         return sorted(layouts, key=_order)
 
