@@ -51,6 +51,15 @@ class Attempt:
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
+        """Let the attempt appear with a claim in it: a folder without one is taken for a dead driver's and moved away,
+        and the claim with it, if that is written meanwhile."""
+        starting = self.target.parent / f"_starting-{self.folder.name}"
+        try:
+            starting.write(DRIVER, b"")
+            starting.move_to(self.folder)
+        finally:
+            with suppress(UserError):
+                starting.delete()
         with ExitStack() as stack:
             try:
                 stack.enter_context(Claim(self.folder, DRIVER).held())
