@@ -66,7 +66,7 @@ def require_same_meaning(folder: Path, config: ModelConfig) -> None:
 
 @contextmanager
 def accepted(file: str) -> Iterator[None]:
-    """Raise UserError for whatever error transformers raises in the block, in which it reads `file`."""
+    """Turn any error that transformers raises in the `with` block into a UserError that names `file`."""
     try:
         yield
     except Exception as error:

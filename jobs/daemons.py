@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -47,11 +48,13 @@ def refuse_taken_ports(settings: Settings) -> None:
             raise UserError(f"port {port} is taken{_holder(port)}: choose another by {option}")
 
 
-def free_ports() -> dict[str, int]:
-    """Ports for Settings that nobody uses, none of those that Linux gives to connections (by default from 32768 on):
-    one of these may be another program's before its daemon binds it, and while a killed daemon is away."""
+def free_ports(names: Iterable[str] = tuple(Settings().ports)) -> dict[str, int]:
+    """Return a free port for each name, below those that Linux gives to connections (by default from 32768 on).
+
+    One of these may be another program's before its daemon binds it, or while a killed daemon is away.
+    """
     candidates = random.SystemRandom().sample(range(20_000, 30_000), 100)
-    return dict(zip(Settings().ports, filter(_is_free, candidates), strict=False))
+    return dict(zip(names, filter(_is_free, candidates), strict=False))
 
 
 def _is_free(port: int) -> bool:

@@ -65,7 +65,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
 
 
 def say_error(sentence: str) -> None:
-    """Print an error for people as one line on stderr, unless its disk is full. A name in it may hold any character."""
+    """Print an error as one line on stderr, line breaks in file names escaped. A full disk under stderr is ignored."""
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in sentence)
     with suppress(OSError):
         print(f"error: {line}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import psutil
 
 from jobs.cluster import Cluster
-from jobs.daemons import HOST, end, get_json
+from jobs.daemons import HOST, end, free_ports, get_json
 from jobs.hadoop import CACHE, hadoop_command, run
 
 _QUEUE = "yarn.scheduler.capacity.root"
@@ -81,12 +80,9 @@ def yarn_on(cluster: Cluster, folder: Path, queue: str) -> Iterator[Yarn]:
 def _configure(conf: Path, folder: Path, hdfs: Path, queue: str) -> int:
     """Write the conf folder of daemons and clients; return the port of the ResourceManager's pages."""
     shutil.copytree(hdfs, conf)
-    sockets = [socket.create_server((HOST, 0)) for _ in _PORTS]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
+    ports = free_ports(_PORTS)
     site = {
-        **{f"yarn.resourcemanager.{name}address": f"{HOST}:{port}" for name, port in zip(_PORTS, ports)},
+        **{f"yarn.resourcemanager.{name}address": f"{HOST}:{port}" for name, port in ports.items()},
         **{f"yarn.nodemanager.{name}address": f"{HOST}:0" for name in ("", "localizer.", "webapp.")},
         "yarn.nodemanager.local-dirs": folder / "local",
         "yarn.nodemanager.log-dirs": folder / "containers",
@@ -99,4 +95,4 @@ def _configure(conf: Path, folder: Path, hdfs: Path, queue: str) -> int:
     for name, values in (("yarn-site.xml", site), ("capacity-scheduler.xml", queues)):
         rows = [f"<property><name>{key}</name><value>{value}</value></property>" for key, value in values.items()]
         (conf / name).write_text("\n".join(["<configuration>", *rows, "</configuration>\n"]))
-    return ports[-1]
+    return ports["webapp."]

@@ -70,7 +70,7 @@ def test_a_quota_or_inodes_that_are_used_up(output: Folder, monkeypatch: pytest.
 @pytest.mark.parametrize("call", ["mkdir", "open", "pwrite", "ftruncate", "fsync", "replace", "rename"])
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_disk_that_refuses(call: str, number: int, output: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever call of the system is the first to fail, and whatever call fails then."""
+    """Each system call of a save fails with each error of a disk that goes away."""
     before = write_step(output, 1)
 
     def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -88,7 +88,7 @@ class ModelConfig:
 
 
 def no_model(folder: Folder) -> str:
-    """Return what to do about a folder that has no model of its own."""
+    """Return the way out for a folder without model weights, as the end of an error message."""
     if folder.exists("adapter_config.json"):
         return "it is a LoRA adapter, so merge it into its base model (peft's merge_and_unload) and give that folder"
     return "give a Hugging Face folder with safetensors weights"
