@@ -49,7 +49,7 @@ class Trainer:
         owns: Callable[[], bool] | None = None,  # whether the output is still this run's
     ) -> None:
         config, layout = run.config, run.layout
-        self.config, self.runtime, self._stop = config, runtime, stop
+        self.config, self.runtime, self._stop, self._owns = config, runtime, stop, owns
         self.costs = costs_of(run.model)
         self._open = ExitStack()
         run.require_agreement()
@@ -155,7 +155,7 @@ class Trainer:
             notes.append(checkpoint.set_aside(self.run.output, self.step))
             self.run.output.write(RUN, (self.config.model_dump_json(indent=2) + "\n").encode())
             ranks, config = self.runtime.dp_size, self.config.model_dump()
-            metrics = Metrics(self.run.output, self.step, self.steps, ranks=ranks, config=config)
+            metrics = Metrics(self.run.output, self.step, self.steps, ranks=ranks, config=config, owns=self._owns)
             self.metrics = self._open.enter_context(metrics)
             notes.append(self.metrics.notes)
         for note in filter(None, notes):

@@ -13,6 +13,7 @@ from kanyun.storage import Folder
 from kanyun.storage.local import LocalBackend
 from tests.support.checkpoints import names, write_step
 from trainer.checkpoint.faults import faults
+from trainer.checkpoint.store import attempt_folder, step_name
 
 
 @pytest.fixture
@@ -94,3 +95,11 @@ def test_a_disk_that_is_away_is_not_written_below_its_mount_point(output: Folder
     with pytest.raises(UserError, match="/out has lost this run's claim: mount its disk again if that is away; if"):
         write_step(output, 1, owns=lambda: False)
     assert output.names() == []
+
+
+def test_what_the_run_that_took_this_one_s_place_is_writing_stays(output: Folder) -> None:
+    attempt_folder(output, step_name(1)).make()
+    attempt_folder(output, step_name(1)).write("its tensors", b"half")
+    with pytest.raises(UserError, match="/out has lost this run's claim"):
+        write_step(output, 1, owns=lambda: False)
+    assert attempt_folder(output, step_name(1)).read("its tensors") == b"half"

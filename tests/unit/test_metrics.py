@@ -45,6 +45,19 @@ def test_entries_wait_while_the_disk_refuses(tmp_path: Path) -> None:
     assert path.read_text() == "0\n1\n2\n3\n4\n5\n"
 
 
+def test_a_run_that_slept_while_another_took_its_place_writes_nothing_there(tmp_path: Path) -> None:
+    taken: list[bool] = []
+    with Metrics(Folder(str(tmp_path)), 0, 10, owns=lambda: not taken) as metrics:
+        metrics.report(step_metrics(RankTimes.of([0.1, 0.0])))
+        taken.append(True)
+        assert start(tmp_path, 0).startswith("1 line(s)")
+        (tmp_path / METRICS).write_text("the other's\n")
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        metrics.report(step_metrics(RankTimes.of([0.1, 0.0])))
+        metrics.publish()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_lines_of_steps_that_are_done_again_and_damaged_ones_move_aside(tmp_path: Path) -> None:
     damaged = ['{"step": 2, "lo\n', '{"no": 1}\n', "[3]\n", '{"step": "4"}\n', "\x00\x00\n", '{"step": true}\n']
     (tmp_path / METRICS).write_text(line(1) + "".join(damaged) + line(2) + line(3) + line(4) + '{"step": 5, "loss"')
@@ -52,6 +65,9 @@ def test_lines_of_steps_that_are_done_again_and_damaged_ones_move_aside(tmp_path
     assert (tmp_path / METRICS).read_text() == line(1) + line(2)
     assert (tmp_path / ASIDE).read_text() == "".join(damaged) + line(3) + line(4) + '{"step": 5, "loss"\n'
     assert start(tmp_path, 2) == ""
+    (tmp_path / METRICS).write_text(line(1) + line(2).strip())  # whole, but an editor took its end
+    assert start(tmp_path, 2) == ""
+    assert (tmp_path / METRICS).read_text() == line(1) + line(2)
     assert start(tmp_path, 0).startswith("2 line(s)")  # a run whose checkpoints were all lost
     assert (tmp_path / ASIDE).read_text().endswith('{"step": 5, "loss"\n' + line(1) + line(2))
 

@@ -73,6 +73,7 @@ class JointWriter:
             error = errors[0] if errors else self._from_first(lambda: self._publish(attempt, save, ranks), size)
         if error is not None and self.rank == 0:
             with suppress(UserError, OSError):
+                self._require_claim()  # else it may be the attempt of the run that took this one's place
                 attempt.delete()
         return error
 

@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -67,21 +68,32 @@ class Metrics:
     """
 
     def __init__(
-        self, output: Folder, start: int, steps: int, *, ranks: int = 1, config: dict[str, Any] | None = None
+        self,
+        output: Folder,
+        start: int,
+        steps: int,
+        *,
+        ranks: int = 1,
+        config: dict[str, Any] | None = None,
+        owns: Callable[[], bool] | None = None,
     ) -> None:
-        """`ranks`: data-parallel ones. `config`: what trackers show of the run besides its numbers."""
+        """`ranks`: data-parallel ones. `config`: what trackers show of the run besides its numbers. `owns`: whether the
+        output is still this run's.
+        """
         self._steps, self._output, self._ranks, self._config = steps, output, ranks, config or {}
+        self._owns = owns or (lambda: True)
         self.notes = _set_aside(output, start)
         self._open = ExitStack()
         self._local = Path(output.path)
         if not output.is_local:
             self._local = Path(self._open.enter_context(TemporaryDirectory(prefix="kanyun-metrics-")))
             self._local.joinpath(METRICS).write_bytes(output.read(METRICS) if output.exists(METRICS) else b"")
-        self._lines = AppendedFile(self._local / METRICS)
+        file_owns = self._owns if output.is_local else lambda: True
+        self._lines = AppendedFile(self._local / METRICS, file_owns)
         self._refused = ""  # why the disk takes no lines, as last said
         self._unpublished = ""  # why the output took no files, as last said
         self._terminal = sys.stdout.isatty()
-        board = TensorBoard(self._local, start, self._say)
+        board = TensorBoard(self._local, start, self._say, file_owns)
         self._trackers: list[Tracker] = [board, *services(output.uri, self._config, self._say)]
         for tracker in self._trackers:
             self._open.callback(tracker.close)
@@ -113,6 +125,8 @@ class Metrics:
         """
         refused = ""
         try:
+            if not self._owns():
+                return
             if time.monotonic() - self._drawn > 1000 * self._drawing:
                 self._draw()
             if not self._output.is_local:
@@ -218,15 +232,18 @@ def _set_aside(output: Folder, start: int) -> str:
     """Keep the lines of steps up to `start` in metrics.jsonl, move the others. Return a sentence, or ""."""
     if not output.exists(METRICS):
         return ""
-    lines = output.read(METRICS).splitlines(keepends=True)
+    content = output.read(METRICS)
+    lines = content.splitlines(keepends=True)
     steps = [_step(line) for line in lines]
     kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= start]
     moved = [line for line, step in zip(lines, steps, strict=True) if step is None or step > start]
+    if moved:
+        before = output.read(ASIDE) if output.exists(ASIDE) else b""
+        output.write(ASIDE, before + _joined(moved))
+    if moved or not content.endswith(b"\n"):  # a line that is whole but for its end
+        output.write(METRICS, _joined(kept))
     if not moved:
         return ""
-    before = output.read(ASIDE) if output.exists(ASIDE) else b""
-    output.write(ASIDE, before + b"".join(line.rstrip(b"\n") + b"\n" for line in moved))
-    output.write(METRICS, b"".join(kept))
     damaged = steps.count(None)
     later = len(moved) - damaged
     what = [f"{later} line(s) of steps after {start}"] if later else []
@@ -234,10 +251,14 @@ def _set_aside(output: Folder, start: int) -> str:
     return f"{' and '.join(what)} moved from {METRICS} to {ASIDE}"
 
 
+def _joined(lines: Sequence[bytes]) -> bytes:
+    return b"".join(line.rstrip(b"\n") + b"\n" for line in lines)
+
+
 def _step(line: bytes) -> int | None:
     """Return the step of a line of metrics.jsonl; None if it is damaged or was cut short."""
     try:
-        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+        step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return step if type(step) is int else None  # True is an int, too

@@ -69,13 +69,13 @@ class TensorBoard:
     tensorboard's own writer has a thread, which prints a traceback and ends where a disk refuses.
     """
 
-    def __init__(self, folder: Path, start: int, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, start: int, say: Callable[[str], None], owns: Callable[[], bool]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # 0.3 s: other ranks need not
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self._event, self._summary, self._say = Event, Summary, say
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = AppendedFile(folder / "tensorboard" / name)
+        self._file = AppendedFile(folder / "tensorboard" / name, owns)
         self._write(file_version="brain.Event:2", step=start + 1)
         self._write(session_log=SessionLog(status=SessionLog.START), step=start + 1)
 
