@@ -36,13 +36,15 @@ def require_same_meaning(folder: Path, config: ModelConfig) -> None:
         settings = transformers.AutoConfig.from_pretrained(folder)
         text = settings.get_text_config()
     rope = text.rope_parameters
+    head_dim = getattr(text, "head_dim", config.head_dim)
     other_layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     meanings = {
         "rope type": (rope["rope_type"], "default"),
         "rope_theta": (rope["rope_theta"], config.rope_theta),
         "rms_norm_eps": (text.rms_norm_eps, config.norm_eps),
         "hidden_act": (text.hidden_act, "silu"),
-        "head_dim": (getattr(text, "head_dim", config.head_dim), config.head_dim),
+        # An image model computes it from null, too; in a text model transformers does not.
+        "head_dim": (config.head_dim if config.vision and head_dim is None else head_dim, config.head_dim),
         "layer_types": (min(other_layers, default="full_attention"), "full_attention"),
     }
     if config.vision:

@@ -93,7 +93,10 @@ def _remove_dead(out: Path) -> None:
     attempts = re.compile(rf"_attempt-{re.escape(out.name)}-[0-9a-f]{{8}}(-replaced)?")
     for path in out.parent.iterdir() if out.parent.is_dir() else ():
         if (match := attempts.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
-            lock = os.open(path, os.O_RDONLY)
+            try:
+                lock = os.open(path, os.O_RDONLY)
+            except OSError:  # another user's, or another process has just removed it
+                continue
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if match[1] and not out.exists():

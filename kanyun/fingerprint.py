@@ -228,6 +228,8 @@ def _processor(folder: Folder) -> dict[str, Any] | None:
     try:
         _refuse_other_pixels(folder, settings)
         named = _named_settings(settings)
+        if number := next((name for name in ("image_mean", "image_std") if not isinstance(named[name], list)), ""):
+            raise ValueError(f"{number} is {named[number]!r}, no list of a number for each channel")
         sizes = [value for value in _processor_meaning(named).values() if not isinstance(value, list)]
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{folder.uri} has damaged image settings ({error}): {_RESTORE}") from error

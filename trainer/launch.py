@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import determine_local_world_size, parse_args, run
 
@@ -55,6 +56,8 @@ class Launcher:
                     return code
                 restarts -= 1
                 continue
+            except SignalException as error:  # Ctrl-C, or its terminal was closed: torchrun has ended the ranks
+                raise KeyboardInterrupt from error
             return 0
 
     def _forward(self, number: int, frame: types.FrameType | None) -> None:

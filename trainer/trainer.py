@@ -151,7 +151,7 @@ class Trainer:
         self.run.output.make()
         notes = self.saver.prepare(self.model, self.optimizer, self.runtime.device)
         if self.runtime.rank == 0:
-            checkpoint.remove_leftovers(self.run.output)
+            checkpoint.require_writable(self.run.output)
             notes.append(checkpoint.set_aside(self.run.output, self.step))
             self.run.output.write(RUN, (self.config.model_dump_json(indent=2) + "\n").encode())
             ranks, config = self.runtime.dp_size, self.config.model_dump()

@@ -1,9 +1,11 @@
 """Hugging Face folders as they are found: each is loaded as transformers loads it, or refused in one sentence."""
 
+import errno
 import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +118,21 @@ def test_attempts_of_killed_conversions_are_removed_and_running_ones_kept(tmp_pa
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [names["other"], "out"]
     assert not list(out.iterdir())
+
+
+def test_an_attempt_of_another_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unreadable, opened = tmp_path / "_attempt-out-0123abcd", os.open
+    unreadable.mkdir()
+
+    def refusing(path: Any, *args: Any, **kwargs: Any) -> int:
+        if path == unreadable:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with new_folder(tmp_path / "out", tmp_path / "hf", overwrite=False):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [unreadable.name, "out"]
 
 
 def test_what_a_killed_conversion_was_about_to_replace_comes_back(tmp_path: Path) -> None:

@@ -124,6 +124,16 @@ def test_checkpoints_that_cannot_be_reached_are_no_start_at_step_0(
     assert metrics_of(job) == before
 
 
+def test_checkpoints_that_cannot_be_written_end_the_run_before_its_first_step(job: dict[str, Any]) -> None:
+    output = Path(job["output"])
+    output.mkdir()
+    (output / "run.json").touch()
+    (output / "checkpoints").symlink_to("/sys/kernel")
+    with pytest.raises(UserError, match=r"^cannot write below .*/out/checkpoints.*: choose an output you may write to"):
+        train(job)
+    assert not (output / "metrics.jsonl").exists()
+
+
 def test_an_output_may_be_a_disk_or_have_a_link_to_one_before_the_first_run(tmp_path: Path) -> None:
     out, larger = tmp_path / "out", tmp_path / "larger"
     larger.mkdir()

@@ -80,6 +80,18 @@ def test_the_launcher_ends_when_it_is_told_to_before_it_has_ranks() -> None:
     assert done.stderr == "error: told to stop before the first step: the same command starts\n"
 
 
+def test_ctrl_c_on_the_launcher_is_one_sentence(job: dict[str, Any]) -> None:
+    with start(job, processes=1) as process:
+        while not psutil.Process(process.pid).children():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "error: interrupted; the same command goes on or starts again"
+    assert "Traceback" not in err
+
+
 def test_a_rank_that_hangs_is_named(job: dict[str, Any]) -> None:
     with start(job, "hang_after=8", processes=2) as process:
         wait_for(Path(job["output"], "metrics.jsonl"), process)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,18 @@ def config(*absent: str, **changes: Any) -> Edit:
     return edit
 
 
-def vision_config(**changes: Any) -> Edit:
-    """Return an edit of the tower's part of config.json."""
+def _part(part: str, **changes: Any) -> Edit:
+    """Return an edit of a part of config.json."""
 
     def edit(folder: Path) -> None:
         values = json.loads((folder / "config.json").read_text())
-        values["vision_config"] |= changes
+        values[part] |= changes
         (folder / "config.json").write_text(json.dumps(values))
 
     return edit
+
+
+vision_config, text_config = partial(_part, "vision_config"), partial(_part, "text_config")
 
 
 def sharded(then: Callable[[Path, dict[str, Any]], None]) -> Edit:
@@ -185,6 +189,7 @@ LOADED: dict[str, tuple[str, Edit]] = {
         "vision",
         weights(lambda old: old | {"model.language_model.norm.weight": old[NORM].clone()}),
     ),
+    "an image model's head_dim null": ("vision", text_config(head_dim=None)),
     "a vision-language base model": (
         "vision",
         renamed(lambda name: name.replace("model.", "language_model.", 1) if name.startswith("model.") else name),

@@ -133,6 +133,7 @@ def test_a_token_without_a_row_is_named(tmp_path: Path) -> None:
         ({"do_resize": False}, "has do_resize False"),
         ({"rescale_factor": 1 / 127.5}, "has rescale_factor 0.00784.* made with 0.0039"),
         ({"resample": 2}, "has resample 2 .* made with 3"),
+        ({"image_mean": 0.5}, r"damaged image settings \(image_mean is 0.5, no list of a number for each channel\)"),
         (
             {"image_processor_type": "CLIPImageProcessor"},
             "image processor CLIPImageProcessor: give the folder",

@@ -153,11 +153,22 @@ def require_whole(step: Folder) -> None:
 
 
 def begin_attempt(output: Folder, name: str) -> Folder:
-    """Make the hidden folder that a checkpoint is written into; what a killed run left is deleted."""
+    """Make the hidden folder that a checkpoint is written into; what a killed run left is deleted.
+
+    Raises UserError if it cannot be written.
+    """
     remove_leftovers(output)
     attempt = attempt_folder(output, name)
     attempt.make()
     return attempt
+
+
+def require_writable(output: Folder) -> None:
+    """Raises UserError if no checkpoint can be written, before the first step: the first save may be hours away."""
+    remove_leftovers(output)
+    trial = checkpoints_of(output) / f".removed-{step_name(0)}"
+    trial.make()
+    trial.delete()
 
 
 def attempt_folder(output: Folder, name: str) -> Folder:
