@@ -1,7 +1,6 @@
 """Megatron checkpoint -> Hugging Face folder: weights, config, tokenizer, processor settings."""
 
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,7 +60,8 @@ def _convert(step: Folder, out: Path, overwrite: bool) -> None:
     dtype = _dtype(folder / "hf" / "config.json") if checkpoint.read_state(step).step else None
     planned = [Planned(name, shapes.hf[name], dtype or weights.dtype(row.megatron)) for row in rows for name in row.hf]
     with new_folder(out, folder, overwrite) as attempt, weights.checked():
-        shutil.copytree(folder / "hf", attempt, dirs_exist_ok=True)
+        for name, _ in (step / "hf").files():
+            Folder(str(attempt)).write(name, (step / "hf").read(name))
         with (
             HFWriter(attempt, planned, folder) as writer,
             Progress("converting", len(rows), "tensors") as progress,

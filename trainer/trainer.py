@@ -149,10 +149,12 @@ class Trainer:
     def _begin(self) -> None:
         """Ready the output folder for the first step."""
         self.run.output.make()
-        notes = self.saver.prepare(self.model, self.optimizer, self.runtime.device)
-        if self.runtime.rank == 0:
+        notes = []
+        if self.runtime.rank == 0:  # before the room for saves is counted, which leftovers take
             checkpoint.require_writable(self.run.output)
             notes.append(checkpoint.set_aside(self.run.output, self.step))
+        notes += self.saver.prepare(self.model, self.optimizer, self.runtime.device)
+        if self.runtime.rank == 0:
             self.run.output.write(RUN, (self.config.model_dump_json(indent=2) + "\n").encode())
             ranks, config = self.runtime.dp_size, self.config.model_dump()
             metrics = Metrics(self.run.output, self.step, self.steps, ranks=ranks, config=config, owns=self._owns)

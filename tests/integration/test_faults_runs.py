@@ -16,7 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
+from convert.to_hf import to_hf
 from jobs.cluster import Cluster
+from kanyun.errors import UserError
 from kanyun.storage import Folder
 from kanyun.storage.claim import only_writer
 from tests.support.processes import ROOT, Python
@@ -140,6 +142,9 @@ def test_a_full_disk_stops_no_training_until_the_third_time(job: dict[str, Any],
         newest = checkpoint.latest(Folder(values["output"]))
         assert newest is not None
         assert (newest.name, faults(newest)) == ("step_00000002", [])
+        with pytest.raises(UserError, match=r"^(cannot write below )?(file://)?/\S+/disk/hf (has 0\.|\(\[Errno 28\])"):
+            to_hf(values["output"], disk / "hf")
+        assert sorted(path.name for path in disk.iterdir()) == ["other", "out", "out.yaml"]
         (disk / "other").unlink()
         assert launch(values).returncode == 0
         assert steps_of(values) == [f"step_{WHOLE_STEPS:08d}"]

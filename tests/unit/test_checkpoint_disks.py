@@ -13,7 +13,8 @@ from kanyun.storage import Folder
 from kanyun.storage.local import LocalBackend
 from tests.support.checkpoints import names, write_step
 from trainer.checkpoint.faults import faults
-from trainer.checkpoint.store import attempt_folder, step_name
+from trainer.checkpoint.store import attempt_folder, set_aside, step_name
+from trainer.checkpoint.together import room_of
 
 
 @pytest.fixture
@@ -34,6 +35,16 @@ def test_checkpoints_may_link_to_a_larger_disk(output: Folder, tmp_path: Path, m
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     assert write_step(output, 1).exists()
+
+
+def test_room_for_checkpoints_is_what_is_free_and_what_later_ones_replace(
+    output: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, disk_usage = write_step(output, 1), shutil.disk_usage
+    write_step(output, 3, keep_last=2)
+    set_aside(output, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk_usage(path)._replace(free=5000))
+    assert room_of(output) == 5000 + sum(size for _, size in step.files())
 
 
 @pytest.mark.parametrize("name", [".metadata", "state.json", "latest"])

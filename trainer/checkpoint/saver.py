@@ -4,7 +4,6 @@ The ranks' writing threads speak over a process group that nobody else uses; tog
 save that fails the next one tries again.
 """
 
-import shutil
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,7 +19,7 @@ from trainer.checkpoint.model_parts import Saved, parts_of
 from trainer.checkpoint.parts import HostBuffer, Part, buffer_size
 from trainer.checkpoint.state import State
 from trainer.checkpoint.store import checkpoints_of, step_name
-from trainer.checkpoint.together import JointWriter, Save, amount, disk_of
+from trainer.checkpoint.together import JointWriter, Save, amount, disk_of, room_of
 from trainer.host_memory import host_room
 
 MOST_FAILURES = 3  # saves that fail in a row end the run
@@ -128,13 +127,11 @@ class Saver:
     def _short_of_disk(self, total: int) -> list[str]:
         if self._writer.rank != 0 or not self._output.is_local:
             return []
-        kept = sum(size for _, size in checkpoints_of(self._output).files())
-        disk = disk_of(self._output)
-        room, needed = shutil.disk_usage(disk).free + kept, (self._keep_last + 1) * total
+        room, needed = room_of(self._output), (self._keep_last + 1) * total
         if room >= needed:
             return []
         return [
-            f"{disk} has room for {amount(room)} of checkpoints, keep_last {self._keep_last} and the "
+            f"{disk_of(self._output)} has room for {amount(room)} of checkpoints, keep_last {self._keep_last} and the "
             f"one being written need {amount(needed)}: make room, or set keep_last lower"
         ]
 

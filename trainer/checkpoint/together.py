@@ -28,6 +28,7 @@ from trainer.checkpoint.store import (
     publish,
     require_whole,
     step_name,
+    steps_of,
     sync_file,
 )
 from trainer.checkpoint.writer import write_bytes, write_parts
@@ -170,6 +171,16 @@ def disk_of(output: Folder) -> str:
     """Return a path on the disk that a run's checkpoints go to: their folder may be a link to a larger one."""
     root = checkpoints_of(output)
     return root.path if root.exists() else output.path
+
+
+def room_of(output: Folder) -> int:
+    """Return the bytes that a run's checkpoints may take on their local disk: what is free, and what they take now.
+
+    Steps that were moved aside stay, so theirs do not count.
+    """
+    root, steps = checkpoints_of(output), set(steps_of(output))
+    taken = sum(size for name, size in root.files() if name.partition("/")[0] in steps)
+    return shutil.disk_usage(disk_of(output)).free + taken
 
 
 def require_room(path: str, size: int) -> None:
