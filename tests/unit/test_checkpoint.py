@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import re
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,12 +19,12 @@ from kanyun.storage import Folder
 from tests.support.checkpoints import names
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
-from trainer.checkpoint import State, writer
+from trainer.checkpoint import State, saver, together, writer
 from trainer.checkpoint.faults import faults
 from trainer.checkpoint.listing import list_steps
 from trainer.checkpoint.metadata import encode_metadata, read_metadata, refuse_code
 from trainer.checkpoint.reader import load
-from trainer.checkpoint.saver import save
+from trainer.checkpoint.saver import Saver, save
 from trainer.models.config import ModelConfig
 from trainer.models.initialize import build_model
 from trainer.models.language import LanguageModel
@@ -72,6 +74,50 @@ def test_weights_and_files_come_back(output: Folder, model: LanguageModel, hf: P
     load(written, other)
     for name, parameter in model.named_parameters():
         assert torch.equal(other.get_parameter(name), parameter), name
+
+
+def test_a_save_beside_training_is_of_the_moment_it_began_and_there_is_one_at_a_time(
+    output: Folder, model: LanguageModel, hf: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output.make()
+    may_write, write = threading.Event(), together.write_parts
+    monkeypatch.setattr(together, "write_parts", lambda *arguments: may_write.wait(60) and write(*arguments))
+    beside, embedding = Saver(output, Folder(str(hf)), keep_last=2), model.get_parameter(EMBEDDING)
+    assert beside.prepare(model, None, runtime.device) == []
+    first = embedding.detach().clone()
+    beside.start(state(model, 1), model, None)
+    assert beside.in_flight  # while training goes on:
+    with torch.no_grad():
+        embedding.add_(1)
+    next_save = threading.Thread(target=beside.start, args=(state(model, 2), model, None))
+    next_save.start()
+    next_save.join(0.1)
+    assert next_save.is_alive()
+    assert names(output) == [".attempt-step_00000001"]
+    may_write.set()
+    next_save.join()
+    beside.finish()
+    beside.close()
+    for name, values in (("step_00000001", first), ("step_00000002", first + 1)):
+        load(checkpoint.checkpoints_of(output) / name, model)
+        assert torch.equal(embedding, values)
+
+
+def test_without_room_for_a_copy_training_waits_for_the_disk_and_says_so(
+    output: Folder, model: LanguageModel, hf: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output.make()
+    monkeypatch.setattr(saver, "host_room", lambda ranks: 100_000)
+    waiting = Saver(output, Folder(str(hf)))
+    (sentence,) = waiting.prepare(model, None, runtime.device)
+    assert re.fullmatch(
+        r"host memory has 0\.1 MB free a rank, a copy for saves beside training needs \d\.\d MB: training waits "
+        "while a checkpoint is written",
+        sentence,
+    )
+    waiting.start(state(model, 1), model, None)
+    assert not waiting.in_flight
+    assert names(output) == ["latest", "step_00000001"]
 
 
 @pytest.mark.parametrize("at", ["__0_0.distcp", ".metadata", "state.json", "move_to", "latest"])
