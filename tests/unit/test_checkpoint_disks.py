@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,31 @@ def test_a_disk_that_refuses(call: str, number: int, output: Folder, monkeypatch
     assert faults(before) == []
     write_step(output, 3)
     assert names(output) == ["latest", "step_00000003"]
+
+
+def test_all_of_it_is_flushed_before_it_has_its_name_and_that_before_the_hint_moves(
+    output: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def note(call: str, path: Callable[..., str]) -> None:
+        real = getattr(os, call)
+
+        def noting(*arguments: Any) -> Any:
+            calls.append((call, path(*arguments)))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, call, noting)
+
+    note("fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
+    note("rename", lambda source, target: target)
+    note("replace", lambda source, target: target)
+    step = write_step(output, 1)
+    root, attempt = f"{output.path}/checkpoints", f"{output.path}/checkpoints/.attempt-step_00000001"
+    named, hinted = calls.index(("rename", step.path)), calls.index(("replace", f"{root}/latest"))
+    flushed = {path for call, path in calls[:named] if call == "fsync"}
+    assert {attempt, *(f"{attempt}/{name}" for name, _ in step.files())} <= flushed
+    assert ("fsync", root) in calls[named:hinted]
 
 
 def test_a_disk_that_is_away_is_not_written_below_its_mount_point(output: Folder) -> None:

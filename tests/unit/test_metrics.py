@@ -120,6 +120,19 @@ def test_the_slowest_rank_is_named_with_its_time_and_the_means(
     assert (line["data_wait"], line["data_wait_mean"]) == (0.25, pytest.approx(0.1))
 
 
+def test_while_saves_fail_the_live_line_names_the_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Metrics(Folder(str(tmp_path)), 0, 1) as metrics:
+        shown = []
+        for failed, failures in (("no room", 1), ("", 1), ("", 0)):
+            metrics.tell_saves(failed, failures, "step_00000002")
+            metrics.report(step_metrics(RankTimes.of([0.1, 0.0])))
+            shown.append(capsys.readouterr().out)
+    assert [text.startswith("no room\n") for text in shown] == [True, False, False]
+    assert ["  save failed, last is step_00000002\n" in text for text in shown] == [True, True, False]
+
+
 def test_one_rank_is_not_called_the_slowest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Metrics(Folder(str(tmp_path)), 0, 1) as metrics:
         metrics.report(step_metrics(RankTimes.of([1.2, 0.2])))
