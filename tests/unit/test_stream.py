@@ -190,8 +190,11 @@ def test_what_does_not_fit_is_refused_with_both_values(data: PackedData, parent:
         PackedData(str(parent), LENGTH, Fingerprint("another's", None, {}))
     with pytest.raises(UserError, match="global_batch 8 is not a multiple of 6"):
         stream(data, dp_size=3)
-    with pytest.raises(DatasetError, match="has 25 packs in epoch 1, less than one global_batch of 32"):
+    less = "has 25 packs in epoch 1, less than one global_batch of"
+    with pytest.raises(DatasetError, match=f"{less} 32: set global_batch to at most 24, or pack more data$"):
         stream(data, global_batch=32)
+    with pytest.raises(DatasetError, match=f"{less} 32: pack more data$"):  # one for each rank is too many already
+        stream(data, global_batch=32, dp_size=16)
 
 
 def test_a_damaged_record_batch_is_an_error_in_the_consumer_and_never_skipped(tmp_path: Path) -> None:
