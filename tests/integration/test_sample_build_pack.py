@@ -202,6 +202,15 @@ def test_rows_that_share_a_sample_id_are_refused_by_both_names(
     assert list((tmp_path / "packed").iterdir()) == []
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(made: tuple[Path, Raw], tmp_path: Path) -> None:
+    root, _ = made
+    model = shutil.copytree(root / "hf", tmp_path / "hf")
+    (model / "config.json").write_text('{"vocab_size": 99}')
+    stage = BuildStage(str(root / "sampled"), str(tmp_path / "built"), tokenizer=str(model), length=LENGTH)
+    with pytest.raises(UserError, match=r"has id .*, but config.json has vocab_size 99, so the model has no embedding"):
+        stage.settings()  # what it reads before any row
+
+
 def test_outputs_of_an_earlier_release_are_no_finished_work_and_no_input(
     made: tuple[Path, Raw], spark: SparkSession, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from itertools import islice
@@ -223,6 +224,15 @@ def test_finished_work_is_not_done_again(whole: dict[str, Any], capsys: pytest.C
     assert Path(whole["output"], "metrics.jsonl").read_bytes() == before
 
 
+def of_few_tokens(model: Path) -> Path:
+    """Return a copy of a model's folder whose tokenizer has more tokens than config.json says."""
+    folder = shutil.copytree(model, model.with_name("few"))
+    config = json.loads((folder / "config.json").read_text())
+    config.get("text_config", config)["vocab_size"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def refusals(whole: dict[str, Any], text: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     yield {"length": 128}, "packed to length 64, but the config has length: 128"
     yield (
@@ -231,6 +241,10 @@ def refusals(whole: dict[str, Any], text: dict[str, Any]) -> Iterator[tuple[dict
     )
     yield {"data": whole["model"]}, "no packed dataset"
     yield {"model": whole["data"]}, "no tokenizer.json"
+    yield (
+        {"model": str(of_few_tokens(Path(whole["model"])))},
+        "has id .*, but config.json has vocab_size 99, so the model",
+    )
     yield {"output": whole["model"]}, "holds something else"
     yield {"seed": 1}, "made with seed 0, this run has 1"
     yield {"global_batch": 8}, "made with global_batch 4, this run has 8"
