@@ -64,6 +64,10 @@ class FiniteGuard:
             self._end(f"the gradient was {norm} in {BAD_STEPS} steps in a row, up to step {step}", step)
         return bad
 
+    def check_weights(self, step: int) -> None:
+        """Raises UserError if one is not finite, before a checkpoint of them takes the place of the last good one."""
+        self._require_finite(step, f"the gradient of step {step} was not finite")
+
     def check_losses(self, loss: float, held_out: float | None, step: int) -> None:
         """Raises UserError if those of the last step are no numbers: such a run has not succeeded."""
         for name, value in {"loss": loss, "held-out loss": held_out}.items():
@@ -71,14 +75,17 @@ class FiniteGuard:
                 self._end(f"the {name} of the last step, {step}, is {value}", step)
 
     def _end(self, problem: str, step: int) -> None:
-        from trainer.checkpoint.reader import require_finite  # here, because the launcher needs no megatron
-
-        way_out = f"{problem}; resume from a checkpoint before that"
-        require_finite(self._weights(), f"the model at step {step}", way_out)
+        self._require_finite(step, problem)
         raise UserError(
             f"{problem}, with finite weights: lower lr {self._lr}, or look at the data; the same command goes on from "
             "the last checkpoint"
         )
+
+    def _require_finite(self, step: int, problem: str) -> None:
+        from trainer.checkpoint.reader import require_finite  # here, because the launcher needs no megatron
+
+        way_out = f"{problem}; resume from a checkpoint before that"
+        require_finite(self._weights(), f"the model at step {step}", way_out)
 
 
 class Watch:

@@ -131,12 +131,15 @@ class Trainer:
                 self._say(f"first step done {process_age():.0f} s after this process was started")
             self.step, stop = self.step + 1, result.stop
             seconds = time.perf_counter() - started
-            self.skipped += self.guard.check_gradient(result.grad_norm, self.step)
+            skipped = self.guard.check_gradient(result.grad_norm, self.step)
+            self.skipped += skipped
             held_out = self.held_out_loss() if self._due(self.config.validate_every) else None
             self._report(result, lr, seconds, held_out)
             if self.step == self.steps:
                 self.guard.check_losses(result.loss, held_out.mean if held_out else None, self.step)
             if self._due(self.config.save_every) or stop:
+                if skipped:
+                    self.guard.check_weights(self.step)
                 self.save()
         self.watch.begin("")
         self.saver.finish()

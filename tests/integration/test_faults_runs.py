@@ -20,7 +20,6 @@ from convert.to_hf import to_hf
 from jobs.cluster import Cluster
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from kanyun.storage.claim import only_writer
 from tests.support.processes import ROOT, Python
 from tests.support.training_job import (
     WHOLE_STEPS,
@@ -107,14 +106,19 @@ def test_a_rank_that_hangs_is_named(job: dict[str, Any]) -> None:
     assert time.monotonic() - began < 150  # torchrun gives the stopped one 30 s
 
 
-def test_a_second_run_on_one_output_is_refused_and_names_the_first(job: dict[str, Any]) -> None:
-    folder = Folder(job["output"])
-    folder.make()
-    with only_writer(folder):  # this process is the first run
-        done = launch(job)
-    assert done.returncode == 2
-    assert f"is being written by process {os.getpid()} on " in done.stderr.splitlines()[-1]
-    assert not Path(job["output"], "checkpoints").exists()
+def test_a_second_run_on_one_output_is_refused_and_one_that_lost_its_claim_ends(job: dict[str, Any]) -> None:
+    values, output = job | {"steps": 10_000, "save_every": 1, "validation": None}, Path(job["output"])
+    with start(values) as first:
+        wait_for(output / "checkpoints" / "latest", first)
+        done = launch(values)
+        assert done.returncode == 2
+        assert f"is being written by process {first.pid} on " in done.stderr.splitlines()[-1]
+        (claim,) = output.glob("_writer-*")
+        claim.unlink()  # as another run does that takes this one for dead
+        out, err = first.communicate(timeout=200)
+    assert first.returncode == 2, err
+    assert re.search(r"error: 3 saves in a row failed; .*/out has lost this run's claim", err.splitlines()[-1])
+    assert "metrics.jsonl cannot be written (this run has lost its claim): its lines wait in memory" in out
 
 
 def test_a_full_disk_stops_no_training_until_the_third_time(job: dict[str, Any], tmp_path: Path) -> None:
@@ -211,6 +215,9 @@ def test_checkpoints_on_hdfs_survive_a_datanode(
     assert [fault for name in names[1:] for fault in faults(checkpoint.checkpoints_of(output) / name)] == []
     again = launch(values, "resume=6", f"steps={WHOLE_STEPS + 1}")  # read back, by another number of ranks
     assert again.returncode == 0, again.stderr
+    assert (
+        f"the schedule changed (steps {WHOLE_STEPS} -> {WHOLE_STEPS + 1}): the learning rate goes from" in again.stdout
+    )
     lines = [json.loads(line) for line in output.read("metrics.jsonl").splitlines()]
     assert [line["step"] for line in lines] == list(range(1, WHOLE_STEPS + 2))
     assert [line["loss"] for line in lines][:7] == pytest.approx(curve(text_run)[:7], rel=1e-3)

@@ -200,7 +200,7 @@ def test_begins_with_the_weights_of_a_checkpoint(whole: dict[str, Any], tmp_path
 
 
 def test_an_infinite_gradient_skips_the_step_and_many_stop_the_run(text: dict[str, Any], tmp_path: Path) -> None:
-    values = text | {"output": str(tmp_path / "out"), "steps": 20}
+    values = text | {"output": str(tmp_path / "out"), "steps": 20, "save_every": 20}
     run = Run.prepare(TrainConfig(**values), world_size=1, cuda=False)
     with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
         norm_weight = trainer.model.get_parameter("language.decoder.final_layernorm.weight")
@@ -215,6 +215,22 @@ def test_an_infinite_gradient_skips_the_step_and_many_stop_the_run(text: dict[st
     lines = metrics_of(values)
     assert [line["skipped"] for line in lines] == list(range(1, len(lines) + 1))
     assert lines[0]["grad_norm"] is None
+
+
+@pytest.mark.parametrize(
+    ("save_every", "problem"), [(20, "loss of the last step, 4, is nan"), (2, "gradient of step 2")]
+)
+def test_weights_that_are_not_finite_are_no_success_and_no_checkpoint(
+    save_every: int, problem: str, text: dict[str, Any], tmp_path: Path
+) -> None:
+    """A checkpoint of them would take the place of a good one."""
+    values = text | {"output": str(tmp_path / "out"), "steps": BAD_STEPS - 1, "save_every": save_every}
+    run = Run.prepare(TrainConfig(**values), world_size=1, cuda=False)
+    with Runtime.start() as runtime, Trainer(run, runtime) as trainer:
+        trainer.model.get_parameter("language.decoder.final_layernorm.weight").data[3] = math.inf
+        with pytest.raises(UserError, match=rf"final_layernorm.weight has 1 of 64 .*: the {problem}"):
+            trainer.train()
+    assert checkpoint.steps_of(run.output) == []
 
 
 def test_finished_work_is_not_done_again(whole: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
