@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
@@ -159,7 +159,11 @@ def claimed(path: str) -> Iterator[Claim]:
         new.append(new[-1].parent)
     output.make()
     try:
-        with only_writer(output) as claim:
+        with ExitStack() as claims:
+            claim = claims.enter_context(only_writer(output))
+            root = checkpoint.checkpoints_of(output)
+            if output.is_local and os.path.islink(root.path):  # another output may link to the same folder
+                claims.enter_context(only_writer(root))
             yield claim
     finally:
         for folder in new[:-1]:
@@ -178,12 +182,17 @@ def open_output(path: str) -> Folder:
             f"{output.path}/checkpoints is no folder, or a link to a disk that is not mounted: mount it, or choose "
             "another output folder"
         )
-    names = [name for name in output.names() if not name.startswith((".", "_writer-", "lost+found"))]
-    if names == ["checkpoints"] and not (output / "checkpoints").names():
+    names = _contents(output)
+    if names == ["checkpoints"] and not _contents(output / "checkpoints"):
         names = []  # made beforehand: a link to a larger disk
     if names and RUN not in names and not checkpoint.steps_of(output)[-1:] > [checkpoint.step_name(0)]:
         raise UserError(f"{output.path} holds something else ({names[0]}): choose an empty or new output folder")
     return output
+
+
+def _contents(folder: Folder) -> list[str]:
+    """Return the names in a folder, without those of claims and a filesystem's own."""
+    return [name for name in folder.names() if not name.startswith((".", "_writer-", "lost+found"))]
 
 
 def _resumed(config: TrainConfig, output: Folder, damaged: Mapping[str, str]) -> tuple[Folder | None, tuple[str, ...]]:

@@ -1,8 +1,11 @@
 """Runs whose checkpoints are damaged, missing or out of reach: the newest whole one is taken, or none, and said so."""
 
+import math
 import re
 import shutil
+import struct
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,10 @@ import torch
 from convert.hf_writer import HFWriter
 from convert.to_hf import to_hf
 from kanyun.errors import UserError
+from kanyun.storage import Folder
+from tests.support.odd_folders import forget_digests
 from tests.support.training_job import (
+    WHOLE_STEPS,
     copy_of,
     curve,
     flip_a_byte,
@@ -21,8 +27,9 @@ from tests.support.training_job import (
     steps_of,
     train,
 )
+from trainer.checkpoint.metadata import read_metadata
 from trainer.config import TrainConfig
-from trainer.run import Run, open_output
+from trainer.run import Run, claimed, open_output
 
 
 def test_the_newest_whole_checkpoint_is_taken_and_nothing_is_lost(
@@ -72,6 +79,21 @@ def test_a_newest_checkpoint_with_a_flipped_byte_is_passed_over(
     with pytest.raises(UserError, match=r"no checkpoint of .* is whole \(passed over step_00000008: .*is damaged"):
         train(job)
     assert metrics_of(job) == before
+
+
+def test_a_moment_that_is_not_finite_is_named(text_run: dict[str, Any], job: dict[str, Any]) -> None:
+    """In a checkpoint made before digests were recorded, which nothing else finds."""
+    step = copy_of(text_run, job) / "step_00000008"
+    forget_digests(step)
+    moment = next(record for record in read_metadata(Folder(str(step))) if ".exp_avg." in record.key)
+    content = bytearray((step / moment.file).read_bytes())
+    stored = content[moment.offset : moment.offset + moment.size]
+    values = torch.load(BytesIO(stored), weights_only=True).numpy().tobytes()
+    at = moment.offset + stored.index(values)
+    content[at : at + 4] = struct.pack("<f", math.nan)
+    (step / moment.file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"step_00000008: {re.escape(moment.key)} has 1 of [\d,]+ values that are NaN"):
+        train(job | {"steps": WHOLE_STEPS + 1})
 
 
 def test_conversion_takes_the_newest_checkpoint_without_damage_and_says_so(
@@ -143,6 +165,20 @@ def test_an_output_may_be_a_disk_or_have_a_link_to_one_before_the_first_run(tmp_
     (larger / "somebody's").touch()
     with pytest.raises(UserError, match=r"/out holds something else \(checkpoints\): choose an empty or new output"):
         open_output(str(out))
+
+
+def test_two_outputs_that_link_to_one_folder_for_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "larger").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoints").symlink_to(tmp_path / "larger")
+    with (
+        claimed(str(tmp_path / "a")),
+        pytest.raises(UserError, match=r"/b/checkpoints is being written by process \d+ on "),
+        claimed(str(tmp_path / "b")),
+    ):
+        pass
+    assert list((tmp_path / "larger").iterdir()) == []
 
 
 @pytest.mark.parametrize("key", ["init", "continue_from"])
