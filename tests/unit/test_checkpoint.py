@@ -17,12 +17,13 @@ import torch
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from tests.support.checkpoints import names
+from tests.support.odd_folders import forget_digests
 from tests.support.qwen_assets import tiny_text_folder
 from trainer import checkpoint
 from trainer.checkpoint import State, saver, together, writer
 from trainer.checkpoint.faults import faults
 from trainer.checkpoint.listing import list_steps
-from trainer.checkpoint.metadata import encode_metadata, read_metadata, refuse_code
+from trainer.checkpoint.metadata import encode_metadata, read_metadata
 from trainer.checkpoint.reader import load
 from trainer.checkpoint.saver import Saver, save
 from trainer.models.config import ModelConfig
@@ -235,11 +236,12 @@ class Evil:
 def test_a_checkpoint_cannot_run_code(output: Folder, model: LanguageModel, hf: Path, tmp_path: Path) -> None:
     """torch's .metadata is a pickle, and so are the values beside the tensors."""
     written = save(output, state(model), model, None, Folder(str(hf)))
+    forget_digests(Path(written.path))
     metadata = Path(written.path, ".metadata")
     original = metadata.read_bytes()
     metadata.write_bytes(pickle.dumps(Evil(tmp_path / "run by metadata")))
     with pytest.raises(UserError, match=r"no checkpoint of plain data .*mkdir"):
-        refuse_code(written)
+        load(written, model)
 
     evil = io.BytesIO()
     torch.save([Evil(tmp_path / "run by values")], evil)
@@ -251,5 +253,6 @@ def test_a_checkpoint_cannot_run_code(output: Folder, model: LanguageModel, hf: 
     Path(written.path, "evil.distcp").write_bytes(evil.getvalue())
     metadata.write_bytes(encode_metadata(records))
     with pytest.raises(UserError, match="no checkpoint of plain data"):
-        refuse_code(written)
+        load(written, model)
+    assert "no checkpoint of plain data" in faults(written)[0]
     assert not list(tmp_path.glob("run by*"))
