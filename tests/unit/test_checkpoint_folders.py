@@ -9,7 +9,9 @@ import pytest
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from tests.support.checkpoints import names, write_step
+from tests.support.training_job import flip_a_byte
 from trainer import checkpoint
+from trainer.checkpoint.__main__ import parser
 from trainer.checkpoint.faults import faults
 from trainer.checkpoint.listing import list_steps
 
@@ -139,3 +141,18 @@ def test_whole_ones_are_found_by_looking(output: Folder) -> None:
     ):
         assert sentence.startswith("passed over step_0000000")
         assert fault in sentence
+
+
+def test_verify_ends_with_1_and_names_the_file(output: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    step = write_step(output, 1)
+    for arguments in (["verify", output.path], ["verify", "--json", step.path]):
+        args = parser().parse_args(arguments)
+        assert args.do(args) == 0
+        flip_a_byte(Path(step.path, "__0_0.distcp"))
+        assert args.do(args) == 1
+        flip_a_byte(Path(step.path, "__0_0.distcp"))
+        said = capsys.readouterr()
+        assert said.err.startswith(f"error: {step.uri}/__0_0.distcp is damaged: its digest is ")
+    right, damaged = said.out.split("}\n{")
+    assert json.loads(right + "}") == {"step_00000001": []}
+    assert "is damaged" in json.loads("{" + damaged)["step_00000001"][0]
