@@ -6,21 +6,27 @@ import sys
 from dataclasses import replace
 
 from kanyun.errors import UserError
+from kanyun.storage import Folder
 from trainer.config import TrainConfig
 from trainer.run import Run
 from trainer.runtime import Runtime
+from trainer.trainer import Trainer
 
 
 def work(config: TrainConfig) -> None:
-    """Rank 1 has planned another layout, as on a node with less host memory."""
+    """Rank 1 has planned another layout, as on a node with less host memory; or sees checkpoints that rank 0 does not,
+    as where each node has a disk of its own."""
     run = Run.prepare(config, int(os.environ["WORLD_SIZE"]), cuda=False)
-    if os.environ["RANK"] == "1":
-        run = replace(run, layout=replace(run.layout, reason="another layout"))
-    with Runtime.start():
-        try:
-            run.require_agreement()
-        except UserError as error:
-            os.write(1, f"{error}\n".encode())  # at once: the other rank writes into the same pipe
+    others = [
+        replace(run, layout=replace(run.layout, reason="another layout")),
+        replace(run, resume=Folder(config.output) / "step_00000009"),
+    ]
+    with Runtime.start() as runtime:
+        for other in others:
+            try:
+                Trainer(other if os.environ["RANK"] == "1" else run, runtime)
+            except UserError as error:
+                os.write(1, f"{error}\n".encode())  # at once: the other rank writes into the same pipe
 
 
 if __name__ == "__main__":
