@@ -20,6 +20,7 @@ from convert.to_hf import to_hf
 from jobs.cluster import Cluster
 from kanyun.errors import UserError
 from kanyun.storage import Folder
+from tests.support.checkpoints import write_step
 from tests.support.processes import ROOT, Python
 from tests.support.training_job import (
     WHOLE_STEPS,
@@ -195,7 +196,7 @@ def test_killed_at_random_moments_it_loses_nothing(text_run: dict[str, Any], job
 
 
 def test_checkpoints_on_hdfs_survive_a_datanode(
-    cluster: Cluster, text_run: dict[str, Any], job: dict[str, Any], tmp_path: Path
+    cluster: Cluster, text_run: dict[str, Any], job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = Folder(f"{cluster.hdfs}/{tmp_path.name}/out")
     values = job | {"output": output.uri, "save_every": 1}
@@ -221,3 +222,6 @@ def test_checkpoints_on_hdfs_survive_a_datanode(
     lines = [json.loads(line) for line in output.read("metrics.jsonl").splitlines()]
     assert [line["step"] for line in lines] == list(range(1, WHOLE_STEPS + 2))
     assert [line["loss"] for line in lines][:7] == pytest.approx(curve(text_run)[:7], rel=1e-3)
+    monkeypatch.setattr(Folder, "digest", lambda folder, name: "0" * 32)  # HDFS returns other bytes than were written
+    with pytest.raises(UserError, match=r"/__0_0.distcp reads back as 0{32}, written was \w{32}$"):
+        write_step(output.parent / "other", 1)

@@ -116,6 +116,8 @@ def test_all_of_it_is_flushed_before_it_has_its_name_and_that_before_the_hint_mo
 
         monkeypatch.setattr(os, call, noting)
 
+    output.make()
+    output.write("metrics.jsonl", b"{}\n")
     note("fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
     note("rename", lambda source, target: target)
     note("replace", lambda source, target: target)
@@ -125,6 +127,8 @@ def test_all_of_it_is_flushed_before_it_has_its_name_and_that_before_the_hint_mo
     flushed = {path for call, path in calls[:named] if call == "fsync"}
     assert {attempt, *(f"{attempt}/{name}" for name, _ in step.files())} <= flushed
     assert ("fsync", root) in calls[named:hinted]
+    # So that after a power cut it has the lines up to the checkpoint's step.
+    assert calls.index(("fsync", f"{output.path}/metrics.jsonl")) < calls.index(("replace", f"{attempt}/state.json"))
 
 
 def test_a_disk_that_is_away_is_not_written_below_its_mount_point(output: Folder) -> None:
