@@ -15,7 +15,20 @@ import torch
 
 from kanyun.errors import UserError
 from kanyun.naming import dataset_name
-from tests.support.training_job import LENGTH, curve, execute, launch, metrics_of, start, train, wait_for, write_job
+from tests.support.processes import run_python
+from tests.support.training_job import (
+    LENGTH,
+    command,
+    curve,
+    environment,
+    execute,
+    launch,
+    metrics_of,
+    start,
+    train,
+    wait_for,
+    write_job,
+)
 from trainer import checkpoint
 from trainer.checkpoint.reader import load
 from trainer.config import TrainConfig
@@ -296,7 +309,8 @@ def test_the_command_line_says_one_sentence(text: dict[str, Any], tmp_path: Path
     assert "has no manifest.json" in done.stderr
     assert done.stderr.count("\n") == 1
 
-    done = launch(values, "lenght=3", processes=2)
+    # Wrong input stays wrong: nothing is started again.
+    done = run_python(command(values, "lenght=3", processes=2), environment(RESTARTS="1"))
     assert done.returncode == 2
     last = "error: unknown key 'lenght' in the config: did you mean 'length'?"
     assert done.stderr.splitlines()[-1] == last  # after all that torchrun has to say
