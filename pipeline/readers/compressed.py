@@ -5,6 +5,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -87,6 +88,38 @@ class _Members:
                 raise EOFError("it ends in the middle")
 
 
+class _Zstd:
+    """zstd, by Arrow. A read that comes upon damage gives nothing, where the other libraries give what they have: then
+    what is before it is read anew, byte by byte. A further read would give what happens to be in memory."""
+
+    def __init__(self, open_file: Callable[[], Bytes]):
+        self._open = lambda: pa.CompressedInputStream(open_file(), "zstd")
+        self._stream, self._position = self._open(), 0
+        self._error: OSError | None = None
+
+    def read(self, size: int) -> bytes:
+        """Raises OSError where the file is damaged."""
+        try:
+            data: bytes = b"" if self._error else self._stream.read(size)
+        except OSError as error:
+            data, self._error = self._before_damage(size), error
+        if self._error and not data:
+            raise self._error
+        self._position += len(data)
+        return data
+
+    def _before_damage(self, most: int) -> bytes:
+        """Return up to `most` bytes from the position on."""
+        stream, left = self._open(), self._position
+        while left:
+            left -= len(stream.read(min(_PIECE, left)))
+        data = b""
+        with suppress(OSError):
+            while len(data) < most and (byte := stream.read(1)):
+                data += byte
+        return data
+
+
 class Decompressed(io.RawIOBase):
     """A compressed file's content. It ends where the file is damaged; `error` tells how."""
 
@@ -128,7 +161,7 @@ def open_raw(root: Folder, split: Split) -> tuple[io.BufferedReader, Decompresse
     """Return a whole file as a buffered stream, and its decompression if its suffix names one."""
     name = split.file.lower()
     if name.endswith(".zst"):
-        raw = Decompressed(lambda: pa.CompressedInputStream(Bytes(root, split), "zstd"))
+        raw = Decompressed(lambda: _Zstd(lambda: Bytes(root, split)))
     elif new := next((new for suffix, new in _MEMBERS.items() if name.endswith(suffix)), None):
         raw = Decompressed(lambda: _Members(Bytes(root, split), new))
     else:
