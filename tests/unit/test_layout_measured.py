@@ -13,6 +13,7 @@ from trainer.models.registry import costs_of, published_sizes
 from trainer.planning.exchange import weight_exchange
 from trainer.planning.gpus import GPUS
 from trainer.planning.memory import MemoryModel
+from trainer.planning.planner import LayoutPlanner
 from trainer.planning.speed import SpeedModel
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +195,25 @@ def test_sharded_7b_is_what_was_measured(
     )
     flops = TRAINING * (tokens * costs.token_flops + packs * costs.pair_flops * SQUARES / 2)
     assert flops / step.seconds / 1e12 == pytest.approx(teraflops, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("size", "measured"),  # seconds of a step of 8 packs a rank on two H200s: (packs a micro-batch, shards) -> seconds
+    [
+        ("1.5B", {(8, 1): 0.962, (4, 1): 0.970, (8, 2): 0.975}),
+        ("3B", {(4, 1): 1.700, (4, 2): 1.739}),
+        ("7B", {(1, 1): 3.396}),
+    ],
+)
+def test_the_first_choice_is_the_fastest_that_was_measured(size: str, measured: dict[tuple[int, int], float]) -> None:
+    planner = LayoutPlanner(published_sizes()[f"Qwen2.5-{size}"], GPUS["H200"], 2)
+    ranked = planner.ranked(length=LENGTH, global_batch=16)
+    assert (ranked[0].micro_batch, ranked[0].weight_shards) == min(measured, key=lambda kind: measured[kind])
+    for layout in ranked:
+        seconds = measured.get((layout.micro_batch, layout.weight_shards))
+        if seconds and layout.tensor_parallel == 1:
+            assert layout.step is not None
+            assert layout.step.seconds == pytest.approx(seconds, rel=0.06)
 
 
 def test_the_page_of_many_gpus_has_what_the_formulas_say() -> None:
