@@ -100,6 +100,8 @@ def test_an_image_model_without_image_settings_is_told_once_there_are_images(
 def test_outputs_that_cannot_be_replaced_are_refused_before_any_work(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the output /proc is a mount point.*: choose a folder in it"):
         PreprocessStage(str(raw), "/proc", "messages").run()
+    with pytest.raises(UserError, match=r"cannot write below file:///proc/.*: choose an output you may write to"):
+        PreprocessStage(str(raw), "/proc/out", "messages").run()
     with pytest.raises(UserError, match=r"caf\\udce9 is a name that is no UTF-8, and Spark cannot use it"):
         PreprocessStage(str(raw), os.fsdecode(bytes(tmp_path) + b"/caf\xe9"), "messages").run()
     (tmp_path / "file").write_text("mine")
