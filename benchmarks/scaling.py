@@ -7,8 +7,8 @@ table.md with the machine and versions; with --curves, losses.csv and losses.svg
 
 A row is MODEL:PACKS[:OPTION ...], packs a rank and step. Options: bf16; for VL models 2, 4 or 6 pictures a pack instead
 of the mix; #2, #3 for the layout's second or third choice (python -m trainer.layout); sockets, which simulates two
-nodes on a slow network: NCCL without NVLink and shared memory, over loopback sockets. A row that takes longer than
---seconds is ended, and the next one starts.
+nodes on a slow network: NCCL without NVLink and shared memory, over loopback sockets. The row all-reduce is the floor
+of an exchange. A row that takes longer than --seconds is ended, and the next one starts.
 """
 
 import argparse
@@ -32,7 +32,10 @@ import psutil
 
 from kanyun.cli.parser import Parser
 
-ROWS = ["1.5B:2", "1.5B:8", "3B:2", "3B:8", "7B:8", "7B:16", "7B:8:bf16", "VL-3B:8", "VL-3B:8:6", "1.5B:8:sockets"]
+FLOOR = "all-reduce"  # of FLOOR_BYTES by NCCL: what an exchange could reach
+FLOOR_BYTES, FLOOR_REPEATS = 1 << 30, 20
+TEXT = ["1.5B:2", "1.5B:8", "3B:2", "3B:8", "7B:8", "7B:16", "7B:8:bf16"]
+ROWS = [FLOOR, *TEXT, "VL-3B:8", "VL-3B:8:6", "1.5B:8:sockets"]
 BIG = ["VL-7B:4", "14B:4", "32B:4"]  # for four GPUs or more
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
 # Column of the table -> how its value is written.
@@ -85,7 +88,7 @@ def _rows(args: argparse.Namespace, out: Path) -> None:
     print("\n".join(lines), flush=True)
     for row in args.rows or ROWS + BIG * (max(args.gpus) >= 4):
         one = None
-        for gpus in args.gpus:
+        for gpus in args.gpus if row != FLOOR else [count for count in args.gpus if count > 1]:
             result = _launch(row, gpus, args.seconds)
             if "tokens/s" in result:
                 one = result["tokens/s"] if gpus == 1 else one
@@ -98,8 +101,8 @@ def _rows(args: argparse.Namespace, out: Path) -> None:
 
 
 def line(row: str, gpus: int, result: dict[str, Any]) -> str:
-    if "error" in result:
-        return f"| {row} | {gpus} | {result['error']} |"
+    if said := result.get("error") or result.get("floor"):
+        return f"| {row} | {gpus} | {said} |"
     cells = [form.format(result[name]) if result.get(name) is not None else "" for name, form in COLUMNS.items()]
     return f"| {row} | {gpus} | {' | '.join(cells)} |"
 
@@ -170,11 +173,34 @@ def _child(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            result = _curve(args, Path(folder)) if args.curves else _row(args, Path(folder))
+            if args.child == FLOOR:
+                result = _all_reduce()
+            else:
+                result = _curve(args, Path(folder)) if args.curves else _row(args, Path(folder))
         except UserError as error:
             result = {"error": str(error)}
     if os.environ["RANK"] == "0":
         print("RESULT " + json.dumps(result), flush=True)
+
+
+def _all_reduce() -> dict[str, Any]:
+    """Return NCCL's bus bandwidth: the bytes that a ring sends and receives on each GPU, over the time."""
+    import torch
+    import torch.distributed as dist
+
+    from trainer.runtime import Runtime
+
+    with Runtime.start() as runtime:
+        values = torch.ones(FLOOR_BYTES // 2, dtype=torch.bfloat16, device=runtime.device)
+        for repeat in range(2 + FLOOR_REPEATS):
+            if repeat == 2:
+                torch.cuda.synchronize()
+                begun = time.perf_counter()
+            dist.all_reduce(values)
+        torch.cuda.synchronize()
+        seconds, ranks = (time.perf_counter() - begun) / FLOOR_REPEATS, runtime.world_size
+    rate = 2 * FLOOR_BYTES * (ranks - 1) / ranks / seconds
+    return {"floor": f"{rate / 1e9:.1f} GB/s bus bandwidth, {1e3 * seconds:.2f} ms for {FLOOR_BYTES / 2**30:.0f} GiB"}
 
 
 def _row(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -63,11 +63,13 @@ def documents(characters: int) -> list[str]:
 def tokens(tokenizer: Any, count: int) -> list[np.ndarray]:
     """Documents as ids, each with END behind it, `count` tokens or more in all. Raises ValueError if there are less."""
     texts, ids, size = documents(6 * count), [], 0
+    tokenizer.encode_special_tokens = True  # as the text they are there: transformers' sources have <|image_pad|>
     for first in range(0, len(texts), BATCH):
         for found in tokenizer.encode_batch_fast(texts[first : first + BATCH]):
             ids.append(np.array([*found.ids, tokenizer.token_to_id(END)], np.int32))
             size += len(ids[-1])
         if size >= count:
+            tokenizer.encode_special_tokens = False
             return ids
     raise ValueError(f"Python's packages here have {size:,} tokens, of {count:,}: make fewer packs")
 
