@@ -78,8 +78,8 @@ class Recipe:
     def run(self, overwrite: bool) -> None:
         """Run the stages; finished work is skipped. Raises what they raise.
 
-        Raw folders, tokenizer and the outputs of all datasets are looked at first: hours of other stages come before the
-        last.
+        Raw folders, tokenizer and the outputs of all datasets are looked at first: the last dataset's turn comes hours
+        later.
         """
         for path, one in self.datasets.items():
             RawFolder(one.raw)
