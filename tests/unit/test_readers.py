@@ -81,6 +81,23 @@ def test_what_cannot_be_read_behind_the_first_member_is_told(suffix: str, behind
     assert "cannot be decompressed from here on" in last.fields.evidence
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.json.gz"])
+def test_no_row_of_a_file_that_fails_its_checksum_is_taken_for_sound(name: str, tmp_path: Path) -> None:
+    """A changed byte makes other words long before the checksum tells."""
+    rows = [json.dumps({"text": f"row {n} {n**9}"}) for n in range(2_000)]
+    text = "\n".join(rows) if name != "a.json.gz" else f"[{','.join(rows)}]"
+    data = bytearray(COMPRESS[name.rpartition(".")[2]](f"{text}\n".encode()))
+    data[-6] ^= 0xFF
+    (tmp_path / name).write_bytes(data)
+    *found, last = rows_of(tmp_path / name)
+    assert [row.raw for row in found] == rows
+    assert all(f"{name} is damaged, so none of its rows is certain" in str(row.fields) for row in found)
+    assert "cannot be decompressed from here on" in str(last.fields)
+    data[len(data) // 2] ^= 0xFF
+    (tmp_path / name).write_bytes(data)
+    assert all(isinstance(row.fields, RowError) for row in rows_of(tmp_path / name))
+
+
 @pytest.mark.parametrize("ending", [b"\n", b""])
 def test_a_row_longer_than_memory_should_hold(ending: bytes, tmp_path: Path) -> None:
     """Its splits too see one row, and the one behind it."""
