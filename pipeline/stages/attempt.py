@@ -18,6 +18,7 @@ from kanyun.storage.claim import Claim
 from pipeline.reports.report import Report
 
 DRIVER = "_driver.json"
+STARTING = "_starting-"  # before the name of an attempt that has no claim yet
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,17 @@ class Attempt:
     def _claimed(self) -> Iterator[None]:
         """Let the attempt appear with a claim in it: a folder without one is taken for a dead driver's and moved away,
         and the claim with it, if that is written meanwhile."""
-        starting = self.target.parent / f"_starting-{self.folder.name}"
-        try:
-            starting.write(DRIVER, b"")
-            starting.move_to(self.folder)
-        finally:
-            with suppress(UserError):
-                starting.delete()
+        starting = self.target.parent / f"{STARTING}{self.folder.name}"
         with ExitStack() as stack:
             try:
+                starting.write(DRIVER, b"")
+                starting.move_to(self.folder)
                 stack.enter_context(Claim(self.folder, DRIVER).held())
-            except FileNotFoundError as error:  # a folder without a claim is taken for a dead driver's
+            except FileNotFoundError as error:  # another driver, which has its claim, took one of them for a dead one's
                 raise UserError(f"another run on {self.target.path} starts right now: start this again") from error
+            finally:
+                with suppress(UserError):
+                    starting.delete()
             yield
 
     @contextmanager
@@ -95,10 +95,12 @@ class Attempt:
 
     def _clear_others(self) -> None:
         parent = self.target.parent
-        others = [
-            parent / name for name in parent.names() if name != self.folder.name and is_attempt(name, self.target.name)
-        ]
+        names = [name for name in parent.names() if is_attempt(name, self.target.name)]
+        others = [parent / name for name in names if name != self.folder.name and not name.startswith(STARTING)]
         claim.refuse_living([Claim(other, DRIVER) for other in others], self.target.path)
+        for name in names:
+            if name.startswith(STARTING):
+                (parent / name).delete()
         for other in others:
             # Renamed first: that is atomic, so if its driver lives after all and publishes now, only one of both can.
             dead = _hidden_neighbour(self.target)
@@ -110,7 +112,7 @@ class Attempt:
 def is_attempt(name: str, target: str | None = None) -> bool:
     """Whether a folder of this name is an attempt, at making `target` where one is named."""
     made = ".+" if target is None else re.escape(target)
-    return re.fullmatch(rf"_attempt-{made}-[0-9a-f]{{32}}", name, re.DOTALL) is not None
+    return re.fullmatch(rf"({STARTING})?_attempt-{made}-[0-9a-f]{{32}}", name, re.DOTALL) is not None
 
 
 def _hidden_neighbour(target: Folder) -> Folder:

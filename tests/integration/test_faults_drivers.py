@@ -10,7 +10,7 @@ import pytest
 from jobs.cluster import Cluster
 from kanyun.errors import UserError
 from kanyun.storage import Folder, claim
-from pipeline.stages.attempt import DRIVER, Attempt
+from pipeline.stages.attempt import DRIVER, STARTING, Attempt
 
 
 @pytest.fixture(params=["file", "hdfs"])
@@ -52,6 +52,7 @@ def test_second_driver_is_refused_and_harms_nothing(root: Folder) -> None:
 def test_attempts_of_dead_drivers_and_of_other_outputs(root: Folder, capfd: pytest.CaptureFixture[str]) -> None:
     dead_attempt(root)
     (root / f"_attempt-out-{'1' * 32}").write("no claim", b"")
+    (root / f"{STARTING}_attempt-out-{'3' * 32}").write(DRIVER, b"")
     (root / f"_attempt-out-2-{'2' * 32}").write("another output's", b"")
     started = time.monotonic()
     make(root, b"mine")
