@@ -13,7 +13,7 @@ import difflib
 import posixpath
 import re
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, get_origin
+from typing import TYPE_CHECKING, Any, get_origin
 
 import yaml
 
@@ -30,8 +30,11 @@ from pipeline.stages.table import STAGES, StageEntry, check_settings
 from pipeline.tokenizer_settings import Settings
 from pipeline.yaml_file import load_yaml
 
+if TYPE_CHECKING:
+    from pipeline.stages.base import Stage
+
 _ODD = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, halves of surrogate pairs
-MOST_NAME = 200  # bytes: file systems take 255, and an attempt's name has 43 more
+MOST_NAME = 200  # bytes: file systems take 255, and an attempt's name has 52 more while it starts
 RATIOS = "ratios.yaml"  # in the output: the recipe's ratios, as `sample --ratios` takes them
 
 
@@ -75,18 +78,19 @@ class Recipe:
     def run(self, overwrite: bool) -> None:
         """Run the stages; finished work is skipped. Raises what they raise.
 
-        Whether raw folders and tokenizer can be read is looked at first: hours of other stages come before the last.
+        Raw folders, tokenizer and the outputs of all datasets are looked at first: the last dataset's turn comes hours
+        later.
         """
-        for one in self.datasets.values():
+        for path, one in self.datasets.items():
             RawFolder(one.raw)
+            self._stage(STAGES[0], one.raw, path, dataset=one.dataset).target()
         Settings.load(self.tokenizer)
         out = Folder(self.output)
         done: list[Done] = []
 
         def run(entry: StageEntry, source: str, path: str, **settings: Any) -> str:
-            """Run a stage, with the settings that the recipe has for it; return its output."""
-            known = {name: getattr(self, name) for name in entry.options if hasattr(self, name)}
-            stage = entry.load().for_command(source, (out / entry.output / path).uri, **known | settings)
+            """Run a stage; return its output."""
+            stage = self._stage(entry, source, path, **settings)
             report = stage.run(overwrite)
             if report.has_images:
                 check_images(Folder(self.tokenizer))
@@ -106,6 +110,12 @@ class Recipe:
             source = run(entry, source, "", **own)
         write_index(out, done)
         print(f"row flow, with all reports: {out.path}/{INDEX}")
+
+    def _stage(self, entry: StageEntry, source: str, path: str, **settings: Any) -> "Stage":
+        """Return a stage, with the settings that the recipe has for it."""
+        known = {name: getattr(self, name) for name in entry.options if hasattr(self, name)}
+        output = Folder(self.output) / entry.output / path
+        return entry.load().for_command(source, output.uri, **known | settings)
 
 
 def _check_names(names: list[str], recipe: str) -> None:

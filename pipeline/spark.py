@@ -2,9 +2,11 @@
 
 import atexit
 import locale
+import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -15,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
-from py4j.protocol import Py4JJavaError
+from py4j.protocol import Py4JJavaError, Py4JNetworkError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
@@ -24,6 +26,7 @@ from pyspark.sql.types import StructType
 from kanyun.cli.progress import Progress
 from kanyun.errors import UnavailableError, UserError
 from kanyun.storage import Folder
+from kanyun.storage.retries import first_line
 from kanyun.storage.waits import scaled
 
 _HERE = Path(__file__).absolute().parent  # in an executor it is a relative path, into the archive of our code
@@ -88,11 +91,26 @@ def spark_session() -> SparkSession:
         builder = builder.config(key, value)
     with incubator_warning_dropped():
         session = builder.getOrCreate()
+    _end_quietly()
     # On a cluster Spark's log says how the job waits for its place; then people see our progress, and lost executors.
     if not session.sparkContext.getConf().contains("spark.log.level") and "PYSPARK_GATEWAY_PORT" in os.environ:
         session.sparkContext.setLogLevel("ERROR")
     _ship_code(session)
     return session
+
+
+def _end_quietly() -> None:
+    """Let Ctrl-C, and a JVM that dies, end the stage by an exception alone.
+
+    pyspark's handler of Ctrl-C calls Java from within a call of Java, and py4j prints the stack of calls that fail.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    logging.getLogger().addFilter(_is_no_stack_of_py4j)
+
+
+def _is_no_stack_of_py4j(record: logging.LogRecord) -> bool:
+    return "while sending command" not in str(record.msg)
 
 
 @contextmanager
@@ -183,6 +201,10 @@ def plain_errors() -> Iterator[None]:
         if message := _STORAGE_ERROR.search(str(error)):
             raise UserError(f"Spark cannot use the storage ({message[1]}): mend that, and run it again") from error
         raise
+    except (Py4JNetworkError, ConnectionError) as error:  # those of a storage are UserErrors by now
+        raise UserError(
+            f"Spark's JVM has ended ({first_line(error)}), perhaps killed for its memory (see dmesg): run it again"
+        ) from error
 
 
 def _ship_code(session: SparkSession) -> None:

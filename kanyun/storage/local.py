@@ -45,7 +45,10 @@ class LocalBackend(Backend):
         return open(path, "wb")
 
     def make(self, path: str) -> None:
-        os.makedirs(path, exist_ok=True)
+        try:
+            os.makedirs(path, exist_ok=True)
+        except FileNotFoundError as error:  # /proc takes no folder, and says so in this way
+            raise PermissionError(str(error)) from error
 
     def rename(self, source: str, target: str, *, replace: bool) -> None:
         (os.replace if replace else os.rename)(source, target)

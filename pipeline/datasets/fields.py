@@ -1,6 +1,7 @@
 """What all dataset classes ask of a value in a raw row."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 from pipeline.checks import malformed
@@ -8,11 +9,25 @@ from pipeline.checks import malformed
 _NAMES = {dict: "an object", list: "a list", str: "a string", bytes: "bytes", type(None): "null", bool: "a boolean"}
 
 
-def need[T](value: Any, what: str, kind: type[T]) -> T:
-    """Return `value`, which must be of this type; `what` names it in the RowError that is raised if it is not."""
+def need[T](value: Any, what: str, kind: type[T], or_else: str = "") -> T:
+    """Return `value`, which must be of this type, bytes as the text in them where that is a string.
+
+    Raises RowError if it is not. `what` names it there, and `or_else` what else it could be ("a string or ").
+    """
+    if kind is str:
+        value = as_text(value)
     if not isinstance(value, kind):
         is_a = "a number" if isinstance(value, int | float) and not isinstance(value, bool) else _NAMES.get(type(value))
-        raise malformed(f"{what} is {is_a or type(value).__name__}, {_NAMES[kind]} is needed: {value!r:.200}")
+        needed = or_else + _NAMES[kind]
+        raise malformed(f"{what} is {is_a or type(value).__name__}, {needed} is needed: {value!r:.200}")
+    return value
+
+
+def as_text(value: Any) -> Any:
+    """Return `value`, or the text that it is in UTF-8: tables of Hive and Impala, and members of tars, have bytes."""
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return value.decode()
     return value
 
 
@@ -21,6 +36,7 @@ def from_json(value: Any, what: str) -> Any:
 
     Raises RowError if the text is no JSON. One of white space alone is None.
     """
+    value = as_text(value)
     if not isinstance(value, str):
         return value
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from pipeline.checks import Message, Part, Reason, RowError, malformed
-from pipeline.datasets.fields import from_json, need
+from pipeline.datasets.fields import as_text, from_json, need
 
 MARKER = "<image>"
 IMAGE_FIELDS = ("images", "image")  # of a row, in this order
@@ -60,7 +60,10 @@ def content(value: Any) -> str | list[Part]:
 
     An image part may carry its own image in "image", or in "index" which of the row's images it is (from 0).
     """
-    return value if isinstance(value, str) else [_part(part) for part in need(value, "a message's content", list)]
+    value = as_text(value)
+    if isinstance(value, str):
+        return value
+    return [_part(part) for part in need(value, "a message's content", list, "a string or ")]
 
 
 def place(messages: Sequence[Message], listed: Sequence[Image]) -> tuple[list[Message], tuple[Image, ...]]:
@@ -120,13 +123,13 @@ def _part(part: Any) -> Part:
     what = "a part of a message's content"
     # Tables fill the fields that a part does not have with null.
     fields = {name: value for name, value in need(part, what, dict).items() if value is not None}
-    kind = fields.get("type") or next((name for name in ("text", "image", "video") if name in fields), None)
+    kind = as_text(fields.get("type")) or next((name for name in ("text", "image", "video") if name in fields), None)
     if kind in _VIDEO:
         raise RowError(Reason.VIDEO, f"{what} is {part!r:.200}")
     if kind in _AUDIO:
         raise RowError(Reason.AUDIO, f"{what} is {part!r:.200}")
-    if kind in _TEXT and isinstance(fields.get("text"), str):
-        return _text(fields["text"])
+    if kind in _TEXT and isinstance(text := as_text(fields.get("text")), str):
+        return _text(text)
     if kind in _IMAGE:
         named = [fields[name] for name in ("image", "image_url", "url", "path", "bytes", "source") if name in fields]
         image: Part = {"type": "image", "text": None}
@@ -148,7 +151,9 @@ def _image(value: Any) -> Image:
             return _data_uri(value.strip())
         case str() if _BARE_BASE64.fullmatch(value):
             return _base64(value, value)
-        case str() | bytes() if value:
+        case str() if value:
+            return value
+        case bytes():  # none at all, too: an image that cannot be read
             return value
         case {"bytes": bytes(data)} if data:
             return data
@@ -156,6 +161,8 @@ def _image(value: Any) -> Image:
             return _base64(text, text)
         case {"path": str(named)} | {"url": str(named)} | {"image": named} | {"image_url": named}:
             return _image(named)
+        case {"bytes": bytes(data)}:
+            return data
     raise malformed(f"an image is {value!r:.200}, a path or bytes are needed")
 
 

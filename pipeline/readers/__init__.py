@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
-from pipeline.checks import MAX_ROW, malformed, too_large, without_base64
+from pipeline.checks import MAX_ROW, RowError, malformed, too_large, without_base64
 from pipeline.readers.arrow import ArrowTable
 from pipeline.readers.base import BEGINNING, RawRow, Reader, Split, encodable
+from pipeline.readers.compressed import uncertain
 from pipeline.readers.json_file import JsonFile
 from pipeline.readers.lines import CompressedJsonLines, JsonLines
 from pipeline.readers.parquet import Parquet
@@ -39,7 +40,10 @@ def read(root: Folder, split: Split) -> Iterator[RawRow]:
     """The rows of a split. What is wrong with the file is a row as well; errors of the storage are raised."""
     following = split.start
     try:
+        damage = uncertain(root, split)
         for row in _reader(split.file).rows(root, split):
+            if damage and not isinstance(row.fields, RowError):
+                row = replace(row, fields=malformed(damage))
             yield _storable(row)
             following = row.position + 1
     except (UserError, MemoryError):

@@ -88,18 +88,22 @@ class RawFolder:
         A link to a folder is followed, unless that would list a folder twice.
         """
         whole, folders = Listing(), [""]
+        links: list[tuple[str, str]] = []  # (the folder that it leads to, name)
         followed = [self.folder.resolved().path]
-        while folders:
-            listing = call_with_retry(partial(self._list, folders.pop()))
-            whole.merge(listing)
-            folders += listing.folders
-            for link in listing.links:
-                real = (self.folder / link).resolved().path
-                if any(f"{real}/".startswith(f"{one}/") or f"{one}/".startswith(f"{real}/") for one in followed):
-                    whole.leave_out(LINK, 1, 0)
-                else:
-                    followed.append(real)
-                    folders.append(link)
+        while folders or links:
+            if folders:
+                listing = call_with_retry(partial(self._list, folders.pop()))
+                whole.merge(listing)
+                folders += listing.folders
+                links += [((self.folder / link).resolved().path, link) for link in listing.links]
+                continue
+            links.sort(reverse=True)  # a folder comes before those in it, whatever order the storage lists them in
+            real, link = links.pop()
+            if any(f"{real}/".startswith(f"{one}/") or f"{one}/".startswith(f"{real}/") for one in followed):
+                whole.leave_out(LINK, 1, 0)
+            else:
+                followed.append(real)
+                folders.append(link)
         if not any(size for _, size in whole.files):
             what = f"{len(whole.files)} files, all empty" if whole.files else f"none among {whole.count} files"
             raise UserError(f"{self._path} has no rows: it needs {_known_suffixes()} files and has {what}")

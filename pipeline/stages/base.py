@@ -119,8 +119,7 @@ class Stage:
 
     def run(self, overwrite: bool = False) -> Report:
         """Make the output, unless it exists. Raises UserError: input missing, OUT is other work, OUT not writable."""
-        target = Folder(self.output).resolved()
-        self._refuse(target)
+        target = self.target()
         inputs = self.inputs()
         digest = self.input_digest(inputs)
         if not overwrite and (done := self._finished(target, digest)):
@@ -200,8 +199,9 @@ class Stage:
         print(f"{self.name}: already done, skipped: {target.path}")
         return report
 
-    def _refuse(self, target: Folder) -> None:
-        """Raise UserError if `target` cannot be replaced by a finished output, before any work."""
+    def target(self) -> Folder:
+        """Return the output, links followed. Raises UserError, before any work, if a finished one cannot replace it."""
+        target = Folder(self.output).resolved()
         source = Folder(self.source)
         for folder in (target, source) if self.after else (target,):
             if (shown := encodable(folder.path)) != folder.path:
@@ -212,5 +212,8 @@ class Stage:
             raise UserError(
                 f"the output {target.path} is a mount point, which cannot be renamed: choose a folder in it"
             )
+        if not target.is_local and ":" in target.path:
+            raise UserError(f"the output {target.path} has a colon, which HDFS takes in no name: choose another output")
         if target.exists() and not target.is_folder():
             raise UserError(f"the output {target.path} is a file: choose a folder")
+        return target

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from kanyun.errors import UserError
-from kanyun.fingerprint import TOKENIZER_FILES, check_model, copy_tokenizer
+from kanyun.fingerprint import TOKENIZER_FILES, check_images, check_model, copy_tokenizer
 from kanyun.manifest import canonical, digest_of
 from kanyun.storage import Folder
 from pipeline.checks import Reason
@@ -62,7 +62,13 @@ class BuildStage(Stage):
         The least is 4 MB of parquet (spark.sql.files.openCostInBytes): 2,500 rows of 2.6 kB of JSON, about 4 s.
         """
         spark.conf.set("spark.sql.files.minPartitionNum", TASKS_A_CORE * spark.sparkContext.defaultParallelism)
-        return super().read(spark, attempt)
+        rows = super().read(spark, attempt)
+        try:
+            check_images(Folder(self.tokenizer))
+        except UserError:  # its texts can be built: rows are looked at for such a model alone
+            if rows.where("size(images) > 0").head(1):
+                raise
+        return rows
 
     def transform(self, rows: DataFrame, attempt: Attempt) -> DataFrame:
         settings = Settings.load(self.tokenizer)

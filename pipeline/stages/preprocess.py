@@ -57,10 +57,13 @@ class PreprocessStage(Stage):
     def inputs(self) -> dict[str, Report]:
         return {}
 
-    def input_digest(self, inputs: dict[str, Report]) -> str:
-        """Return the digest of names, sizes and times of all files in RAW, images too; of RAW alone if it is a file."""
+    def target(self) -> Folder:
         if Folder(self.source).contains(Folder(self.output)):
             raise UserError(f"the output {self.output} is in the raw folder {self.source}: choose another output")
+        return super().target()
+
+    def input_digest(self, inputs: dict[str, Report]) -> str:
+        """Return the digest of names, sizes and times of all files in RAW, images too; of RAW alone if it is a file."""
         return self._raw.listing.digest
 
     @cached_property

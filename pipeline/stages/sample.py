@@ -9,7 +9,7 @@ Were U the hash itself, totals would miss by about sqrt(N) / 2: 500 copies an ep
 All of it is Spark SQL: rows do not enter Python, and an integer ratio costs no shuffle.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
@@ -158,24 +158,36 @@ def _id_in(path: str) -> Column:
     return F.xxhash64(F.lit(path), "sample_id").bitwiseAND(F.lit((1 << 63) - 1))
 
 
-def _outputs(
-    folder: Folder, stage: str, path: str = "", listed: list[Folder] | None = None
-) -> Iterator[tuple[str, Report]]:
-    """Yield (data path, report) of every finished output of `stage` in and below `folder`, by path.
+def _outputs(root: Folder, stage: str) -> list[tuple[str, Report]]:
+    """Return (data path, report) of every finished output of `stage` in and below `root`, by path.
 
-    listed: the folders, links followed, that are listed with all below them. A link to a folder in or around one of
-    them (`latest -> charts`) is passed over: what is there would be sampled twice.
+    A link to a folder in or around one that is looked through (`latest -> charts`) is passed over: what is there would
+    be sampled twice. Of links to folders around one another, the outer one counts.
     """
-    listed = [folder.resolved()] if listed is None else listed
-    report = Report.load_if_there(folder)
-    if report is not None and report.stage == stage:
-        yield path or ONLY, report
-    for name in folder.names():
-        if is_attempt(name) or (report is not None and name in _OWN_FOLDERS) or not folder.is_folder(name):
-            continue
-        if folder.stat(name).is_link:
-            real = (folder / name).resolved()
-            if any(real.contains(one) or one.contains(real) for one in listed):
+    found: list[tuple[str, Report]] = []
+    looked_through = [root.resolved()]
+    paths = [""]
+    links: list[tuple[str, str]] = []  # (the folder that it leads to, path)
+    while paths or links:
+        if paths:
+            path = paths.pop()
+        else:
+            links.sort(reverse=True)
+            path = links.pop()[1]
+            real = (root / path).resolved()
+            if any(real.contains(one) or one.contains(real) for one in looked_through):
                 continue
-            listed.append(real)
-        yield from _outputs(folder / name, stage, f"{path}/{name}" if path else name, listed)
+            looked_through.append(real)
+        folder = root / path if path else root
+        report = Report.load_if_there(folder)
+        if report is not None and report.stage == stage:
+            found.append((path or ONLY, report))
+        for name in folder.names():
+            if is_attempt(name) or (report is not None and name in _OWN_FOLDERS) or not folder.is_folder(name):
+                continue
+            below = f"{path}/{name}" if path else name
+            if folder.stat(name).is_link:
+                links.append(((folder / name).resolved().path, below))
+            else:
+                paths.append(below)
+    return sorted(found, key=lambda output: output[0])

@@ -100,6 +100,8 @@ def test_an_image_model_without_image_settings_is_told_once_there_are_images(
 def test_outputs_that_cannot_be_replaced_are_refused_before_any_work(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the output /proc is a mount point.*: choose a folder in it"):
         PreprocessStage(str(raw), "/proc", "messages").run()
+    with pytest.raises(UserError, match=r"cannot write below file:///proc/.*: choose an output you may write to"):
+        PreprocessStage(str(raw), "/proc/out", "messages").run()
     with pytest.raises(UserError, match=r"caf\\udce9 is a name that is no UTF-8, and Spark cannot use it"):
         PreprocessStage(str(raw), os.fsdecode(bytes(tmp_path) + b"/caf\xe9"), "messages").run()
     (tmp_path / "file").write_text("mine")
@@ -116,17 +118,21 @@ def filtered(raw: Path, out: Path) -> Report:
 def test_every_filter_output_below_in_is_sampled_and_named(
     raw: Path, tmp_path: Path, spark: SparkSession, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "disk").mkdir()
     for path in ("web", "web/en", "_extra", ".more"):
         filtered(raw, tmp_path / "all" / path)
     for link, to in (("latest", "web"), ("web/up", ".."), ("web/itself", "itself"), ("nowhere", "gone")):
         (tmp_path / "all" / link).symlink_to(to)  # no data paths: rows would be sampled twice
+    (tmp_path / "all/.more").rename(tmp_path / "disk/.more")
+    for link, to in (("inner", "../disk/.more"), ("outer", "../disk"), ("outer-2", "../disk")):
+        (tmp_path / "all" / link).symlink_to(to)  # the folder around the other's is followed
     table = tmp_path / "ratios.yaml"
-    table.write_text("web: 1\nweb/en: 2\n_extra: 1\n.more: 0\nno: 0.5\n")
+    table.write_text("web: 1\nweb/en: 2\n_extra: 1\nouter/.more: 0\nno: 0.5\n")
     report = SampleStage(str(tmp_path / "all"), str(tmp_path / "out"), ratios=str(table)).run()
     assert report.counts.rows_in == 8
     assert report.facts == {
-        "data path .more": "2 rows x 0 = 0 copies",
         "data path _extra": "2 rows x 1 = 2 copies",
+        "data path outer/.more": "2 rows x 0 = 0 copies",
         "data path web": "2 rows x 1 = 2 copies",
         "data path web/en": "2 rows x 2 = 4 copies",
         "data path no": f"has a ratio, and no finished output of filter is at {tmp_path}/all/no",

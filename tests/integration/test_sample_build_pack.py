@@ -27,7 +27,7 @@ from pipeline.stages.pack import PackStage
 from pipeline.stages.sample import SampleStage
 from tests.support.filtered_rows import Raw, read, save_filtered
 from tests.support.qwen3_vl_assets import TOKEN_PIXELS, qwen3_vl_tokenizer_folder
-from tests.support.qwen_assets import tiny_vl_folder
+from tests.support.qwen_assets import tiny_tokenizer_folder, tiny_vl_folder
 from trainer.data.source import PackedData
 
 LENGTH = 256
@@ -127,6 +127,14 @@ def test_the_same_samples_for_qwen3_vl(
     monkeypatch.setattr("sys.argv", ["kanyun", "info", str(tmp_path / "packed")])
     assert kanyun_command() == 0
     assert "patches of 16 x 16 pixels, 2 x 2 of them a token; images of 4,096 to 32,768" in capsys.readouterr().out
+
+
+def test_images_are_not_built_for_an_image_model_without_image_settings(made: tuple[Path, Raw], tmp_path: Path) -> None:
+    model = tiny_tokenizer_folder(tmp_path / "hf", vision=False)
+    (model / "config.json").write_text(json.dumps({"vision_config": {"patch_size": 14}}))
+    with pytest.raises(UserError, match=r"hf has no preprocessor_config\.json, which samples with images need"):
+        BuildStage(str(made[0] / "sampled"), str(tmp_path / "built"), tokenizer=str(model), length=LENGTH).run()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_the_packed_dataset_is_sound_and_tells_its_facts(made: tuple[Path, Raw]) -> None:

@@ -242,6 +242,17 @@ def test_a_document_is_taken_as_it_is() -> None:
     assert dataset("text").sample({"text": " <image> \n"}) == RawSample(text=" <image> \n")
 
 
+def test_bytes_are_the_text_in_them_where_a_text_is_needed() -> None:
+    """Hive and Impala write parquet's texts without a mark; a tar's KEY.text is bytes, too."""
+    part = {"type": b"text", "text": "zwölf".encode()}
+    turns = [{"role": b"user", "content": b"wie?"}, {"role": b"assistant", "content": [part]}]
+    expected = [{"role": "user", "content": "wie?"}, {"role": "assistant", "content": [text("zwölf")]}]
+    for messages in (turns, json.dumps(expected).encode()):
+        assert dataset("messages").sample({"messages": messages, "images": [b"image"]}).messages == expected
+    assert dataset("text").sample({"text": b"one"}) == RawSample(text="one")
+    assert dataset("messages").sample({"messages": [], "images": [b"", {"bytes": b""}]}).images == (b"", b"")
+
+
 @pytest.mark.parametrize(
     ("name", "row", "says"),
     [
@@ -255,7 +266,8 @@ def test_a_document_is_taken_as_it_is() -> None:
         ("messages", {"messages": {"role": "user"}}, "messages is an object"),
         ("messages", {"messages": ["hello"]}, "a message: a text that is no JSON ("),
         ("messages", {"messages": [{"role": "user", "content": None}]}, "content is null"),
-        ("messages", {"messages": [{"role": "user", "content": 7}]}, "content is a number"),
+        ("messages", {"messages": [{"role": "user", "content": 7}]}, "is a number, a string or a list is needed: 7"),
+        ("messages", {"messages": [{"role": "user", "content": b"\xff"}]}, "is bytes, a string or a list is needed"),
         ("messages", {"messages": [{"role": 3, "content": "x"}]}, "role is a number"),
         ("messages", {"messages": [{"content": "x"}]}, "role is null"),
         ("messages", {"messages": [{"role": "user", "content": ["x"]}]}, "a part of a message's content is a string"),

@@ -1,6 +1,7 @@
 """Errors of tasks and of the storage as Spark hands them on: one sentence, the cause. Texts as they were seen."""
 
 import pytest
+from py4j.protocol import Py4JNetworkError
 from pyspark.errors import PySparkException
 
 from kanyun.errors import UserError
@@ -28,6 +29,12 @@ def test_the_cause_is_told_in_a_sentence(text: str, sentence: str) -> None:
         raise PySparkException(f"Job aborted.\n{JAVA}{text}")
     assert sentence in str(told.value)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "Connection refused"), Py4JNetworkError("no answer")])
+def test_a_jvm_that_was_killed(error: Exception) -> None:
+    with pytest.raises(UserError, match=r"Spark's JVM has ended \(.*\), perhaps killed for its memory"), plain_errors():
+        raise error
 
 
 def test_what_nobody_foresaw_keeps_its_traceback() -> None:

@@ -1,5 +1,6 @@
 """Recipes: what is refused before any work."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,14 @@ def test_raw_folders_and_the_tokenizer_are_looked_at_first(tmp_path: Path) -> No
     recipe = load(tmp_path, f"  a: {{raw: {tmp_path}/r, dataset: text}}\n")
     with pytest.raises(UserError, match="tokenizer"):
         recipe.run(overwrite=False)
+
+
+def test_outputs_of_all_datasets_are_looked_at_first(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    recipe = load(tmp_path, f"  a: {{raw: {tmp_path}/r, dataset: text}}\n  b: {{raw: {tmp_path}, dataset: text}}\n")
+    within = replace(recipe, output=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"the output .*/out/preprocess/b is in the raw folder"):
+        within.run(overwrite=False)
+    colon = replace(recipe, output="hdfs://127.0.0.1:1/out", datasets={"a:b": recipe.datasets["a"]})
+    with pytest.raises(UserError, match=r"the output /out/preprocess/a:b has a colon, which HDFS takes in no name"):
+        colon.run(overwrite=False)
