@@ -144,8 +144,8 @@ class Decompressed(io.RawIOBase):
         behind an error: it would give what happens to be in memory.
         """
         source, left = self._open(), self.position
-        while left:
-            left -= len(source.read(min(_PIECE, left)))
+        while left and (piece := source.read(min(_PIECE, left))):
+            left -= len(piece)
         data = bytearray()
         with suppress(*_DAMAGE):
             while len(data) < most and (byte := source.read(1)):

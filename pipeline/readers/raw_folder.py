@@ -11,6 +11,7 @@ import xxhash
 from kanyun.errors import UserError
 from kanyun.storage import Folder
 from kanyun.storage.backend import Entry
+from kanyun.storage.links import Links
 from kanyun.storage.retries import call_with_retry
 from pipeline.readers import IMAGES, SUFFIXES, holds_rows
 
@@ -87,23 +88,17 @@ class RawFolder:
 
         A link to a folder is followed, unless that would list a folder twice.
         """
-        whole, folders = Listing(), [""]
-        links: list[tuple[str, str]] = []  # (the folder that it leads to, name)
-        followed = [self.folder.resolved().path]
+        whole, folders, links = Listing(), [""], Links(self.folder)
         while folders or links:
-            if folders:
-                listing = call_with_retry(partial(self._list, folders.pop()))
-                whole.merge(listing)
-                folders += listing.folders
-                links += [((self.folder / link).resolved().path, link) for link in listing.links]
-                continue
-            links.sort(reverse=True)  # a folder comes before those in it, whatever order the storage lists them in
-            real, link = links.pop()
-            if any(f"{real}/".startswith(f"{one}/") or f"{one}/".startswith(f"{real}/") for one in followed):
+            folder = folders.pop() if folders else links.take()
+            if folder is None:
                 whole.leave_out(LINK, 1, 0)
-            else:
-                followed.append(real)
-                folders.append(link)
+                continue
+            listing = call_with_retry(partial(self._list, folder))
+            whole.merge(listing)
+            folders += listing.folders
+            for link in listing.links:
+                links.add(link)
         if not any(size for _, size in whole.files):
             what = f"{len(whole.files)} files, all empty" if whole.files else f"none among {whole.count} files"
             raise UserError(f"{self._path} has no rows: it needs {_known_suffixes()} files and has {what}")

@@ -20,6 +20,7 @@ from pyspark.sql import functions as F
 
 from kanyun.errors import UserError
 from kanyun.storage import Folder
+from kanyun.storage.links import Links
 from pipeline.constants import SAMPLE_RATIO_BY_DATA_PATH
 from pipeline.ratios import ratios_for, read_ratios
 from pipeline.reports.report import REPORT, Report
@@ -161,23 +162,15 @@ def _id_in(path: str) -> Column:
 def _outputs(root: Folder, stage: str) -> list[tuple[str, Report]]:
     """Return (data path, report) of every finished output of `stage` in and below `root`, by path.
 
-    A link to a folder in or around one that is looked through (`latest -> charts`) is passed over: what is there would
-    be sampled twice. Of links to folders around one another, the outer one counts.
+    A link whose target contains, or is in, what is looked through already (`latest -> charts`) is passed over: what is
+    there would be sampled twice.
     """
     found: list[tuple[str, Report]] = []
-    looked_through = [root.resolved()]
-    paths = [""]
-    links: list[tuple[str, str]] = []  # (the folder that it leads to, path)
+    paths, links = [""], Links(root)
     while paths or links:
-        if paths:
-            path = paths.pop()
-        else:
-            links.sort(reverse=True)
-            path = links.pop()[1]
-            real = (root / path).resolved()
-            if any(real.contains(one) or one.contains(real) for one in looked_through):
-                continue
-            looked_through.append(real)
+        path = paths.pop() if paths else links.take()
+        if path is None:
+            continue
         folder = root / path if path else root
         report = Report.load_if_there(folder)
         if report is not None and report.stage == stage:
@@ -187,7 +180,7 @@ def _outputs(root: Folder, stage: str) -> list[tuple[str, Report]]:
                 continue
             below = f"{path}/{name}" if path else name
             if folder.stat(name).is_link:
-                links.append(((folder / name).resolved().path, below))
+                links.add(below)
             else:
                 paths.append(below)
     return sorted(found, key=lambda output: output[0])

@@ -14,8 +14,8 @@ from trainer.trainer import Trainer
 
 
 def work(config: TrainConfig) -> None:
-    """Rank 1 has planned another layout, as on a node with less host memory; or sees checkpoints that rank 0 does not,
-    as where each node has a disk of its own."""
+    """Rank 1 has planned another layout, as on a node with less host memory, or finds a checkpoint that rank 0 does
+    not, as when the output is not on a shared disk."""
     run = Run.prepare(config, int(os.environ["WORLD_SIZE"]), cuda=False)
     others = [
         replace(run, layout=replace(run.layout, reason="another layout")),
